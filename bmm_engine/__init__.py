@@ -1,0 +1,56 @@
+"""Bayesian Model Merging: merge fine-tuned models in closed form (arXiv 2605.12843)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that holds it. Loaded when first used: `import bmm_engine` costs no more than torch.
+_PUBLIC = {
+    "merge": "bmm_engine.merging",
+    "plan_merge": "bmm_engine.merging",
+    "MergeResult": "bmm_engine.merging",
+    "collect_grams": "bmm_engine.collect",
+    "GramAccumulator": "bmm_engine.grams",
+    "GramSet": "bmm_engine.grams",
+    "solve_map": "bmm_engine.solve",
+    "MapSolution": "bmm_engine.solve",
+    "accumulate_gram": "bmm_engine.ops.gram",
+    "assemble": "bmm_engine.ops.assemble",
+    "alignment": "bmm_engine.moments",
+    "anchor": "bmm_engine.anchors",
+    "registered_anchors": "bmm_engine.anchors",
+    "Checkpoint": "bmm_engine.checkpoint",
+    "Recipe": "bmm_engine.recipe",
+    "BmmError": "bmm_engine.errors",
+    "NumericalWarning": "bmm_engine.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from bmm_engine.anchors import anchor, registered_anchors
+    from bmm_engine.checkpoint import Checkpoint
+    from bmm_engine.collect import collect_grams
+    from bmm_engine.errors import BmmError, NumericalWarning
+    from bmm_engine.grams import GramAccumulator, GramSet
+    from bmm_engine.merging import MergeResult, merge, plan_merge
+    from bmm_engine.moments import alignment
+    from bmm_engine.ops.assemble import assemble
+    from bmm_engine.ops.gram import accumulate_gram
+    from bmm_engine.recipe import Recipe
+    from bmm_engine.solve import MapSolution, solve_map
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'bmm_engine' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,92 @@
+"""Typed errors. Every message names the file, tensor or key, the values that clash, and the remedy."""
+
+from __future__ import annotations
+
+
+class BmmError(Exception):
+    """Base of every error that the engine raises on purpose; the CLI prints it as one paragraph, exit code 2."""
+
+
+class ConfigError(BmmError, ValueError):
+    """A recipe, option or argument is wrong (unknown key, value out of range, options that exclude each other)."""
+
+
+class BackendError(BmmError, RuntimeError):
+    """A backend asked for by name cannot run this call; the message says why."""
+
+
+class CheckpointError(BmmError, ValueError):
+    """A checkpoint cannot be read as it stands (truncated, malformed, unsafe, unknown layout)."""
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor that the merge needs is not in a checkpoint."""
+
+
+class ShapeMismatchError(BmmError, ValueError):
+    """Two tensors that must agree in shape do not."""
+
+
+class NonFiniteWeightError(BmmError, ValueError):
+    """A weight holds NaN or infinity."""
+
+
+class NonFiniteGramError(BmmError, ValueError):
+    """Rows (or a Gram) of one module hold NaN or infinity; nothing was accumulated from them.
+
+    Attributes: `module` (its name), `count` (rows or entries that are not finite).
+    """
+
+    def __init__(self, message: str, *, module: str, count: int):
+        super().__init__(message)
+        self.module = module
+        self.count = count
+
+
+class NotPositiveDefiniteError(BmmError, ArithmeticError):
+    """`A = sum_t beta_t G_t + lam I` has no Cholesky factor, even with jitter.
+
+    Attributes: `module` (its name), `pivot` (1-based order of the first minor that fails), `ridge` (the last one tried).
+    """
+
+    def __init__(self, message: str, *, module: str, pivot: int, ridge: float):
+        super().__init__(message)
+        self.module = module
+        self.pivot = pivot
+        self.ridge = ridge
+
+
+class GramMismatchError(BmmError, ValueError):
+    """A Gram does not belong to the model it is used for (width, module names, hash of the weights)."""
+
+
+class EmptyCalibrationError(BmmError, ValueError):
+    """Calibration gave no rows: no batches, or only padding."""
+
+
+class CollectionError(BmmError, RuntimeError):
+    """A forward pass did not let Grams be measured (mask does not fit, inputs shared only sometimes, module never called)."""
+
+
+class OutputExistsError(BmmError, FileExistsError):
+    """The output path exists and is not a merge that this engine wrote, or may not be replaced."""
+
+
+class OutputWriteError(BmmError, OSError):
+    """Writing failed (full disk, no permission); whatever was written under a temporary name has been removed."""
+
+
+class NumericalWarning(UserWarning):
+    """A result is valid but needed help (jitter), or rests on less than it seems to."""
+
+
+class DownloadError(BmmError, RuntimeError):
+    """Data that the demo needs could not be fetched, or what came is not what was pinned."""
+
+
+class DataError(BmmError, ValueError):
+    """A data set cannot be read as it stands, or is too small for what was asked of it."""
+
+
+class TrainingError(BmmError, RuntimeError):
+    """Fine-tuning an expert failed (diverged, or its worker process failed or died)."""
