@@ -1,0 +1,204 @@
+"""Which tensors are linear modules: read off a live model, or off a checkpoint's config without loading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bmm_engine.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class LinearModule:
+    """One linear module: `y = x W^T + b`, `W` of shape (out, in)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool = False  # GPT-2's Conv1D stores (in, out)
+    has_bias: bool = True
+
+    @property
+    def weight(self) -> str:
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str:
+        return f"{self.name}.bias"
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        shape = (self.out_features, self.in_features)
+        return shape[::-1] if self.transposed else shape
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's Conv1D, told by its form, so that transformers need not be imported to ask."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+
+
+def linear_module(name: str, module: nn.Module) -> LinearModule | None:
+    """Describe `module` if it is an `nn.Linear` or a Conv1D, else None."""
+    from torch import nn
+
+    if isinstance(module, nn.Linear):
+        return LinearModule(name, module.out_features, module.in_features, False, module.bias is not None)
+    if is_conv1d(module):
+        rows, columns = module.weight.shape
+        return LinearModule(name, columns, rows, True, getattr(module, "bias", None) is not None)
+    return None
+
+
+def is_head(name: str, model: nn.Module) -> bool:
+    """Is the module called `name` a task head? In a transformers model: all that stands outside `base_model`, and the output embeddings."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if prefix and hasattr(model, prefix) and name != prefix and not name.startswith(prefix + "."):
+        return True
+    outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return outputs is not None and model.get_submodule(name) is outputs
+
+
+def linear_modules(model: nn.Module, patterns: Iterable[str] | None = None) -> dict[str, LinearModule]:
+    """The linear modules of a live (or meta) model, by their names in the model, in its order.
+
+    Without `patterns`, all but the heads; with them, exactly those whose name matches one (shell patterns; heads too).
+    Raises `ConfigError` for a pattern that matches nothing.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        described = linear_module(name, module)
+        if described is not None and (patterns is not None or not is_head(name, model)):
+            found[name] = described
+    return select_modules(found, patterns)
+
+
+def select_modules(found: Mapping[str, LinearModule], patterns: Iterable[str] | None) -> dict[str, LinearModule]:
+    """Those of `found` whose name matches one of `patterns` (all for None); a pattern without a match is a `ConfigError`."""
+    if patterns is None:
+        return dict(found)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            sample = ", ".join(list(found)[:3])
+            raise ConfigError(
+                f"modules: the pattern {pattern!r} matches no linear module; there are {len(found)}, such as {sample}."
+                " Patterns are shell patterns over module names, for example '*attention*'."
+            )
+    return {name: m for name, m in found.items() if any(fnmatchcase(name, p) for p in patterns)}
+
+
+def checkpoint_names(model: nn.Module) -> dict[str, str]:
+    """Live parameter name -> the name that `save_pretrained` gives it.
+
+    transformers 5 renames some tensors between file and model (ViT: `encoder.layer.0...query` is `layers.0...q_proj` live).
+    A tensor that is split or fused on its way to the file has no single name there and is left out.
+    """
+    live = model.state_dict(keep_vars=True)
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # no transformers, or version 4, whose live names are the names in the file
+        return {name: name for name in live}
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in live}
+    # Tensors pass through by identity where they are only renamed.
+    by_identity: dict[int, list[str]] = {}
+    for name, tensor in live.items():
+        by_identity.setdefault(id(tensor), []).append(name)
+    names: dict[str, str] = {}
+    for saved, tensor in revert_weight_conversion(model, dict(live)).items():
+        owners = by_identity.get(id(tensor), [])
+        for owner in owners if len(owners) == 1 else [o for o in owners if o == saved]:
+            names[owner] = saved
+    return names
+
+
+def module_checkpoint_names(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """Live module name -> its name in the checkpoint, for the linear modules that have one."""
+    names = checkpoint_names(model)
+    saved = {}
+    for module in modules:
+        weight = names.get(f"{module}.weight", "")
+        if weight.endswith(".weight"):
+            saved[module] = weight[: -len(".weight")]
+    return saved
+
+
+def load_config(path: Path) -> Any:
+    """The transformers config of a checkpoint directory. Raises `CheckpointError` if transformers cannot read it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: transformers cannot read its config.json ({_first_line(error)}). Give the linear modules in the recipe:"
+            " `modules: ['*.q_proj', ...]`, and every matching 2-D weight is taken as (out, in)."
+        ) from error
+
+
+def model_class(config: Any) -> Any:
+    """The transformers class that a config's `architectures` names, or AutoModel where it names none that is known."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModel
+
+
+def meta_model(path: Path) -> nn.Module:
+    """The architecture of a checkpoint directory on the meta device: shapes and names, no memory."""
+    import torch
+    import transformers
+
+    config = load_config(path)
+    cls = model_class(config)
+    with torch.device("meta"):
+        return transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+
+
+def checkpoint_linear_modules(path: Path, stored: Mapping[str, tuple[int, ...]]) -> dict[str, LinearModule]:
+    """The linear modules (heads left out) of the checkpoint at `path`, by the names that its files use.
+
+    `stored`: name -> shape of each tensor in the files. A file may carry the base model's prefix where the architecture does not,
+    and the other way round; both are understood. Modules that the files do not hold under one name are left out.
+    """
+    model = meta_model(path)
+    found = linear_modules(model)
+    names = module_checkpoint_names(model, found)
+    prefix = getattr(model, "base_model_prefix", "")
+    by_file = {}
+    for live, saved in names.items():
+        for candidate in _with_and_without(saved, prefix):
+            if f"{candidate}.weight" in stored:
+                by_file[candidate] = replace(found[live], name=candidate)
+                break
+    return by_file
+
+
+def matrix_modules(stored: Mapping[str, tuple[int, ...]], patterns: Iterable[str]) -> dict[str, LinearModule]:
+    """For state dicts and unknown architectures: each 2-D `NAME.weight` whose NAME matches a pattern, taken as (out, in)."""
+    found = {}
+    for name, shape in stored.items():
+        if name.endswith(".weight") and len(shape) == 2:
+            module = name[: -len(".weight")]
+            found[module] = LinearModule(module, shape[0], shape[1], False, f"{module}.bias" in stored)
+    return select_modules(found, patterns)
+
+
+def _with_and_without(name: str, prefix: str) -> tuple[str, ...]:
+    if not prefix:
+        return (name,)
+    other = name[len(prefix) + 1 :] if name.startswith(prefix + ".") else f"{prefix}.{name}"
+    return (name, other)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,194 @@
+"""Stage 1: run an expert over calibration batches and measure the Gram of every linear module's input."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmm_engine.architecture import linear_modules, module_checkpoint_names
+from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
+from bmm_engine.grams import GramAccumulator, GramSet, weight_fingerprint
+from bmm_engine.progress import track
+
+Mask = str | Callable[[Any], Tensor | None] | None
+
+
+def collect_grams(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    modules: Iterable[str] | None = None,
+    mask: Mask = "attention_mask",
+    calibration: str = "",
+    backend: str = "auto",
+    progress: bool | None = None,
+) -> GramSet:
+    """Measure `sum_rows x x^T` of every linear module's input while `model` reads `batches`.
+
+    `batches`: mappings (called as `model(**batch)`), tuples (`model(*batch)`) or tensors (`model(batch)`); tensors are moved to the device
+    of the model's first parameter. `modules`: shell patterns over module names (default: every `nn.Linear` and Conv1D but the task heads).
+    `mask`: the key of a batch's padding mask (batch, length), or a function of the batch that gives it, or None; rows where it is 0 are not
+    counted. Modules that read the same tensor share one Gram. Accumulates in float32 (float64 for a float64 model).
+    The model is left as it was: hooks removed, training flags restored, also after an error; nothing is differentiated.
+
+    Raises `EmptyCalibrationError` (no batches, or only padding), `CollectionError` (a mask that does not fit a module's input; a module that
+    no batch reaches; sharing that changes from batch to batch), `NonFiniteGramError` (module, count), `ConfigError` (patterns).
+    """
+    chosen = linear_modules(model, modules)
+    if not chosen:
+        raise ConfigError(f"{type(model).__name__} has no linear modules to measure; name some with `modules`.")
+    recorder = _Recorder(model, tuple(chosen), backend)
+    device, dtype = _placement(model)
+    seen = 0
+    with _hooked(model, recorder), torch.inference_mode():
+        for batch in track(batches, "collecting Grams", show=progress):
+            batch = _to_device(batch, device)
+            recorder.start_batch(_mask_of(batch, mask))
+            _forward(model, batch)
+            recorder.end_batch()
+            seen += 1
+    grams, groups = recorder.finish(seen)
+    return GramSet(
+        grams=grams,
+        modules=groups,
+        fingerprints={name: weight_fingerprint(model.get_submodule(name).weight, dtype) for name in groups},  # type: ignore[arg-type]
+        weights_dtype=str(dtype).removeprefix("torch."),
+        calibration=calibration or f"{seen} batches",
+        aliases={saved: live for live, saved in module_checkpoint_names(model, groups).items() if saved != live},
+        transposed=tuple(name for name, module in chosen.items() if module.transposed),
+    )
+
+
+class _Recorder:
+    """Accumulates each module's rows; modules that read the same tensor object follow the first that read it, their leader."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...], backend: str):
+        self.backend = backend
+        self.grams: dict[str, GramAccumulator] = {}
+        self.leader: dict[str, str] = {}
+        self.names = {model.get_submodule(name): name for name in names}
+        self.order = names
+        self._mask: Tensor | None = None
+        # What each leader read last. Weak, so that no activation lives longer than the forward pass keeps it.
+        self._read: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def start_batch(self, mask: Tensor | None) -> None:
+        self._mask = mask
+
+    def end_batch(self) -> None:
+        self._read.clear()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        name = self.names[module]
+        leader = self._leader_of(name, x)
+        if leader != name:
+            self._check_follower(name, leader, x)
+            return
+        # A checksum tells an input that was changed in place between two readers (inference tensors count no versions).
+        self._read[name] = (weakref.ref(x), x.sum(dtype=torch.float64))
+        gram = self.grams.get(name)
+        if gram is None:
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            gram = self.grams[name] = GramAccumulator(x.shape[-1], name=name, dtype=dtype, device=x.device)
+        gram.update(self._kept_rows(name, x), backend=self.backend)
+
+    def _leader_of(self, name: str, x: Tensor) -> str:
+        if name not in self.leader:
+            readers = [other for other, (ref, _) in self._read.items() if ref() is x]
+            self.leader[name] = readers[-1] if readers else name
+        return self.leader[name]
+
+    def _check_follower(self, name: str, leader: str, x: Tensor) -> None:
+        ref, checksum = self._read.get(leader, (lambda: None, None))
+        if ref() is not x:
+            problem = "but not now"
+        elif checksum is not None and not torch.equal(x.sum(dtype=torch.float64), checksum):
+            problem = "but it was changed in place in between"
+        else:
+            return
+        raise CollectionError(
+            f"{name} read the same input as {leader} at first, {problem}: their Grams cannot be shared. Measure them in two passes, each with"
+            " `modules` naming one of them."
+        )
+
+    def _kept_rows(self, name: str, x: Tensor) -> Tensor:
+        mask = self._mask
+        if mask is None:
+            return x
+        rows = x.reshape(-1, x.shape[-1])
+        if x.shape[:-1] == mask.shape or rows.shape[0] == mask.numel():
+            keep = mask.reshape(-1) != 0
+            return rows if bool(keep.all()) else rows[keep]
+        if x.dim() == 2 and x.shape[0] == mask.shape[0]:  # one row for each sequence (a pooler): no padding in it
+            return x
+        raise CollectionError(
+            f"{name}: its input has shape {tuple(x.shape)}, the padding mask {tuple(mask.shape)}: which rows are padding cannot be told. Pass"
+            " mask=None (all rows count), a function that returns the mask that fits, or leave the module out with `modules`."
+        )
+
+    def finish(self, batches: int) -> tuple[dict[str, GramAccumulator], dict[str, str]]:
+        if batches == 0:
+            raise EmptyCalibrationError("The calibration set is empty: no batches. Give at least a few dozen samples of the expert's task.")
+        missing = [name for name in self.order if name not in self.leader]
+        if missing:
+            raise CollectionError(
+                f"{len(missing)} linear modules were never called by the calibration batches, the first is {missing[0]!r}. Leave them out"
+                " with `modules`, or give batches that reach them."
+            )
+        empty = [name for name, gram in self.grams.items() if gram.rows == 0]
+        if empty:
+            raise EmptyCalibrationError(f"{empty[0]}: every calibration row is padding (by the mask). Check the mask and the texts.")
+        return self.grams, {name: self.leader[name] for name in self.order}
+
+
+@contextmanager
+def _hooked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    handles = [module.register_forward_pre_hook(recorder, with_kwargs=True) for module in recorder.names]
+    try:
+        model.eval()
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+
+
+def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None:
+        raise ConfigError(f"{type(model).__name__} has no floating-point parameters.")
+    return first.device, first.dtype
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(_to_device(value, device) for value in batch)
+    return batch
+
+
+def _mask_of(batch: Any, mask: Mask) -> Tensor | None:
+    found = mask(batch) if callable(mask) else batch.get(mask) if isinstance(mask, str) and isinstance(batch, Mapping) else None
+    if found is not None and not bool((found != 0).any()):
+        raise EmptyCalibrationError("A calibration batch is all padding (its mask is 0 everywhere). Check the mask and the texts.")
+    return found
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple):
+        model(*batch)
+    else:
+        model(batch)
