@@ -1,0 +1,22 @@
+"""Plain torch, any dtype that it factors (float32, float64)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cholesky(a: Tensor) -> tuple[Tensor, Tensor]:
+    """`A = L L^T` for each member of `a` (batch, n, n), symmetric; only its lower triangle is read.
+
+    Returns `(lower, info)`: L (batch, n, n), and int32 (batch,): 0, or the order of the first leading minor that is not positive definite (that
+    member's L is then undefined). Nothing is raised: what to do about a member that fails is the caller's policy.
+    """
+    lower, info = torch.linalg.cholesky_ex(a)
+    return lower, info
+
+
+def solve_right(lower: Tensor, rhs: Tensor) -> Tensor:
+    """`rhs A^{-1}` for `rhs` (..., rows, n), with `A = L L^T` given by `lower` (..., n, n)."""
+    half = torch.linalg.solve_triangular(lower.mT, rhs, upper=True, left=False)  # rhs L^{-T}
+    return torch.linalg.solve_triangular(lower, half, upper=False, left=False)

@@ -1,0 +1,256 @@
+"""Stage 3: the closed-form MAP of one module, or of a batch of them.
+
+    W* = argmin_W sum_t beta_t tr((W - W_t) G_t (W - W_t)^T) + lam ||W - W_a||_F^2
+       = W_a + R A^{-1},   R = sum_t beta_t (W_t - W_a) G_t,   A = sum_t beta_t G_t + lam I       (arXiv 2605.12843)
+
+Always in this residual form, by a Cholesky factor. Grams are stored in float32; the algebra is float64, because a ridge of `alpha` leaves a
+condition number of up to `in / alpha`, which eats all seven digits of float32 at small ridges.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bmm_engine.errors import ConfigError, NonFiniteWeightError, NotPositiveDefiniteError, NumericalWarning, ShapeMismatchError
+from bmm_engine.moments import DenseMoment, Moment
+from bmm_engine.ops.cholesky import cholesky, solve_right
+
+# Jitter, relative to the mean diagonal of A: tried in this order on the members of a batch that have no factor without it. The last ones
+# cover the rounding of float32 Grams, whose zero eigenvalues come out as small negative ones.
+JITTERS = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5)
+# Rows of W solved at a time: the float64 working set is then a few of these blocks, whatever the module's height.
+BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`A = L L^T` (in, in) of one group, with the ridge `lam` in it and the jitter that was needed (0 as a rule)."""
+
+    lower: Tensor
+    ridge: float
+    jitter: float
+    task_weights: tuple[float, ...]
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """`rhs A^{-1}` for `rhs` (rows, in)."""
+        return solve_right(self.lower, rhs)
+
+
+@dataclass(frozen=True)
+class MapSolution:
+    """`weight` (..., out, in) in the anchor's dtype; the ridge, jitter and task weights of each member of the batch."""
+
+    weight: Tensor
+    ridge: list[float] = field(default_factory=list)
+    jitter: list[float] = field(default_factory=list)
+    task_weights: list[tuple[float, ...]] = field(default_factory=list)
+
+
+def relative_ridge(alpha: float, trace: float, width: int) -> float:
+    """`lam = alpha * trace(A_0) / in`. Where all Grams are zero any ridge gives the anchor; `alpha` (or 1) itself is taken."""
+    if not alpha >= 0:
+        raise ConfigError(f"alpha must be >= 0 (inf for the anchor itself), not {alpha}.")
+    return alpha * trace / width if trace > 0 else (alpha or 1.0)
+
+
+def energy_weights(energies: Sequence[float]) -> tuple[float, ...]:
+    """`beta_t = 1 / tr(U_t G_t U_t^T)`, scaled to mean 1; a zero energy gets the largest finite weight of the others, or 1."""
+    finite = [1.0 / e for e in energies if e > 0]
+    top = max(finite, default=1.0)
+    raw = [1.0 / e if e > 0 else top for e in energies]
+    mean = sum(raw) / len(raw)
+    return tuple(w / mean for w in raw)
+
+
+def task_energy(moment: Moment, task_vector: Tensor) -> float:
+    """`tr(U G U^T)`: how much fine-tuning changed this module's output, on the task's own inputs. `task_vector` (out, in)."""
+    u = task_vector.double()
+    return float(sum((moment.apply(rows) * rows).sum() for rows in u.split(BLOCK_ROWS)))
+
+
+def factorize(
+    moments: Sequence[Sequence[Moment]],
+    task_weights: Sequence[Sequence[float]],
+    *,
+    alpha: float | None = None,
+    ridge: float | None = None,
+    names: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Factor]:
+    """Assemble and factor `A = sum_t beta_t G_t + lam I` for each member of a batch of groups of one width.
+
+    `moments[i][t]`, `task_weights[i][t]`: member i, task t. Give `alpha` (relative to the mean diagonal) or `ridge` (absolute `lam`).
+    Members without a factor, and only they, are retried with growing jitter, which is reported by a `NumericalWarning` and returned.
+    Raises `NotPositiveDefiniteError` (module, pivot, ridge tried), `ConfigError`.
+    """
+    if (alpha is None) == (ridge is None):
+        raise ConfigError("give alpha (relative ridge) or ridge (absolute), and not both.")
+    names = names or [f"module {i}" for i in range(len(moments))]
+    width = moments[0][0].width
+    a = torch.zeros(len(moments), width, width, dtype=torch.float64, device=device)
+    ridges = []
+    for member, own, betas, name in zip(a, moments, task_weights, names, strict=True):
+        _check_task_weights(betas, len(own), name)
+        for moment, beta in zip(own, betas, strict=True):
+            if moment.width != width:
+                raise ShapeMismatchError(f"{name}: Grams of width {moment.width} and {width} in one solve.")
+            moment.add_to(member, beta)
+        trace = float(member.diagonal().sum())
+        lam = relative_ridge(alpha, trace, width) if alpha is not None else float(ridge or 0.0)
+        if not (lam >= 0 and math.isfinite(lam)):
+            raise ConfigError(f"{name}: the ridge must be finite and >= 0, not {lam}.")
+        member.diagonal().add_(lam)
+        ridges.append(lam)
+    lower, jitters = _factor_with_jitter(a, ridges, names)
+    return [
+        Factor(lower[i], ridges[i], jitters[i], tuple(float(b) for b in task_weights[i])) for i in range(len(moments))
+    ]
+
+
+def residual(anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], task_weights: Sequence[float]) -> Tensor:
+    """`R = sum_t beta_t (W_t - W_a) G_t` (out, in), float64."""
+    anchor = anchor.double()
+    out = torch.zeros_like(anchor)
+    for expert, moment, beta in zip(experts, moments, task_weights, strict=True):
+        if beta:
+            out.add_(moment.apply(expert.double() - anchor), alpha=beta)
+    return out
+
+
+def solve_with_factor(anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], factor: Factor) -> Tensor:
+    """`W* = W_a + R A^{-1}` (out, in) in the anchor's dtype, by blocks of rows: the rows of W are independent."""
+    out = torch.empty_like(anchor)
+    for start in range(0, anchor.shape[0], BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        r = residual(anchor[rows], [e[rows] for e in experts], moments, factor.task_weights)
+        out[rows] = factor.solve(r).add_(anchor[rows])
+    return out
+
+
+def solve_map(
+    anchor: Tensor,
+    experts: Sequence[Tensor] | Tensor,
+    grams: Sequence[Tensor] | Sequence[Moment] | Tensor,
+    *,
+    alpha: float | None = None,
+    ridge: float | None = None,
+    task_weights: Sequence[float] | str | None = None,
+    base: Tensor | None = None,
+    name: str = "module",
+) -> MapSolution:
+    """The MAP weight `W* = W_a + R A^{-1}` of one linear module, or of a batch of equal shape.
+
+    `anchor` (out, in) or (batch, out, in); `experts[t]` of the same shape; `grams[t]` (in, in) or (batch, in, in), mean second moments.
+    Modules that share their input are solved as one, stacked along `out`. Any float dtype; computed in float64, rounded once.
+    `alpha` relative ridge (`lam = alpha trace(A_0) / in`; inf gives the anchor; 0 is RegMean, Jin et al. 2023) or `ridge` absolute.
+    `task_weights`: None (all 1), a number per task, or "energy" (`1 / tr(U_t G_t U_t^T)`, needs `base`).
+
+    Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
+    """
+    experts, grams = list(experts), list(grams)
+    batched = anchor.dim() == 3
+    if not batched and anchor.dim() != 2:
+        raise ShapeMismatchError(f"{name}: the anchor must be (out, in) or (batch, out, in), not {tuple(anchor.shape)}.")
+    if not experts or len(experts) != len(grams):
+        raise ConfigError(f"{name}: {len(experts)} experts and {len(grams)} Grams; give one Gram for each expert, at least one.")
+    for t, expert in enumerate(experts):
+        if expert.shape != anchor.shape:
+            raise ShapeMismatchError(f"{name}: expert {t} has shape {tuple(expert.shape)}, the anchor {tuple(anchor.shape)}.")
+    for what, weight in (("the anchor", anchor), *((f"expert {t}", e) for t, e in enumerate(experts))):
+        check_finite(weight, f"{name} ({what})")
+    anchors = list(anchor) if batched else [anchor]
+    members = [[e[i] if batched else e for e in experts] for i in range(len(anchors))]
+    moments = [[_as_moment(g, i if batched else None, anchor.shape[-1], name) for g in grams] for i in range(len(anchors))]
+    betas = [_resolve_task_weights(task_weights, base, members[i], moments[i], i if batched else None, name) for i in range(len(anchors))]
+    if alpha == math.inf:
+        return MapSolution(anchor.clone(), [math.inf] * len(anchors), [0.0] * len(anchors), betas)
+    names = [f"{name}[{i}]" for i in range(len(anchors))] if batched else [name]
+    factors = factorize(moments, betas, alpha=alpha, ridge=ridge, names=names, device=anchor.device)
+    solved = [solve_with_factor(*args) for args in zip(anchors, members, moments, factors, strict=True)]
+    weight = torch.stack(solved) if batched else solved[0]
+    return MapSolution(weight, [f.ridge for f in factors], [f.jitter for f in factors], betas)
+
+
+def check_finite(weight: Tensor, what: str) -> None:
+    """Raise `NonFiniteWeightError` naming `what` and the count if `weight` holds NaN or infinity."""
+    if not torch.isfinite(weight.sum(dtype=torch.float32)):
+        count = int((~torch.isfinite(weight)).sum())
+        if count:
+            raise NonFiniteWeightError(
+                f"{what}: {count} of {weight.numel()} values are NaN or infinite. The checkpoint is damaged or its training diverged; replace it."
+            )
+
+
+def _resolve_task_weights(
+    given: Sequence[float] | str | None, base: Tensor | None, experts: list[Tensor], moments: list[Moment], index: int | None, name: str
+) -> tuple[float, ...]:
+    if given is None or given == "none":
+        return (1.0,) * len(experts)
+    if given == "energy":
+        if base is None:
+            raise ConfigError(f"{name}: task_weights='energy' needs `base`, to form the task vectors.")
+        own = (base if index is None else base[index]).double()
+        return energy_weights([task_energy(g, e.double() - own) for g, e in zip(moments, experts, strict=True)])
+    if isinstance(given, str):
+        raise ConfigError(f"{name}: task_weights must be None, 'none', 'energy' or one number per task, not {given!r}.")
+    return tuple(float(w) for w in given)
+
+
+def _check_task_weights(betas: Sequence[float], tasks: int, name: str) -> None:
+    if len(betas) != tasks:
+        raise ConfigError(f"{name}: {len(betas)} task weights for {tasks} experts; give one for each.")
+    if not all(math.isfinite(b) and b >= 0 for b in betas) or not any(betas):
+        raise ConfigError(f"{name}: task weights must be finite, >= 0 and not all 0; got {list(betas)}.")
+
+
+def _as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) -> Moment:
+    if not isinstance(gram, Tensor):
+        moment: Moment = gram
+    else:
+        matrix = gram if index is None else gram[index]
+        if matrix.shape != (width, width):
+            raise ShapeMismatchError(f"{name}: a Gram has shape {tuple(matrix.shape)}, the module needs ({width}, {width}).")
+        moment = DenseMoment(matrix, module=name)
+    if moment.width != width:
+        raise ShapeMismatchError(f"{name}: a Gram has width {moment.width}, the module {width}.")
+    return moment
+
+
+def _factor_with_jitter(a: Tensor, ridges: Sequence[float], names: Sequence[str]) -> tuple[Tensor, list[float]]:
+    jitters = [0.0] * len(names)
+    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
+    lower, info = cholesky(a)
+    for relative in JITTERS:
+        failing = info.nonzero().flatten().tolist()
+        if not failing:
+            break
+        for i in failing:
+            jitters[i] = relative * float(scale[i])
+            shifted = a[i].clone()
+            shifted.diagonal().add_(jitters[i])
+            member_lower, member_info = cholesky(shifted[None])
+            lower[i], info[i] = member_lower[0], member_info[0]
+    for i, pivot in enumerate(info.tolist()):
+        if pivot:
+            tried = ridges[i] + jitters[i]
+            raise NotPositiveDefiniteError(
+                f"{names[i]}: A = sum beta_t G_t + lam I has no Cholesky factor (leading minor {pivot} of {a.shape[-1]}), even with ridge"
+                f" {tried:.3g}. Use a larger alpha, or more calibration data.",
+                module=names[i],
+                pivot=pivot,
+                ridge=tried,
+            )
+        if jitters[i]:
+            warnings.warn(
+                f"{names[i]}: A was not positive definite at ridge {ridges[i]:.3g}; jitter {jitters[i]:.3g} was added."
+                " Use a larger alpha, or more calibration data.",
+                NumericalWarning,
+                stacklevel=3,
+            )
+    return lower, jitters
