@@ -1,0 +1,149 @@
+"""Line up base and experts: one set of names and shapes, or a clear word about what does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from bmm_engine.checkpoint import TensorSource, TensorSpec
+from bmm_engine.errors import MissingTensorError, ShapeMismatchError
+
+# What transformers itself renames when it loads old BERT files.
+_LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
+
+
+class AlignedExpert:
+    """An expert read by the base's names: a prefix more or less (`bert.`), legacy LayerNorm names, tied tensors."""
+
+    def __init__(self, source: TensorSource, mapping: dict[str, str], prefix: str):
+        self.source = source
+        self.mapping = mapping  # base name -> expert name
+        self.prefix = prefix  # "" | "+bert." (the expert has it, the base has not) | "-bert."
+
+    @property
+    def label(self) -> str:
+        return self.source.label
+
+    def own_name(self, name: str) -> str:
+        return self.mapping[name]
+
+    def own_module(self, module: str) -> str:
+        return self.mapping.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+
+    def spec(self, name: str) -> TensorSpec:
+        return self.source.spec(self.mapping[name])
+
+    def load(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.source.load(self.mapping[name], rows)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """`merged`: the base's tensors that every expert has, in the base's order; `kept`: those taken from the base as they are (integers, and
+    what `keep_base` names); `expert_only`: label -> tensors that only that expert has (task heads), left out of the merge."""
+
+    base: TensorSource
+    experts: tuple[AlignedExpert, ...]
+    merged: tuple[str, ...]
+    kept: tuple[str, ...]
+    expert_only: dict[str, tuple[str, ...]]
+
+
+def align(base: TensorSource, experts: Sequence[TensorSource], keep_base: Iterable[str] = ()) -> Alignment:
+    """Match the experts' tensors to the base's names and check every shape, reading headers only.
+
+    `keep_base`: shell patterns of base tensors to copy from the base instead of merging. Raises `MissingTensorError` (tensor, expert) and
+    `ShapeMismatchError` (tensor, both shapes).
+    """
+    patterns = tuple(keep_base)
+    names = base.names()
+    kept = tuple(n for n in names if any(fnmatchcase(n, p) for p in patterns) or not base.spec(n).dtype.is_floating_point)
+    merged = tuple(n for n in names if n not in set(kept))
+    aligned, expert_only = [], {}
+    for source in experts:
+        mapping, prefix = _best_mapping(merged, source)
+        _check_complete(base, source, merged, mapping)
+        for name in merged:
+            ours, theirs = base.spec(name), source.spec(mapping[name])
+            if ours.shape != theirs.shape:
+                raise ShapeMismatchError(
+                    f"{name}: shape {ours.shape} in {base.label}, {theirs.shape} in {source.label}. Merge fine-tunes of one base; to take"
+                    f" this tensor from the base, add it to keep_base: ['{name}']."
+                )
+            if not theirs.dtype.is_floating_point:
+                raise ShapeMismatchError(
+                    f"{name}: {ours.dtype} in {base.label}, {theirs.dtype} in {source.label}. Quantised checkpoints cannot be merged; use the"
+                    " original floating-point weights."
+                )
+        aligned.append(AlignedExpert(source, mapping, prefix))
+        used = set(mapping.values()) | {mapping.get(n, n) for n in kept} | {_transform(prefix, n) for n in kept}
+        expert_only[source.label] = tuple(n for n in source.names() if n not in used)
+    return Alignment(base, tuple(aligned), merged, kept, expert_only)
+
+
+def _best_mapping(names: Sequence[str], source: TensorSource) -> tuple[dict[str, str], str]:
+    """The prefix change under which most of `names` are found in `source`."""
+    own = {_modern(n): n for n in (*source.names(), *source.aliases)}
+    candidates = ["", *(f"+{p}" for p in _first_parts(own)), *(f"-{p}" for p in _first_parts(names))]
+    best: dict[str, str] = {}
+    chosen = ""
+    for prefix in candidates:
+        mapping = {}
+        for name in names:
+            # What already agrees (a head beside a prefixed body) keeps its name.
+            found = own.get(_modern(_transform(prefix, name))) or own.get(_modern(name))
+            if found is not None:
+                mapping[name] = found
+        if len(mapping) > len(best):
+            best, chosen = mapping, prefix
+    return best, chosen
+
+
+def _check_complete(base: TensorSource, source: TensorSource, merged: Sequence[str], mapping: dict[str, str]) -> None:
+    missing = [n for n in merged if n not in mapping]
+    if not missing:
+        return
+    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    if len(missing) == len(merged):
+        example = next(iter(source.names()), "nothing")
+        raise MissingTensorError(
+            f"{source.label} shares no tensor with the base {base.label}: the base has {missing[0]!r}{more}, the expert {example!r}. Is it a"
+            " fine-tune of this base, and a full checkpoint?"
+        )
+    raise MissingTensorError(
+        f"{source.label} has no tensor {missing[0]!r}{more}, which the base {base.label} has. If it is a head that need not be merged, keep the"
+        f" base's: keep_base: ['{_common_pattern(missing, merged)}']; if not, the expert is incomplete."
+    )
+
+
+def _common_pattern(missing: Sequence[str], merged: Sequence[str]) -> str:
+    """`HEAD.*` where that names just what is missing, else the first name."""
+    top = missing[0].split(".")[0] + "."
+    whole = [n for n in merged if n.startswith(top)]
+    return f"{top}*" if len(missing) > 1 and list(missing) == whole else missing[0]
+
+
+def _first_parts(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(n.split(".")[0] + "." for n in names if "." in n))
+
+
+def _transform(prefix: str, name: str) -> str:
+    if prefix.startswith("+"):
+        return prefix[1:] + name
+    return name.removeprefix(prefix[1:]) if prefix else name
+
+
+def _modern(name: str) -> str:
+    for pattern, replacement in _LEGACY:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def float_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype to compute in: float64 if any tensor is, else float32."""
+    return torch.float64 if torch.float64 in set(dtypes) else torch.float32

@@ -1,0 +1,163 @@
+"""Merge fine-tunes of one base: from paths, state dicts or live models, to a checkpoint on disk or tensors in memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmm_engine.align import align
+from bmm_engine.checkpoint import Checkpoint, CheckpointWriter, TensorSource, open_source
+from bmm_engine.errors import ConfigError
+from bmm_engine.grams import GramSet, as_gram_sets
+from bmm_engine.output import Target, output_specs, write_sidecars
+from bmm_engine.plan import MergePlan, MergeSettings, build_plan, find_linear_modules
+from bmm_engine.progress import track
+from bmm_engine.stream import MergeStream, ModuleRecord
+
+Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | TensorSource
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """`tensors` (name -> tensor) for a merge in memory, else `path` of the written checkpoint; what was done to each module; the plan."""
+
+    plan: MergePlan
+    modules: list[ModuleRecord]
+    tensors: dict[str, Tensor] | None = None
+    path: Path | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for JSON: counts, what was left out, and a record for each module."""
+        alignment = self.plan.alignment
+        return {
+            "solved_modules": len(self.modules),
+            "tensors_from_anchor": len(self.plan.from_anchor),
+            "tensors_from_base": len(self.plan.from_base),
+            "modules_without_gram": list(self.plan.unmeasured),
+            "left_out_of_experts": {label: list(names) for label, names in alignment.expert_only.items() if names},
+            "modules": [asdict(record) for record in self.modules],
+        }
+
+
+def plan_merge(
+    base: Model,
+    experts: Sequence[Model],
+    *,
+    grams: Any = "task_vectors",
+    settings: MergeSettings | None = None,
+    modules: Iterable[str] | None = None,
+    keep_base: Iterable[str] = (),
+    local_files_only: bool = False,
+) -> MergePlan:
+    """What `merge` would do, from headers alone; nothing is computed or written. Raises as `merge` does."""
+    settings = settings or MergeSettings()
+    if not experts:
+        raise ConfigError("no experts: give at least one fine-tuned model.")
+    modules = [modules] if isinstance(modules, str) else list(modules) if modules is not None else None
+    sources = [_open(model, role, local_files_only) for model, role in ((base, "base"), *((e, f"expert {i}") for i, e in enumerate(experts)))]
+    alignment = align(sources[0], sources[1:], keep_base)
+    gram_sets = [] if isinstance(grams, str) or grams is None else as_gram_sets(grams)
+    # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
+    needs_modules = settings.alpha != math.inf or settings.rule.scope == "module"
+    linear = find_linear_modules(alignment, base, modules, gram_sets) if needs_modules else {}
+    return build_plan(alignment, linear, settings, gram_sets, modules is not None)
+
+
+def merge(
+    base: Model,
+    experts: Sequence[Model],
+    *,
+    anchor: str = "average",
+    anchor_parameters: Mapping[str, Any] | None = None,
+    grams: Sequence[GramSet | str | os.PathLike[str]] | str = "task_vectors",
+    hybrid: float | None = None,
+    alpha: float = 0.1,
+    scale: float = 1.0,
+    task_weights: str | Sequence[float] | None = None,
+    fit_bias: bool = False,
+    normalization: str = "trace",
+    modules: Iterable[str] | None = None,
+    keep_base: Iterable[str] = (),
+    output: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    device: str = "cpu",
+    recipe: Mapping[str, Any] | None = None,
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> MergeResult:
+    """Bayesian Model Merging (arXiv 2605.12843): per linear module `W* = W_a + R A^{-1}`, then `W_0 + scale (W* - W_0)`.
+
+    `base`, `experts`: Hugging Face directories or hub ids, state dicts, or live models, in any mix; all full fine-tunes of one architecture.
+    `anchor`: a rule by name, with `anchor_parameters`; it also gives every tensor that is not a linear module (norms, embeddings, heads).
+    `grams`: one GramSet or path per expert (data), or "task_vectors" (data-free). `hybrid`: share g in [0, 1] of the task-vector Gram beside
+    the data's. `alpha`: ridge relative to the mean diagonal (inf: the anchor itself; 0: RegMean). `task_weights`: None, "energy", or a number
+    per expert. `fit_bias`: solve biases with the weights (data only). `modules`: shell patterns of the linear modules to solve (default: all
+    but heads). `keep_base`: patterns of tensors to copy from the base.
+    `output`: a directory to write (staged, then renamed; never half); without it the tensors come back in memory, on the CPU.
+    `dtype`: of the output's float tensors (default: as in the base). Arithmetic is float32 (float64 for the solves), rounded once.
+
+    Raises `ConfigError`, `MissingTensorError`, `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `GramMismatchError`,
+    `NotPositiveDefiniteError`, `CheckpointError`, `OutputExistsError`, `OutputWriteError`; then nothing is left on disk.
+    """
+    settings = MergeSettings(
+        anchor=anchor,
+        anchor_parameters=dict(anchor_parameters or {}),
+        gram_source=_gram_source(grams, hybrid),
+        hybrid_share=0.5 if hybrid is None else hybrid,
+        normalization=normalization,
+        alpha=alpha,
+        scale=scale,
+        task_weights="none" if task_weights is None else task_weights if isinstance(task_weights, str) else tuple(task_weights),
+        fit_bias=fit_bias,
+        device=device,
+    )
+    plan = plan_merge(
+        base, experts, grams=grams, settings=settings, modules=modules, keep_base=keep_base, local_files_only=local_files_only
+    )
+    specs = output_specs(plan.alignment, dtype)
+    stream = MergeStream(plan)
+    if output is None:
+        target = Target(specs)
+        _run(stream, target, progress)
+        ordered = {name: target.tensors[name] for name in specs}
+        ordered.update({alias: ordered[name] for alias, name in plan.alignment.base.aliases.items() if name in ordered})
+        return MergeResult(plan, stream.records, tensors=ordered)
+    # Sharding and the output path are refused before any work.
+    with CheckpointWriter(output, list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite) as writer:
+        _run(stream, Target(specs, writer), progress)
+        result = MergeResult(plan, stream.records)
+        write_sidecars(writer, plan, result.summary(), recipe, dtype)
+        path = writer.commit()
+    return replace(result, path=path)
+
+
+def _run(stream: MergeStream, target: _Target, progress: bool | None) -> None:
+    for pieces in track(stream, "merging", total=len(stream), show=progress):
+        for piece in pieces:
+            target.put(piece)
+
+
+def _open(model: Model, role: str, local_files_only: bool) -> TensorSource:
+    if isinstance(model, (str, os.PathLike)):
+        return Checkpoint.open(model, local_files_only=local_files_only)
+    label = f"the {role} ({type(model).__name__})" if isinstance(model, (nn.Module, Mapping)) else None
+    return open_source(model, label)
+
+
+def _gram_source(grams: Any, hybrid: float | None) -> str:
+    if isinstance(grams, str):
+        if grams != "task_vectors":
+            raise ConfigError(f"grams must be 'task_vectors' or a list with one GramSet or path per expert, not {grams!r}.")
+        if hybrid is not None:
+            raise ConfigError("hybrid mixes measured Grams with task vectors: give the Grams too (grams=[...]).")
+        return "task_vectors"
+    return "data" if hybrid is None else "hybrid"
