@@ -1,0 +1,177 @@
+"""Calibration data from files: texts, tables, ready-made model inputs or images, as batches for `collect_grams`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Samples of one task, read but not yet batched: `texts`, named `inputs` (each (samples, ...)), or `images` (paths)."""
+
+    source: Path
+    texts: tuple[str, ...] = ()
+    inputs: dict[str, Tensor] | None = None
+    images: tuple[Path, ...] = ()
+
+    def __len__(self) -> int:
+        if self.inputs is not None:
+            return len(next(iter(self.inputs.values())))
+        return len(self.texts) or len(self.images)
+
+    def describe(self) -> str:
+        """File name, number of samples, and a short hash of the source, for the record."""
+        return f"{self.source.name}: {len(self)} samples, sha256 {_digest(self.source)}"
+
+    def batches(self, model_path: Path, *, batch_size: int, max_length: int) -> Iterator[dict[str, Tensor]]:
+        """Model inputs of `batch_size` samples, made by the checkpoint's own tokenizer or image processor.
+
+        Texts of like length go together, so that little is padding. Raises `CheckpointError` without a tokenizer or processor.
+        """
+        if self.inputs is not None:
+            for start in range(0, len(self), batch_size):
+                yield {key: value[start : start + batch_size] for key, value in self.inputs.items()}
+        elif self.texts:
+            tokenizer = load_tokenizer(model_path)
+            ordered = sorted(self.texts, key=len)
+            for start in range(0, len(ordered), batch_size):
+                yield dict(
+                    tokenizer(
+                        ordered[start : start + batch_size], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+                    )
+                )
+        else:
+            yield from _image_batches(self.images, model_path, batch_size)
+
+
+def read_calibration(path: Path, *, samples: int | None = None, field: str = "text") -> CalibrationData:
+    """Read up to `samples` samples (spread evenly over the file) from
+
+    `.txt` (a text on each line), `.jsonl`, `.tsv` or `.csv` (the column `field`), `.safetensors` (model inputs by name, samples first), or a
+    directory of images. Raises `ConfigError` (no such file, no such column, unknown kind) and `EmptyCalibrationError`.
+    """
+    if not path.exists():
+        raise ConfigError(f"calibration: {path} does not exist. Give a .txt, .jsonl, .tsv, .csv or .safetensors file, or a folder of images.")
+    if path.is_dir():
+        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        data = CalibrationData(path, images=tuple(_spread(images, samples)))
+    elif path.suffix == ".safetensors":
+        data = CalibrationData(path, inputs=_read_inputs(path, samples))
+    else:
+        texts = [text for text in _read_texts(path, field) if text.strip()]
+        data = CalibrationData(path, texts=tuple(_spread(texts, samples)))
+    if len(data) == 0:
+        raise EmptyCalibrationError(f"calibration: {path} holds no samples. A few hundred of the expert's own task are enough.")
+    return data
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer, able to pad. Raises `CheckpointError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: has no tokenizer that transformers can load ({str(error).splitlines()[0]}). Copy the base's tokenizer files there, or give"
+            " calibration as .safetensors of model inputs."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # decoder-only models have none; the attention mask tells padding all the same
+    return tokenizer
+
+
+def _read_texts(path: Path, field: str) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
+            if path.suffix == ".txt":
+                yield from (line.rstrip("\n") for line in file)
+            elif path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield str(_column(json.loads(line), field, f"{path}, line {number}"))
+            elif path.suffix == ".csv":
+                yield from (str(_column(row, field, str(path))) for row in csv.DictReader(file))
+            elif path.suffix == ".tsv":
+                header = file.readline().rstrip("\n").split("\t")
+                for line in file:
+                    yield str(_column(dict(zip(header, line.rstrip("\n").split("\t"), strict=False)), field, str(path)))
+            else:
+                raise ConfigError(f"calibration: {path} is of a kind that is not read; use .txt, .jsonl, .tsv, .csv or .safetensors.")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"calibration: {path} cannot be read ({error}). It must be UTF-8 text of the kind its name says.") from error
+
+
+def _column(row: Any, field: str, where: str) -> Any:
+    if not isinstance(row, dict) or field not in row:
+        has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise ConfigError(f"calibration: {where} has no column {field!r} (it has: {has}). Name the text column with `field`.")
+    return row[field]
+
+
+def _read_inputs(path: Path, samples: int | None) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        inputs = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"calibration: {path} is not a readable safetensors file ({error}). Write it again.") from error
+    counts = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in inputs.items()}
+    if len(set(counts.values())) > 1:
+        raise ConfigError(f"calibration: {path}: the inputs differ in their number of samples: {counts}. The first dimension is the sample.")
+    if not inputs:
+        raise EmptyCalibrationError(f"calibration: {path} holds no tensors.")
+    keep = torch.tensor(_spread(range(next(iter(counts.values()))), samples), dtype=torch.long)
+    return {name: tensor[keep] for name, tensor in inputs.items()}
+
+
+def _image_batches(images: tuple[Path, ...], model_path: Path, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    from transformers import AutoImageProcessor
+
+    try:
+        from PIL import Image
+
+        processor = AutoImageProcessor.from_pretrained(model_path, local_files_only=True)
+    except (ImportError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{model_path}: images cannot be prepared ({str(error).splitlines()[0]}). It needs pillow and the checkpoint's preprocessor_config.json;"
+            " or give calibration as .safetensors with `pixel_values`."
+        ) from error
+    for start in range(0, len(images), batch_size):
+        pictures = []
+        for path in images[start : start + batch_size]:
+            with Image.open(path) as picture:
+                pictures.append(picture.convert("RGB"))
+        yield dict(processor(pictures, return_tensors="pt"))
+
+
+def _spread(items: Any, samples: int | None) -> list[Any]:
+    """`samples` of the items at even distances (files are often sorted by class), or all."""
+    count = len(items)
+    if samples is None or samples >= count:
+        return list(items)
+    return [items[i * count // samples] for i in range(samples)]
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        return hashlib.sha256("\n".join(sorted(p.name for p in path.rglob("*"))).encode()).hexdigest()[:12]
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            digest.update(chunk)
+    return digest.hexdigest()[:12]
