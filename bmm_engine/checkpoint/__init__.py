@@ -1,0 +1,24 @@
+"""Checkpoints in and out: lazy sources, the streaming writer, and the record of a merge. Imports no other stage."""
+
+from __future__ import annotations
+
+from bmm_engine.checkpoint.provenance import RECORD_FILENAME, input_record, is_merge_directory, merge_record, model_card
+from bmm_engine.checkpoint.reader import Checkpoint, open_source
+from bmm_engine.checkpoint.shards import parse_size
+from bmm_engine.checkpoint.source import StateDictSource, TensorSource, TensorSpec
+from bmm_engine.checkpoint.writer import CheckpointWriter
+
+__all__ = [
+    "RECORD_FILENAME",
+    "Checkpoint",
+    "CheckpointWriter",
+    "StateDictSource",
+    "TensorSource",
+    "TensorSpec",
+    "input_record",
+    "is_merge_directory",
+    "merge_record",
+    "model_card",
+    "open_source",
+    "parse_size",
+]

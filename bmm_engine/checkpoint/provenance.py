@@ -1,0 +1,158 @@
+"""Where a merge came from: `bmm_merge.json` for machines, the model card for people."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bmm_engine.checkpoint.reader import Checkpoint
+from bmm_engine.checkpoint.source import TensorSource
+from bmm_engine.errors import ConfigError
+
+RECORD_FILENAME = "bmm_merge.json"
+RECORD_FORMAT = "bmm-merge"
+RECORD_VERSION = 1
+
+
+def is_merge_directory(path: Path) -> bool:
+    """True when `path` holds a `bmm_merge.json` of this engine's format."""
+    try:
+        record = json.loads((path / RECORD_FILENAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("format") == RECORD_FORMAT
+
+
+def input_record(role: str, source: TensorSource) -> dict[str, Any]:
+    """One entry of `inputs`: role ("base", "expert 'math'"), where it came from, and SHA-256 and size of its files.
+
+    Reads every file of a Checkpoint once. A source in memory has no files.
+    """
+    if not isinstance(source, Checkpoint):
+        return {"role": role, "source": source.label, "files": {}}
+    sizes = source.shard_sizes()
+    record: dict[str, Any] = {"role": role, "source": source.hub_id or source.label}
+    if source.revision is not None:
+        record["revision"] = source.revision
+    hashes = source.sha256()
+    record["files"] = {
+        name: {"sha256": digest, "bytes": sizes.get(name) or (source.path / name).stat().st_size}
+        for name, digest in hashes.items()
+    }
+    return record
+
+
+def merge_record(
+    recipe: Mapping[str, Any],
+    inputs: Sequence[Mapping[str, Any]],
+    modules: Mapping[str, Any] | Sequence[Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `bmm_merge.json`: versions, time (SOURCE_DATE_EPOCH if set), recipe, inputs and a summary of the
+    modules.
+
+    Paths and dtypes become text, and so do infinity and NaN, which JSON lacks. Raises ConfigError for values that are
+    no plain data.
+    """
+    return {
+        "format": RECORD_FORMAT,
+        "format_version": RECORD_VERSION,
+        "created": _created(),
+        "versions": {"bmm_engine": _engine_version(), "torch": torch.__version__, "python": platform.python_version()},
+        "recipe": _plain(recipe, "recipe"),
+        "inputs": _plain(inputs, "inputs"),
+        "modules": _plain(modules, "modules"),
+    }
+
+
+def model_card(record: Mapping[str, Any], *, name: str, architecture: str | None = None) -> str:
+    """README.md of a merged model: front matter, the recipe, its inputs and how to load it.
+
+    `record` is what `merge_record` returns; inputs that have a revision are hub models and become `base_model`.
+    `architecture` is the transformers class that loads the model (`config["architectures"][0]`).
+    """
+    import yaml
+
+    base_models = list(dict.fromkeys(entry["source"] for entry in record["inputs"] if "revision" in entry))
+    front: dict[str, Any] = {"base_model": base_models} if base_models else {}
+    front |= {"library_name": "transformers", "tags": ["merge", "bmm-engine"]}
+    loader = architecture or "AutoModel"
+    inputs = "\n".join(
+        f"* {entry['role']}: `{entry['source']}`" + (f" at `{entry['revision']}`" if "revision" in entry else "")
+        for entry in record["inputs"]
+    )
+    versions = record["versions"]
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {name}
+
+Merged from fine-tuned models in closed form by Bayesian Model Merging (arXiv 2605.12843), with bmm-engine
+{versions["bmm_engine"]} and torch {versions["torch"]}, {record["created"]}. `{RECORD_FILENAME}` holds the hashes of
+all inputs.
+
+## Inputs
+
+{inputs}
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(record["recipe"], sort_keys=False, allow_unicode=True).strip()}
+```
+
+## Use
+
+```python
+from transformers import {loader}
+
+model = {loader}.from_pretrained("path/to/this/directory")
+```
+"""
+
+
+def _created() -> str:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if epoch is None:
+        moment = datetime.now(timezone.utc)
+    else:
+        try:
+            moment = datetime.fromtimestamp(int(epoch), timezone.utc)
+        except (ValueError, OverflowError, OSError) as error:
+            raise ConfigError(
+                f"SOURCE_DATE_EPOCH={epoch!r} is not a number of seconds since 1970; correct or unset it"
+            ) from error
+    return moment.replace(microsecond=0).isoformat()
+
+
+def _engine_version() -> str:
+    try:
+        return version("bmm-engine")
+    except PackageNotFoundError:
+        return "not installed (source checkout)"
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` as JSON data. Raises ConfigError that names the key of what is none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (Path, torch.dtype)):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise ConfigError(
+        f"{where}: a {type(value).__name__} cannot be recorded; give it as a number, text, list or mapping"
+    )

@@ -1,0 +1,174 @@
+"""The safetensors format: headers checked before they are trusted, reads of one tensor or a range of its rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bmm_engine.checkpoint.layout import check_weight_file, file_stamp
+from bmm_engine.checkpoint.source import TensorSpec, row_span
+from bmm_engine.errors import CheckpointError
+
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "C64": "complex64",
+}
+DTYPES: dict[str, torch.dtype] = {
+    tag: getattr(torch, name) for tag, name in _TORCH_NAMES.items() if hasattr(torch, name)
+}
+TAGS: dict[torch.dtype, str] = {dtype: tag for tag, dtype in DTYPES.items()}
+
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor of any dtype, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """One checked file: specs in offset order, and where each tensor's bytes start."""
+
+    path: Path
+    specs: dict[str, TensorSpec]
+    offsets: dict[str, int]
+    stamp: tuple[int, int, int]
+
+    @classmethod
+    def open(cls, path: Path) -> SafetensorsFile:
+        """Read and check the header. Raises CheckpointError for a truncated or malformed file and an unknown dtype."""
+        check_weight_file(path)
+        with path.open("rb") as file:
+            stamp = file_stamp(file.fileno())
+            header, data_start = _read_header(path, file.read(8), file, stamp[0])
+        entries = sorted(_entries(path, header), key=lambda entry: entry[:2])
+        described = data_start + max((end for _, end, _ in entries), default=0)
+        if described != stamp[0]:
+            problem = "is truncated" if described > stamp[0] else "has bytes that its header does not describe"
+            raise CheckpointError(
+                f"{path}: {problem}: the header describes a file of {described} bytes, this one has {stamp[0]}; "
+                "download it again"
+            )
+        specs = {spec.name: spec for _, _, spec in entries}
+        offsets = {spec.name: data_start + begin for begin, _, spec in entries}
+        # The library has the last word on holes and overlaps; it maps the file only for this check.
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path}: is not a valid safetensors file of {stamp[0]} bytes ({error}); download it again"
+            ) from error
+        return cls(path, specs, offsets, stamp)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return {}
+
+    def release(self) -> None:
+        """Nothing to give back: no file stays open between reads."""
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """One tensor, or a range of its rows, in fresh memory. Raises CheckpointError when the file has changed."""
+        # Plain reads, not a mapping: pages of a mapped file count as resident memory of this process and stay after
+        # the tensor is gone, so a merge that maps its inputs seems to grow to the size of all experts together.
+        spec, offset, shape = self.specs[name], self.offsets[name], self.specs[name].shape
+        if rows is not None:
+            start, stop = row_span(name, shape, rows)
+            shape = (stop - start, *shape[1:])
+            offset += start * math.prod(shape[1:]) * spec.dtype.itemsize
+        tensor = torch.empty(shape, dtype=spec.dtype)
+        view = byte_view(tensor)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if file_stamp(file.fileno()) != self.stamp:
+                    raise CheckpointError(
+                        f"{self.path}: changed on disk since it was opened; open the checkpoint again"
+                    )
+                file.seek(offset)
+                done = 0
+                while done < len(view):
+                    count = file.readinto(view[done:])  # the system reads at most 2 GiB at once
+                    if not count:
+                        raise CheckpointError(
+                            f"{self.path}: ends after {done} of the {len(view)} bytes of tensor {name!r}; download it "
+                            "again"
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read ({error.strerror})") from error
+        return tensor
+
+
+def _read_header(path: Path, length_bytes: bytes, file: Any, file_bytes: int) -> tuple[dict[str, Any], int]:
+    """The parsed header and the offset at which tensor data starts."""
+    length = int.from_bytes(length_bytes, "little")
+    if len(length_bytes) < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
+        raise CheckpointError(
+            f"{path}: is no safetensors file or is truncated: its first 8 bytes announce a header of {length} bytes, "
+            f"the file has {file_bytes}; download it again"
+        )
+    try:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:  # ValueError also for what is not UTF-8
+        raise CheckpointError(f"{path}: the safetensors header is malformed ({error}); download it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: the safetensors header is not a JSON object; download it again")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+def _entries(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int, TensorSpec]]:
+    """`(begin, end, spec)` of each tensor in the header, relative to the start of the data."""
+    for name, entry in header.items():
+        try:
+            tag, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
+                raise ValueError("sizes must be non-negative integers")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: the header of tensor {name!r} is malformed ({error}); download it again"
+            ) from error
+        if not isinstance(tag, str) or tag not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has the dtype {tag!r}, which is not supported (known: {', '.join(DTYPES)}); "
+                "convert the checkpoint to one of these"
+            )
+        spec = TensorSpec(name, shape, DTYPES[tag], path.name)
+        if spec.nbytes != end - begin:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} of shape {shape} and dtype {tag} needs {spec.nbytes} bytes, its header "
+                f"gives it {end - begin}; download it again"
+            )
+        yield begin, end, spec
