@@ -87,19 +87,25 @@ class TaskVectorMoment:
     """`G_t = U^T U / c`, the data-free estimate (arXiv 2605.12843, Theorem 1), `U = W_t - W_0` (out, in).
 
     `normalization`: "trace" (`c = ||U||_F^2`, so that the trace is 1) or "none" (`c = 1`). A zero task vector gives `G = 0`.
+    Kept as the matrix (in, in) where `in <= out`, else as the factor U: whichever is smaller is also the faster to apply.
     """
 
     def __init__(self, task_vector: Tensor, normalization: str = "trace"):
         if normalization not in ("trace", "none"):
             raise ConfigError(f"task-vector Grams: normalization must be 'trace' or 'none', not {normalization!r}.")
-        self.factor = task_vector
         energy = float(task_vector.pow(2).sum(dtype=torch.float64))
         self.scale = 1.0 if normalization == "none" else (1.0 / energy if energy > 0 else 0.0)
         self._trace = energy * self.scale
+        out, self._width = task_vector.shape
+        self._factor = task_vector if out < self._width else None
+        self._dense: DenseMoment | None = None
+        if self._factor is None:
+            gram = torch.zeros(self._width, self._width, dtype=torch.float64, device=task_vector.device)
+            self._dense = DenseMoment(accumulate_gram(gram, task_vector.double()).mul_(self.scale))
 
     @property
     def width(self) -> int:
-        return self.factor.shape[1]
+        return self._width
 
     def trace(self) -> float:
         return self._trace
@@ -107,11 +113,17 @@ class TaskVectorMoment:
     def add_to(self, a: Tensor, weight: float) -> None:
         if weight * self.scale == 0:
             return
-        rows = self.factor.to(a)
-        accumulate_gram(a, rows, row_weights=torch.full((rows.shape[0],), weight * self.scale, dtype=a.dtype, device=a.device))
+        if self._factor is None:
+            assert self._dense is not None
+            return self._dense.add_to(a, weight)
+        rows = self._factor.to(a)
+        accumulate_gram(a, rows, row_weights=rows.new_full((rows.shape[0],), weight * self.scale))
 
     def apply(self, rows: Tensor) -> Tensor:
-        factor = self.factor.to(rows)
+        if self._factor is None:
+            assert self._dense is not None
+            return self._dense.apply(rows)
+        factor = self._factor.to(rows)
         return ((rows @ factor.mT) @ factor).mul_(self.scale)
 
 

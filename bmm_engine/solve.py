@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,13 +19,13 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, NonFiniteWeightError, NotPositiveDefiniteError, NumericalWarning, ShapeMismatchError
 from bmm_engine.moments import DenseMoment, Moment
-from bmm_engine.ops.cholesky import cholesky, solve_right
+from bmm_engine.ops.cholesky import cholesky_, solve_right
 
 # Jitter, relative to the mean diagonal of A: tried in this order on the members of a batch that have no factor without it. The last ones
 # cover the rounding of float32 Grams, whose zero eigenvalues come out as small negative ones.
 JITTERS = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5)
 # Rows of W solved at a time: the float64 working set is then a few of these blocks, whatever the module's height.
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,30 @@ def factorize(
         raise ConfigError("give alpha (relative ridge) or ridge (absolute), and not both.")
     names = names or [f"module {i}" for i in range(len(moments))]
     width = moments[0][0].width
-    a = torch.zeros(len(moments), width, width, dtype=torch.float64, device=device)
-    ridges = []
-    for member, own, betas, name in zip(a, moments, task_weights, names, strict=True):
+    for own, betas, name in zip(moments, task_weights, names, strict=True):
         _check_task_weights(betas, len(own), name)
-        for moment, beta in zip(own, betas, strict=True):
+        for moment in own:
             if moment.width != width:
                 raise ShapeMismatchError(f"{name}: Grams of width {moment.width} and {width} in one solve.")
-            moment.add_to(member, beta)
+    a = torch.empty(len(moments), width, width, dtype=torch.float64, device=device)
+    ridges, scales = [], []
+    for member, own, betas, name in zip(a, moments, task_weights, names, strict=True):
+        _assemble(member, own, betas)
         trace = float(member.diagonal().sum())
         lam = relative_ridge(alpha, trace, width) if alpha is not None else float(ridge or 0.0)
         if not (lam >= 0 and math.isfinite(lam)):
             raise ConfigError(f"{name}: the ridge must be finite and >= 0, not {lam}.")
         member.diagonal().add_(lam)
         ridges.append(lam)
-    lower, jitters = _factor_with_jitter(a, ridges, names)
-    return [
-        Factor(lower[i], ridges[i], jitters[i], tuple(float(b) for b in task_weights[i])) for i in range(len(moments))
-    ]
+        scales.append(trace / width + lam)
+    lower, info = cholesky_(a)
+    failed = info.tolist()
+    factors = [Factor(lower[i], ridges[i], 0.0, tuple(map(float, task_weights[i]))) for i in range(len(moments))]
+    for i in (i for i, pivot in enumerate(failed) if pivot):
+        # The factorisation overwrote A; a failure is rare, so it is assembled again.
+        again = _factor_with_jitter(lambda i=i: _assemble(a[i], moments[i], task_weights[i]), ridges[i], scales[i], failed[i], names[i])
+        factors[i] = Factor(again[0], ridges[i], again[1], factors[i].task_weights)
+    return factors
 
 
 def residual(anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], task_weights: Sequence[float]) -> Tensor:
@@ -222,35 +228,37 @@ def _as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) 
     return moment
 
 
-def _factor_with_jitter(a: Tensor, ridges: Sequence[float], names: Sequence[str]) -> tuple[Tensor, list[float]]:
-    jitters = [0.0] * len(names)
-    scale = a.diagonal(dim1=-2, dim2=-1).mean(-1)
-    lower, info = cholesky(a)
+def _assemble(a: Tensor, moments: Sequence[Moment], task_weights: Sequence[float]) -> Tensor:
+    """`A_0 = sum_t beta_t G_t` into `a` (in, in)."""
+    a.zero_()
+    for moment, beta in zip(moments, task_weights, strict=True):
+        moment.add_to(a, beta)
+    return a
+
+
+def _factor_with_jitter(
+    assemble: Callable[[], Tensor], ridge: float, scale: float, pivot: int, name: str
+) -> tuple[Tensor, float]:
+    """The factor of one member that has none at `ridge`, with the least jitter of the ladder that gives one: (lower, jitter)."""
+    jitter = 0.0
     for relative in JITTERS:
-        failing = info.nonzero().flatten().tolist()
-        if not failing:
-            break
-        for i in failing:
-            jitters[i] = relative * float(scale[i])
-            shifted = a[i].clone()
-            shifted.diagonal().add_(jitters[i])
-            member_lower, member_info = cholesky(shifted[None])
-            lower[i], info[i] = member_lower[0], member_info[0]
-    for i, pivot in enumerate(info.tolist()):
-        if pivot:
-            tried = ridges[i] + jitters[i]
-            raise NotPositiveDefiniteError(
-                f"{names[i]}: A = sum beta_t G_t + lam I has no Cholesky factor (leading minor {pivot} of {a.shape[-1]}), even with ridge"
-                f" {tried:.3g}. Use a larger alpha, or more calibration data.",
-                module=names[i],
-                pivot=pivot,
-                ridge=tried,
-            )
-        if jitters[i]:
+        jitter = relative * scale
+        a = assemble()
+        a.diagonal().add_(ridge + jitter)
+        lower, info = cholesky_(a[None])
+        pivot = int(info[0])
+        if pivot == 0:
             warnings.warn(
-                f"{names[i]}: A was not positive definite at ridge {ridges[i]:.3g}; jitter {jitters[i]:.3g} was added."
-                " Use a larger alpha, or more calibration data.",
+                f"{name}: A was not positive definite at ridge {ridge:.3g}; jitter {jitter:.3g} was added. Use a larger alpha, or more"
+                " calibration data.",
                 NumericalWarning,
                 stacklevel=3,
             )
-    return lower, jitters
+            return lower[0], jitter
+    raise NotPositiveDefiniteError(
+        f"{name}: A = sum beta_t G_t + lam I has no Cholesky factor (leading minor {pivot}), even with ridge {ridge + jitter:.3g}. Use a larger"
+        " alpha, or more calibration data.",
+        module=name,
+        pivot=pivot,
+        ridge=ridge + jitter,
+    )

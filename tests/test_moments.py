@@ -18,12 +18,13 @@ def dense(moment):
 
 
 def moments():
-    x, u = torch.randn(30, 9), torch.randn(4, 9)
+    x, u, tall = torch.randn(30, 9), torch.randn(4, 9), torch.randn(20, 9)
     data = DenseMoment(x.T @ x, 30)
     return {
         "dense": (data, x.double().T @ x.double() / 30),
         "lazy": (DenseMoment(lambda: x.T @ x, 30, width=9), x.double().T @ x.double() / 30),
         "task_vector": (TaskVectorMoment(u), u.double().T @ u.double() / u.double().pow(2).sum()),
+        "tall": (TaskVectorMoment(tall), tall.double().T @ tall.double() / tall.double().pow(2).sum()),
         "plain": (TaskVectorMoment(u, "none"), u.double().T @ u.double()),
         "sum": (
             SumMoment([(0.5, data), (2.0, TaskVectorMoment(u))]),
@@ -32,7 +33,7 @@ def moments():
     }
 
 
-@pytest.mark.parametrize("kind", ["dense", "lazy", "task_vector", "plain", "sum"])
+@pytest.mark.parametrize("kind", ["dense", "lazy", "task_vector", "tall", "plain", "sum"])
 def test_add_apply_and_trace_are_one_matrix(kind):
     moment, truth = moments()[kind]
     rows = torch.randn(5, 9, dtype=torch.float64)

@@ -1,5 +1,5 @@
 """Cholesky factors of a batch of symmetric matrices, and solves with them. On torch (LAPACK on the CPU, cuSOLVER on the GPU)."""
 
-from bmm_engine.ops.cholesky.reference import cholesky, solve_right
+from bmm_engine.ops.cholesky.reference import cholesky_, solve_right
 
-__all__ = ["cholesky", "solve_right"]
+__all__ = ["cholesky_", "solve_right"]

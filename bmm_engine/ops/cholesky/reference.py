@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 
-def cholesky(a: Tensor) -> tuple[Tensor, Tensor]:
-    """`A = L L^T` for each member of `a` (batch, n, n), symmetric; only its lower triangle is read.
+def cholesky_(a: Tensor) -> tuple[Tensor, Tensor]:
+    """`A = L L^T` for each member of `a` (batch, n, n), symmetric and contiguous, in the memory of `a`, which is overwritten.
 
-    Returns `(lower, info)`: L (batch, n, n), and int32 (batch,): 0, or the order of the first leading minor that is not positive definite (that
-    member's L is then undefined). Nothing is raised: what to do about a member that fails is the caller's policy.
+    Returns `(lower, info)`: L (batch, n, n), a view of `a`; and int32 (batch,): 0, or the order of the first leading minor that is not positive
+    definite (that member's L is then undefined). Nothing is raised: what to do about a member that fails is the caller's policy.
     """
-    lower, info = torch.linalg.cholesky_ex(a)
+    info = torch.empty(a.shape[:-2], dtype=torch.int32, device=a.device)
+    # LAPACK wants columns contiguous; a symmetric matrix read that way is its own transpose, so nothing is copied.
+    lower, info = torch.linalg.cholesky_ex(a.mT, out=(a.mT, info))
     return lower, info
 
 
