@@ -62,7 +62,9 @@ def align(base: TensorSource, experts: Sequence[TensorSource], keep_base: Iterab
     """
     patterns = tuple(keep_base)
     names = base.names()
-    kept = tuple(n for n in names if any(fnmatchcase(n, p) for p in patterns) or not base.spec(n).dtype.is_floating_point)
+    kept = tuple(
+        n for n in names if any(fnmatchcase(n, p) for p in patterns) or not base.spec(n).dtype.is_floating_point
+    )
     merged = tuple(n for n in names if n not in set(kept))
     aligned, expert_only = [], {}
     for source in experts:

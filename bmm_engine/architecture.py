@@ -50,8 +50,8 @@ def linear_module(name: str, module: nn.Module) -> LinearModule | None:
     if isinstance(module, nn.Linear):
         return LinearModule(name, module.out_features, module.in_features, False, module.bias is not None)
     if is_conv1d(module):
-        rows, columns = module.weight.shape
-        return LinearModule(name, columns, rows, True, getattr(module, "bias", None) is not None)
+        weight = module.get_parameter("weight")
+        return LinearModule(name, weight.shape[1], weight.shape[0], True, getattr(module, "bias", None) is not None)
     return None
 
 
@@ -60,7 +60,8 @@ def is_head(name: str, model: nn.Module) -> bool:
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix) and name != prefix and not name.startswith(prefix + "."):
         return True
-    outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    get_outputs: Any = getattr(model, "get_output_embeddings", None)
+    outputs = get_outputs() if get_outputs is not None else None
     return outputs is not None and model.get_submodule(name) is outputs
 
 

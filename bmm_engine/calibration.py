@@ -50,7 +50,11 @@ class CalibrationData:
             for start in range(0, len(ordered), batch_size):
                 yield dict(
                     tokenizer(
-                        ordered[start : start + batch_size], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+                        ordered[start : start + batch_size],
+                        padding=True,
+                        truncation=True,
+                        max_length=max_length,
+                        return_tensors="pt",
                     )
                 )
         else:
@@ -64,7 +68,9 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     directory of images. Raises `ConfigError` (no such file, no such column, unknown kind) and `EmptyCalibrationError`.
     """
     if not path.exists():
-        raise ConfigError(f"calibration: {path} does not exist. Give a .txt, .jsonl, .tsv, .csv or .safetensors file, or a folder of images.")
+        raise ConfigError(
+            f"calibration: {path} does not exist. Give a .txt, .jsonl, .tsv, .csv or .safetensors file, or a folder of images."
+        )
     if path.is_dir():
         images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         data = CalibrationData(path, images=tuple(_spread(images, samples)))
@@ -74,7 +80,9 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
         texts = [text for text in _read_texts(path, field) if text.strip()]
         data = CalibrationData(path, texts=tuple(_spread(texts, samples)))
     if len(data) == 0:
-        raise EmptyCalibrationError(f"calibration: {path} holds no samples. A few hundred of the expert's own task are enough.")
+        raise EmptyCalibrationError(
+            f"calibration: {path} holds no samples. A few hundred of the expert's own task are enough."
+        )
     return data
 
 
@@ -90,7 +98,9 @@ def load_tokenizer(path: Path) -> Any:
             " calibration as .safetensors of model inputs."
         ) from error
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # decoder-only models have none; the attention mask tells padding all the same
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # decoder-only models have none; the attention mask tells padding all the same
     return tokenizer
 
 
@@ -110,15 +120,21 @@ def _read_texts(path: Path, field: str) -> Iterator[str]:
                 for line in file:
                     yield str(_column(dict(zip(header, line.rstrip("\n").split("\t"), strict=False)), field, str(path)))
             else:
-                raise ConfigError(f"calibration: {path} is of a kind that is not read; use .txt, .jsonl, .tsv, .csv or .safetensors.")
+                raise ConfigError(
+                    f"calibration: {path} is of a kind that is not read; use .txt, .jsonl, .tsv, .csv or .safetensors."
+                )
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"calibration: {path} cannot be read ({error}). It must be UTF-8 text of the kind its name says.") from error
+        raise ConfigError(
+            f"calibration: {path} cannot be read ({error}). It must be UTF-8 text of the kind its name says."
+        ) from error
 
 
 def _column(row: Any, field: str, where: str) -> Any:
     if not isinstance(row, dict) or field not in row:
         has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise ConfigError(f"calibration: {where} has no column {field!r} (it has: {has}). Name the text column with `field`.")
+        raise ConfigError(
+            f"calibration: {where} has no column {field!r} (it has: {has}). Name the text column with `field`."
+        )
     return row[field]
 
 
@@ -129,10 +145,14 @@ def _read_inputs(path: Path, samples: int | None) -> dict[str, Tensor]:
     try:
         inputs = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"calibration: {path} is not a readable safetensors file ({error}). Write it again.") from error
+        raise CheckpointError(
+            f"calibration: {path} is not a readable safetensors file ({error}). Write it again."
+        ) from error
     counts = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in inputs.items()}
     if len(set(counts.values())) > 1:
-        raise ConfigError(f"calibration: {path}: the inputs differ in their number of samples: {counts}. The first dimension is the sample.")
+        raise ConfigError(
+            f"calibration: {path}: the inputs differ in their number of samples: {counts}. The first dimension is the sample."
+        )
     if not inputs:
         raise EmptyCalibrationError(f"calibration: {path} holds no tensors.")
     keep = torch.tensor(_spread(range(next(iter(counts.values()))), samples), dtype=torch.long)

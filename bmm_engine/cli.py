@@ -30,7 +30,9 @@ Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's choice).")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="CPU threads (default: torch's choice).")
+    ] = None,
 ) -> None:
     if debug:
         os.environ["BMM_DEBUG"] = "1"
@@ -46,7 +48,9 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.", show_default=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT.")] = False,
     anchor: Annotated[str | None, typer.Option(help="Replace the recipe's anchor.", show_default=False)] = None,
-    alpha: Annotated[float | None, typer.Option(help="Replace the recipe's relative ridge.", show_default=False)] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Replace the recipe's relative ridge.", show_default=False)
+    ] = None,
     scale: Annotated[float | None, typer.Option(help="Replace the recipe's scale.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="Replace the output's dtype.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default=False)] = None,
@@ -59,7 +63,12 @@ def merge(
 
     loaded = Recipe.load(recipe, anchor=anchor, alpha=alpha, scale=scale, dtype=dtype, device=device)
     result = run_recipe(
-        loaded, output, overwrite=overwrite, local_files_only=offline, progress=_progress(as_json), report=_reporter(as_json)
+        loaded,
+        output,
+        overwrite=overwrite,
+        local_files_only=offline,
+        progress=_progress(as_json),
+        report=_reporter(as_json),
     )
     summary = {"output": str(result.path), **result.summary()}
     if as_json:
@@ -78,13 +87,25 @@ def merge(
 
 @app.command()
 def collect(
-    source: Annotated[str, typer.Argument(help="A checkpoint (path or hub id), or a recipe (.yaml) for all its experts.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint (path or hub id), or a recipe (.yaml) for all its experts.", show_default=False
+        ),
+    ],
     data: Annotated[
         Path | None,
-        typer.Argument(help="Calibration: .txt, .jsonl, .csv, .tsv, .safetensors of model inputs, or a folder of images.", show_default=False),
+        typer.Argument(
+            help="Calibration: .txt, .jsonl, .csv, .tsv, .safetensors of model inputs, or a folder of images.",
+            show_default=False,
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The Gram file (.safetensors).", show_default=False)] = None,
-    modules: Annotated[list[str] | None, typer.Option("--modules", help="Pattern of module names; repeatable.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The Gram file (.safetensors).", show_default=False)
+    ] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option("--modules", help="Pattern of module names; repeatable.", show_default=False)
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples, spread evenly over the data.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 128,
@@ -103,12 +124,16 @@ def collect(
         loaded = Recipe.load(source)
         unsaved = [e.model for e in loaded.experts if e.grams is None]
         if unsaved:
-            raise ConfigError(f"{source}: expert {unsaved[0]!r} has no `grams` to save to; give every expert a path there.")
+            raise ConfigError(
+                f"{source}: expert {unsaved[0]!r} has no `grams` to save to; give every expert a path there."
+            )
         sets = gram_sets(loaded, report=_reporter(as_json), local_files_only=offline, progress=_progress(as_json))
         files = [str(e.grams) for e in loaded.experts]
     else:
         if data is None or output is None:
-            raise ConfigError("bmm collect CHECKPOINT DATA -o GRAMS.safetensors: the data and the output file are needed.")
+            raise ConfigError(
+                "bmm collect CHECKPOINT DATA -o GRAMS.safetensors: the data and the output file are needed."
+            )
         raw = {"samples": samples, "batch_size": batch_size, "max_length": max_length, "field": field, "dtype": dtype}
         options = Recipe.parse({"base": source, "experts": [source], "calibration": raw}, "bmm collect").calibration
         assert isinstance(options, CalibrationRecipe)
@@ -136,7 +161,9 @@ def collect(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="A recipe (.yaml) or a checkpoint (path or hub id).", show_default=False)],
+    source: Annotated[
+        str, typer.Argument(help="A recipe (.yaml) or a checkpoint (path or hub id).", show_default=False)
+    ],
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -161,7 +188,7 @@ def anchors(as_json: Json = False) -> None:
 
     from bmm_engine.anchors import registered_anchors
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": a.name, "scope": a.scope, "parameters": a.parameters(), "summary": a.summary, "paper": a.paper}
         for a in registered_anchors().values()
     ]
@@ -169,13 +196,17 @@ def anchors(as_json: Json = False) -> None:
         return _print_json(rows)
     table = Table("name", "scope", "parameters", "paper")
     for row in rows:
-        table.add_row(row["name"], row["scope"], ", ".join(f"{k}={v}" for k, v in row["parameters"].items()), row["paper"])
+        table.add_row(
+            row["name"], row["scope"], ", ".join(f"{k}={v}" for k, v in row["parameters"].items()), row["paper"]
+        )
     _console().print(table)
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where experts, tables and the merged model go.")] = Path("demo_output"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where experts, tables and the merged model go.")
+    ] = Path("demo_output"),
     as_json: Json = False,
 ) -> None:
     """Fine-tune experts on real tasks, merge them in every way, and print one table of what each merge is worth."""
@@ -235,4 +266,6 @@ def _print_left_out(console: Any, summary: dict[str, Any]) -> None:
         names = summary["modules_without_gram"]
         console.print(f"No Gram covers {len(names)} linear modules (first: {names[0]}); they come from the anchor.")
     for label, names in summary["left_out_of_experts"].items():
-        console.print(f"{label}: {len(names)} tensors that the base lacks were left out (first: {names[0]}).", highlight=False)
+        console.print(
+            f"{label}: {len(names)} tensors that the base lacks were left out (first: {names[0]}).", highlight=False
+        )

@@ -134,7 +134,9 @@ class _Recorder:
 
     def finish(self, batches: int) -> tuple[dict[str, GramAccumulator], dict[str, str]]:
         if batches == 0:
-            raise EmptyCalibrationError("The calibration set is empty: no batches. Give at least a few dozen samples of the expert's task.")
+            raise EmptyCalibrationError(
+                "The calibration set is empty: no batches. Give at least a few dozen samples of the expert's task."
+            )
         missing = [name for name in self.order if name not in self.leader]
         if missing:
             raise CollectionError(
@@ -143,7 +145,9 @@ class _Recorder:
             )
         empty = [name for name, gram in self.grams.items() if gram.rows == 0]
         if empty:
-            raise EmptyCalibrationError(f"{empty[0]}: every calibration row is padding (by the mask). Check the mask and the texts.")
+            raise EmptyCalibrationError(
+                f"{empty[0]}: every calibration row is padding (by the mask). Check the mask and the texts."
+            )
         return self.grams, {name: self.leader[name] for name in self.order}
 
 
@@ -179,9 +183,17 @@ def _to_device(batch: Any, device: torch.device) -> Any:
 
 
 def _mask_of(batch: Any, mask: Mask) -> Tensor | None:
-    found = mask(batch) if callable(mask) else batch.get(mask) if isinstance(mask, str) and isinstance(batch, Mapping) else None
+    found = (
+        mask(batch)
+        if callable(mask)
+        else batch.get(mask)
+        if isinstance(mask, str) and isinstance(batch, Mapping)
+        else None
+    )
     if found is not None and not bool((found != 0).any()):
-        raise EmptyCalibrationError("A calibration batch is all padding (its mask is 0 everywhere). Check the mask and the texts.")
+        raise EmptyCalibrationError(
+            "A calibration batch is all padding (its mask is 0 everywhere). Check the mask and the texts."
+        )
     return found
 
 

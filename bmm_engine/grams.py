@@ -62,7 +62,9 @@ class GramAccumulator:
         row_sum = x.sum(0, dtype=self.row_sum.dtype)
         if not torch.isfinite(row_sum).all():
             count = int((~torch.isfinite(x).all(-1)).sum())
-            what = f"{count} of {x.shape[0]} input rows hold NaN or infinity" if count else "the sum of the rows overflows"
+            what = (
+                f"{count} of {x.shape[0]} input rows hold NaN or infinity" if count else "the sum of the rows overflows"
+            )
             raise NonFiniteGramError(
                 f"{self.name or 'GramAccumulator'}: {what}; nothing was added. Check the calibration batch, or run the model in float32.",
                 module=self.name,
@@ -86,7 +88,9 @@ class GramAccumulator:
     def mean(self) -> Tensor:
         """`G = total / rows` (in, in). Raises `EmptyCalibrationError` without rows."""
         if self.rows == 0:
-            raise EmptyCalibrationError(f"{self.name}: no rows were measured; give calibration data that is not all padding.")
+            raise EmptyCalibrationError(
+                f"{self.name}: no rows were measured; give calibration data that is not all padding."
+            )
         return self.total / self.rows
 
 
@@ -106,7 +110,9 @@ class GramSet:
     aliases: dict[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()  # modules whose weight is stored (in, out): GPT-2's Conv1D
     _path: Path | None = None
-    _headers: dict[str, tuple[int, int]] = field(default_factory=dict)  # group -> (width, rows), for those still on disk
+    _headers: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # group -> (width, rows), for those still on disk
 
     def module_names(self) -> tuple[str, ...]:
         return tuple(self.modules)
@@ -204,7 +210,9 @@ class GramSet:
             save_file(tensors, staged, metadata={FORMAT: json.dumps(record)})
             os.replace(staged, path)
         except (OSError, SafetensorError) as error:
-            raise OutputWriteError(f"{path}: the Grams could not be written ({error}). Free some space or choose another path.") from error
+            raise OutputWriteError(
+                f"{path}: the Grams could not be written ({error}). Free some space or choose another path."
+            ) from error
         finally:
             if staged is not None and os.path.exists(staged):
                 os.unlink(staged)
@@ -221,11 +229,15 @@ class GramSet:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable Gram file ({error}). Collect it again with `bmm collect`.") from error
+            raise CheckpointError(
+                f"{path}: not a readable Gram file ({error}). Collect it again with `bmm collect`."
+            ) from error
         if FORMAT not in metadata:
-            raise CheckpointError(f"{path}: a safetensors file, but not of Grams (no {FORMAT!r} metadata). Make one with `bmm collect`.")
+            raise CheckpointError(
+                f"{path}: a safetensors file, but not of Grams (no {FORMAT!r} metadata). Make one with `bmm collect`."
+            )
         record = json.loads(metadata[FORMAT])
         if record.get("version") != FORMAT_VERSION:
             raise CheckpointError(
@@ -235,7 +247,9 @@ class GramSet:
         for group, rows in record["rows"].items():
             shape = shapes.get(f"gram.{group}")
             if shape is None or len(shape) != 2 or shape[0] != shape[1] or shapes.get(f"row_sum.{group}") != shape[:1]:
-                raise CheckpointError(f"{path}: the Gram of {group!r} has shape {shape}, a square was expected. Collect it again.")
+                raise CheckpointError(
+                    f"{path}: the Gram of {group!r} has shape {shape}, a square was expected. Collect it again."
+                )
             headers[group] = (shape[0], int(rows))
         return cls(
             grams={},
@@ -262,4 +276,4 @@ def weight_fingerprint(weight: Tensor, dtype: torch.dtype) -> str:
     import hashlib
 
     data = weight.detach().to("cpu", dtype).contiguous()
-    return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy()).hexdigest()[:16]
+    return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().data).hexdigest()[:16]

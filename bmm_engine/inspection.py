@@ -52,7 +52,8 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
         "gram_source": plan.settings.gram_source,
         "solved_modules": plan.module_count,
         "groups": [
-            {"modules": [m.name for m in g.members], "in": g.width, "out": sum(m.out_features for m in g.members)} for g in plan.groups
+            {"modules": [m.name for m in g.members], "in": g.width, "out": sum(m.out_features for m in g.members)}
+            for g in plan.groups
         ],
         "modules_without_gram": list(plan.unmeasured),
         "from_anchor": list(plan.from_anchor),
@@ -74,18 +75,29 @@ def _checkpoint_table(d: dict[str, Any]) -> RenderableType:
     table.add_row("dtypes", ", ".join(f"{name} x {count}" for name, count in d["dtypes"].items()))
     table.add_row("tied", ", ".join(f"{a} = {b}" for a, b in d["tied"].items()) or "none")
     shapes = Counter(f"{out} x {inner}" for out, inner in d["linear_modules"].values())
-    table.add_row("linear modules", ", ".join(f"{count} of {shape}" for shape, count in shapes.items()) or d["linear_modules_unknown"] or "none")
+    table.add_row(
+        "linear modules",
+        ", ".join(f"{count} of {shape}" for shape, count in shapes.items()) or d["linear_modules_unknown"] or "none",
+    )
     return table
 
 
 def _plan_tables(d: dict[str, Any]) -> RenderableType:
-    groups = Table("modules that share a Gram", "in", "out", title=f"{d['solved_modules']} modules, {len(d['groups'])} groups ({d['gram_source']})")
+    groups = Table(
+        "modules that share a Gram",
+        "in",
+        "out",
+        title=f"{d['solved_modules']} modules, {len(d['groups'])} groups ({d['gram_source']})",
+    )
     for group in d["groups"]:
         first, rest = group["modules"][0], len(group["modules"]) - 1
         groups.add_row(first + (f" + {rest} more" if rest else ""), str(group["in"]), str(group["out"]))
     lines = [
         f"base: {d['base']}",
-        *(f"expert: {label}" + (f" (names prefixed {d['prefixes'][label]})" if label in d["prefixes"] else "") for label in d["experts"]),
+        *(
+            f"expert: {label}" + (f" (names prefixed {d['prefixes'][label]})" if label in d["prefixes"] else "")
+            for label in d["experts"]
+        ),
         f"from the anchor ({d['anchor']}): {len(d['from_anchor'])} tensors",
         f"from the base: {len(d['from_base'])} tensors",
     ]

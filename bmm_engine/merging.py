@@ -61,7 +61,10 @@ def plan_merge(
     if not experts:
         raise ConfigError("no experts: give at least one fine-tuned model.")
     modules = [modules] if isinstance(modules, str) else list(modules) if modules is not None else None
-    sources = [_open(model, role, local_files_only) for model, role in ((base, "base"), *((e, f"expert {i}") for i, e in enumerate(experts)))]
+    sources = [
+        _open(model, role, local_files_only)
+        for model, role in ((base, "base"), *((e, f"expert {i}") for i, e in enumerate(experts)))
+    ]
     alignment = align(sources[0], sources[1:], keep_base)
     gram_sets = [] if isinstance(grams, str) or grams is None else as_gram_sets(grams)
     # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
@@ -78,7 +81,7 @@ def merge(
     anchor_parameters: Mapping[str, Any] | None = None,
     grams: Sequence[GramSet | str | os.PathLike[str]] | str = "task_vectors",
     hybrid: float | None = None,
-    alpha: float = 0.1,
+    alpha: float = 0.03,
     scale: float = 1.0,
     task_weights: str | Sequence[float] | None = None,
     fit_bias: bool = False,
@@ -116,12 +119,22 @@ def merge(
         normalization=normalization,
         alpha=alpha,
         scale=scale,
-        task_weights="none" if task_weights is None else task_weights if isinstance(task_weights, str) else tuple(task_weights),
+        task_weights="none"
+        if task_weights is None
+        else task_weights
+        if isinstance(task_weights, str)
+        else tuple(task_weights),
         fit_bias=fit_bias,
         device=device,
     )
     plan = plan_merge(
-        base, experts, grams=grams, settings=settings, modules=modules, keep_base=keep_base, local_files_only=local_files_only
+        base,
+        experts,
+        grams=grams,
+        settings=settings,
+        modules=modules,
+        keep_base=keep_base,
+        local_files_only=local_files_only,
     )
     specs = output_specs(plan.alignment, dtype)
     stream = MergeStream(plan)
@@ -132,7 +145,9 @@ def merge(
         ordered.update({alias: ordered[name] for alias, name in plan.alignment.base.aliases.items() if name in ordered})
         return MergeResult(plan, stream.records, tensors=ordered)
     # Sharding and the output path are refused before any work.
-    with CheckpointWriter(output, list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite) as writer:
+    with CheckpointWriter(
+        Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite
+    ) as writer:
         _run(stream, Target(specs, writer), progress)
         result = MergeResult(plan, stream.records)
         write_sidecars(writer, plan, result.summary(), recipe, dtype)
@@ -140,7 +155,7 @@ def merge(
     return replace(result, path=path)
 
 
-def _run(stream: MergeStream, target: _Target, progress: bool | None) -> None:
+def _run(stream: MergeStream, target: Target, progress: bool | None) -> None:
     for pieces in track(stream, "merging", total=len(stream), show=progress):
         for piece in pieces:
             target.put(piece)
@@ -148,7 +163,7 @@ def _run(stream: MergeStream, target: _Target, progress: bool | None) -> None:
 
 def _open(model: Model, role: str, local_files_only: bool) -> TensorSource:
     if isinstance(model, (str, os.PathLike)):
-        return Checkpoint.open(model, local_files_only=local_files_only)
+        return Checkpoint.open(os.fspath(model), local_files_only=local_files_only)
     label = f"the {role} ({type(model).__name__})" if isinstance(model, (nn.Module, Mapping)) else None
     return open_source(model, label)
 
@@ -156,7 +171,9 @@ def _open(model: Model, role: str, local_files_only: bool) -> TensorSource:
 def _gram_source(grams: Any, hybrid: float | None) -> str:
     if isinstance(grams, str):
         if grams != "task_vectors":
-            raise ConfigError(f"grams must be 'task_vectors' or a list with one GramSet or path per expert, not {grams!r}.")
+            raise ConfigError(
+                f"grams must be 'task_vectors' or a list with one GramSet or path per expert, not {grams!r}."
+            )
         if hybrid is not None:
             raise ConfigError("hybrid mixes measured Grams with task vectors: give the Grams too (grams=[...]).")
         return "task_vectors"

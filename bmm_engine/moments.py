@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.errors import ConfigError, NonFiniteGramError, ShapeMismatchError
+from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.gram import accumulate_gram
 
 # Columns of a Gram that are widened to the solve's dtype at a time.
@@ -37,8 +38,11 @@ class Moment(Protocol):
 class DenseMoment:
     """`G_t = total / rows`: a measured Gram (in, in), in memory or behind a function that reads it each time it is used."""
 
-    def __init__(self, total: Tensor | Callable[[], Tensor], rows: float = 1.0, *, width: int | None = None, module: str = ""):
-        self._load = total if callable(total) else (lambda: total)
+    def __init__(
+        self, total: Tensor | Callable[[], Tensor], rows: float = 1.0, *, width: int | None = None, module: str = ""
+    ):
+        self._lazy = callable(total)
+        self._load: Callable[[], Tensor] = total if callable(total) else (lambda: total)
         self.rows = rows
         self.module = module
         self._width = width
@@ -54,23 +58,29 @@ class DenseMoment:
         total = self._load()
         if not self._checked:
             if total.dim() != 2 or total.shape[0] != total.shape[1]:
-                raise ShapeMismatchError(f"{self.module}: a Gram must be square (in, in), this one is {tuple(total.shape)}.")
+                raise ShapeMismatchError(
+                    f"{self.module}: a Gram must be square (in, in), this one is {tuple(total.shape)}."
+                )
             if not torch.isfinite(total.sum()):
                 count = int((~torch.isfinite(total)).sum())
                 raise NonFiniteGramError(
-                    f"{self.module}: its Gram holds {count} entries that are NaN or infinite. Collect it again.", module=self.module, count=count
+                    f"{self.module}: its Gram holds {count} entries that are NaN or infinite. Collect it again.",
+                    module=self.module,
+                    count=count,
                 )
             self._checked = True
         return total
+
+    @property
+    def resident(self) -> Tensor | None:
+        """`total` where it is in memory, None where it is read for each use."""
+        return None if self._lazy else self._total()
 
     def trace(self) -> float:
         return float(self._total().diagonal().sum(dtype=torch.float64)) / self.rows
 
     def add_to(self, a: Tensor, weight: float) -> None:
-        total = self._total()
-        for start in range(0, total.shape[0], BLOCK_COLUMNS):  # blocks: no second matrix in the wider dtype
-            stop = start + BLOCK_COLUMNS
-            a[start:stop].add_(total[start:stop].to(a), alpha=weight / self.rows)
+        assemble([a, self._total().to(a.device)], [1.0, weight / self.rows], 0.0, out=a)
 
     def apply(self, rows: Tensor) -> Tensor:
         total = self._total()

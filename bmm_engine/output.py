@@ -86,7 +86,9 @@ def write_sidecars(
     record = merge_record(recipe if recipe is not None else recipe_of(plan), inputs, summary)
     writer.write_json("bmm_merge.json", record)
     architecture = ((config or {}).get("architectures") or [None])[0]
-    writer.write_text("README.md", model_card(record, name=f"{Path(base.label).name}, merged", architecture=architecture))
+    writer.write_text(
+        "README.md", model_card(record, name=f"{Path(base.label).name}, merged", architecture=architecture)
+    )
 
 
 def recipe_of(plan: MergePlan) -> dict[str, Any]:
@@ -100,7 +102,9 @@ def recipe_of(plan: MergePlan) -> dict[str, Any]:
         "hybrid_share": settings.hybrid_share if settings.gram_source == "hybrid" else None,
         "alpha": "inf" if settings.alpha == math.inf else settings.alpha,
         "scale": settings.scale,
-        "task_weights": settings.task_weights if isinstance(settings.task_weights, str) else list(settings.task_weights),
+        "task_weights": settings.task_weights
+        if isinstance(settings.task_weights, str)
+        else list(settings.task_weights),
         "fit_bias": settings.fit_bias,
     }
 

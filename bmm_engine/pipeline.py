@@ -36,7 +36,9 @@ def collect_from_checkpoint(
     from bmm_engine.architecture import load_config, model_class
     from bmm_engine.collect import collect_grams
 
-    path = Checkpoint.open(model, local_files_only=local_files_only).path  # refuses damaged files, names them, and fetches hub ids
+    path = Checkpoint.open(
+        model, local_files_only=local_files_only
+    ).path  # refuses damaged files, names them, and fetches hub ids
     cls = model_class(load_config(path))
     try:
         live = cls.from_pretrained(path, dtype=getattr(torch, options.dtype), local_files_only=True).to(device)
@@ -46,7 +48,9 @@ def collect_from_checkpoint(
     return collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
 
 
-def gram_sets(recipe: Recipe, *, report: Report, local_files_only: bool = False, progress: bool | None = None) -> list[GramSet]:
+def gram_sets(
+    recipe: Recipe, *, report: Report, local_files_only: bool = False, progress: bool | None = None
+) -> list[GramSet]:
     """Each expert's Grams: from its file where it exists, else collected (and saved there if the recipe names a file)."""
     missing = [
         e for e in recipe.experts if e.calibration is None and not (e.grams is not None and Path(e.grams).exists())
@@ -134,7 +138,11 @@ def run_recipe(
     StagedDirectory(output, overwrite=overwrite, needed_bytes=0)  # refuses a taken destination before any model runs
     plan_recipe(recipe, local_files_only=local_files_only)  # names and shapes too
     measured = settings.gram_source != "task_vectors" and settings.alpha != float("inf")
-    grams = gram_sets(recipe, report=report, local_files_only=local_files_only, progress=progress) if measured else "task_vectors"
+    grams = (
+        gram_sets(recipe, report=report, local_files_only=local_files_only, progress=progress)
+        if measured
+        else "task_vectors"
+    )
     return merge(
         recipe.base,
         [e.model for e in recipe.experts],

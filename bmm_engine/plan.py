@@ -11,7 +11,13 @@ from torch import nn
 
 from bmm_engine.align import AlignedExpert, Alignment
 from bmm_engine.anchors import Anchor, get_anchor
-from bmm_engine.architecture import LinearModule, checkpoint_linear_modules, linear_modules, matrix_modules, select_modules
+from bmm_engine.architecture import (
+    LinearModule,
+    checkpoint_linear_modules,
+    linear_modules,
+    matrix_modules,
+    select_modules,
+)
 from bmm_engine.checkpoint import Checkpoint
 from bmm_engine.errors import ConfigError, GramMismatchError
 from bmm_engine.grams import GramSet
@@ -26,7 +32,7 @@ class MergeSettings:
     gram_source: str = "task_vectors"  # "data" | "task_vectors" | "hybrid"
     hybrid_share: float = 0.5
     normalization: str = "trace"
-    alpha: float = 0.1
+    alpha: float = 0.03
     scale: float = 1.0
     task_weights: str | tuple[float, ...] = "none"
     fit_bias: bool = False
@@ -40,9 +46,13 @@ class MergeSettings:
         if not math.isfinite(self.scale):
             raise ConfigError(f"scale must be finite, not {self.scale}.")
         if isinstance(self.task_weights, str) and self.task_weights not in ("none", "energy"):
-            raise ConfigError(f"task_weights must be 'none', 'energy' or one number per expert, not {self.task_weights!r}.")
+            raise ConfigError(
+                f"task_weights must be 'none', 'energy' or one number per expert, not {self.task_weights!r}."
+            )
         if self.fit_bias and self.gram_source != "data":
-            raise ConfigError(f"fit_bias needs the mean of the inputs, so gram_source 'data', not {self.gram_source!r}.")
+            raise ConfigError(
+                f"fit_bias needs the mean of the inputs, so gram_source 'data', not {self.gram_source!r}."
+            )
         self.rule.parameters(self.anchor_parameters)
 
     @property
@@ -114,7 +124,11 @@ def find_linear_modules(
 
 
 def build_plan(
-    alignment: Alignment, linear: dict[str, LinearModule], settings: MergeSettings, gram_sets: Sequence[GramSet], explicit: bool
+    alignment: Alignment,
+    linear: dict[str, LinearModule],
+    settings: MergeSettings,
+    gram_sets: Sequence[GramSet],
+    explicit: bool,
 ) -> MergePlan:
     """Group the modules and check every Gram's width. `explicit`: the user named the modules, so a missing Gram is an error.
 
@@ -123,9 +137,13 @@ def build_plan(
     experts = alignment.experts
     uses_data = settings.gram_source in ("data", "hybrid") and settings.alpha != math.inf
     if not isinstance(settings.task_weights, str) and len(settings.task_weights) != len(experts):
-        raise ConfigError(f"task_weights has {len(settings.task_weights)} numbers for {len(experts)} experts; give one for each.")
+        raise ConfigError(
+            f"task_weights has {len(settings.task_weights)} numbers for {len(experts)} experts; give one for each."
+        )
     if uses_data and len(gram_sets) != len(experts):
-        raise ConfigError(f"{len(gram_sets)} Gram sets for {len(experts)} experts; give one for each, in the same order (see `bmm collect`).")
+        raise ConfigError(
+            f"{len(gram_sets)} Gram sets for {len(experts)} experts; give one for each, in the same order (see `bmm collect`)."
+        )
     unmeasured: list[str] = []
     solved = dict(linear) if settings.alpha != math.inf else {}
     if uses_data:

@@ -56,7 +56,9 @@ class Recipe(_Strict):
     gram_source: Literal["data", "task_vectors", "hybrid"] | None = None
     hybrid_share: float = Field(0.5, ge=0, le=1)
     normalization: Literal["trace", "none"] = "trace"
-    alpha: float = Field(0.1, ge=0, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
+    alpha: float = Field(
+        0.03, ge=0, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself"
+    )
     scale: float = 1.0
     task_weights: Literal["none", "energy"] | list[float] = "none"
     fit_bias: bool = False
@@ -70,7 +72,9 @@ class Recipe(_Strict):
     @field_validator("experts", mode="before")
     @classmethod
     def _plain_paths(cls, value: Any) -> Any:
-        return [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        return (
+            [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        )
 
     @field_validator("anchor", mode="before")
     @classmethod
@@ -88,11 +92,15 @@ class Recipe(_Strict):
         if self.gram_source is None:
             if any(measured) and not all(measured):
                 lacking = self.experts[measured.index(False)].model
-                raise ValueError(f"expert {lacking!r} has neither `grams` nor `calibration`, others have; give all of them one, or none")
+                raise ValueError(
+                    f"expert {lacking!r} has neither `grams` nor `calibration`, others have; give all of them one, or none"
+                )
             self.gram_source = "data" if all(measured) else "task_vectors"
         elif self.gram_source != "task_vectors" and not all(measured) and self.alpha != math.inf:
             lacking = self.experts[measured.index(False)].model
-            raise ValueError(f"gram_source {self.gram_source!r} needs `grams` or `calibration` for every expert; {lacking!r} has none")
+            raise ValueError(
+                f"gram_source {self.gram_source!r} needs `grams` or `calibration` for every expert; {lacking!r} has none"
+            )
         return self
 
     def expert_name(self, index: int) -> str:
@@ -110,7 +118,9 @@ class Recipe(_Strict):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from error
         if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: a recipe is a mapping with at least `base` and `experts`; this file holds a {type(raw).__name__}.")
+            raise ConfigError(
+                f"{path}: a recipe is a mapping with at least `base` and `experts`; this file holds a {type(raw).__name__}."
+            )
         raw.update({key: value for key, value in overrides.items() if value is not None})
         recipe = cls.parse(raw, str(path))
         return recipe._resolved(path.parent)
@@ -139,7 +149,9 @@ class Recipe(_Strict):
             return None if value is None else str(folder / value)
 
         experts = [
-            e.model_copy(update={"model": local(e.model), "grams": beside(e.grams), "calibration": beside(e.calibration)})
+            e.model_copy(
+                update={"model": local(e.model), "grams": beside(e.grams), "calibration": beside(e.calibration)}
+            )
             for e in self.experts
         ]
         return self.model_copy(update={"base": local(self.base), "experts": experts})
@@ -158,4 +170,8 @@ def _explain(error: Any) -> str:
         return f"unknown key {where!r}; {hint}"
     if error["type"] == "missing":
         return f"the key {where!r} is missing."
-    return f"{where} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}." if error["loc"] else f"{error['msg'].removeprefix('Value error, ')}."
+    return (
+        f"{where} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
+        if error["loc"]
+        else f"{error['msg'].removeprefix('Value error, ')}."
+    )

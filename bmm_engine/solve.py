@@ -12,13 +12,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bmm_engine.errors import ConfigError, NonFiniteWeightError, NotPositiveDefiniteError, NumericalWarning, ShapeMismatchError
+from bmm_engine.errors import (
+    ConfigError,
+    NonFiniteWeightError,
+    NotPositiveDefiniteError,
+    NumericalWarning,
+    ShapeMismatchError,
+)
 from bmm_engine.moments import DenseMoment, Moment
+from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.cholesky import cholesky_, solve_right
 
 # Jitter, relative to the mean diagonal of A: tried in this order on the members of a batch that have no factor without it. The last ones
@@ -114,12 +122,15 @@ def factorize(
     factors = [Factor(lower[i], ridges[i], 0.0, tuple(map(float, task_weights[i]))) for i in range(len(moments))]
     for i in (i for i, pivot in enumerate(failed) if pivot):
         # The factorisation overwrote A; a failure is rare, so it is assembled again.
-        again = _factor_with_jitter(lambda i=i: _assemble(a[i], moments[i], task_weights[i]), ridges[i], scales[i], failed[i], names[i])
-        factors[i] = Factor(again[0], ridges[i], again[1], factors[i].task_weights)
+        assemble_again = partial(_assemble, a[i], moments[i], task_weights[i])
+        again, jitter = _factor_with_jitter(assemble_again, ridges[i], scales[i], names[i])
+        factors[i] = replace(factors[i], lower=again, jitter=jitter)
     return factors
 
 
-def residual(anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], task_weights: Sequence[float]) -> Tensor:
+def residual(
+    anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], task_weights: Sequence[float]
+) -> Tensor:
     """`R = sum_t beta_t (W_t - W_a) G_t` (out, in), float64."""
     anchor = anchor.double()
     out = torch.zeros_like(anchor)
@@ -162,18 +173,29 @@ def solve_map(
     experts, grams = list(experts), list(grams)
     batched = anchor.dim() == 3
     if not batched and anchor.dim() != 2:
-        raise ShapeMismatchError(f"{name}: the anchor must be (out, in) or (batch, out, in), not {tuple(anchor.shape)}.")
+        raise ShapeMismatchError(
+            f"{name}: the anchor must be (out, in) or (batch, out, in), not {tuple(anchor.shape)}."
+        )
     if not experts or len(experts) != len(grams):
-        raise ConfigError(f"{name}: {len(experts)} experts and {len(grams)} Grams; give one Gram for each expert, at least one.")
+        raise ConfigError(
+            f"{name}: {len(experts)} experts and {len(grams)} Grams; give one Gram for each expert, at least one."
+        )
     for t, expert in enumerate(experts):
         if expert.shape != anchor.shape:
-            raise ShapeMismatchError(f"{name}: expert {t} has shape {tuple(expert.shape)}, the anchor {tuple(anchor.shape)}.")
+            raise ShapeMismatchError(
+                f"{name}: expert {t} has shape {tuple(expert.shape)}, the anchor {tuple(anchor.shape)}."
+            )
     for what, weight in (("the anchor", anchor), *((f"expert {t}", e) for t, e in enumerate(experts))):
         check_finite(weight, f"{name} ({what})")
     anchors = list(anchor) if batched else [anchor]
     members = [[e[i] if batched else e for e in experts] for i in range(len(anchors))]
-    moments = [[_as_moment(g, i if batched else None, anchor.shape[-1], name) for g in grams] for i in range(len(anchors))]
-    betas = [_resolve_task_weights(task_weights, base, members[i], moments[i], i if batched else None, name) for i in range(len(anchors))]
+    moments = [
+        [_as_moment(g, i if batched else None, anchor.shape[-1], name) for g in grams] for i in range(len(anchors))
+    ]
+    betas = [
+        _resolve_task_weights(task_weights, base, members[i], moments[i], i if batched else None, name)
+        for i in range(len(anchors))
+    ]
     if alpha == math.inf:
         return MapSolution(anchor.clone(), [math.inf] * len(anchors), [0.0] * len(anchors), betas)
     names = [f"{name}[{i}]" for i in range(len(anchors))] if batched else [name]
@@ -194,7 +216,12 @@ def check_finite(weight: Tensor, what: str) -> None:
 
 
 def _resolve_task_weights(
-    given: Sequence[float] | str | None, base: Tensor | None, experts: list[Tensor], moments: list[Moment], index: int | None, name: str
+    given: Sequence[float] | str | None,
+    base: Tensor | None,
+    experts: list[Tensor],
+    moments: list[Moment],
+    index: int | None,
+    name: str,
 ) -> tuple[float, ...]:
     if given is None or given == "none":
         return (1.0,) * len(experts)
@@ -221,7 +248,9 @@ def _as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) 
     else:
         matrix = gram if index is None else gram[index]
         if matrix.shape != (width, width):
-            raise ShapeMismatchError(f"{name}: a Gram has shape {tuple(matrix.shape)}, the module needs ({width}, {width}).")
+            raise ShapeMismatchError(
+                f"{name}: a Gram has shape {tuple(matrix.shape)}, the module needs ({width}, {width})."
+            )
         moment = DenseMoment(matrix, module=name)
     if moment.width != width:
         raise ShapeMismatchError(f"{name}: a Gram has width {moment.width}, the module {width}.")
@@ -230,17 +259,19 @@ def _as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) 
 
 def _assemble(a: Tensor, moments: Sequence[Moment], task_weights: Sequence[float]) -> Tensor:
     """`A_0 = sum_t beta_t G_t` into `a` (in, in)."""
+    in_memory = [m.resident if isinstance(m, DenseMoment) else None for m in moments]
+    totals = [t for t in in_memory if t is not None]
+    if len(totals) == len(moments):
+        rows = [m.rows for m in moments if isinstance(m, DenseMoment)]
+        return assemble(totals, [beta / n for beta, n in zip(task_weights, rows, strict=True)], 0.0, out=a)
     a.zero_()
     for moment, beta in zip(moments, task_weights, strict=True):
         moment.add_to(a, beta)
     return a
 
 
-def _factor_with_jitter(
-    assemble: Callable[[], Tensor], ridge: float, scale: float, pivot: int, name: str
-) -> tuple[Tensor, float]:
+def _factor_with_jitter(assemble: Callable[[], Tensor], ridge: float, scale: float, name: str) -> tuple[Tensor, float]:
     """The factor of one member that has none at `ridge`, with the least jitter of the ladder that gives one: (lower, jitter)."""
-    jitter = 0.0
     for relative in JITTERS:
         jitter = relative * scale
         a = assemble()

@@ -97,7 +97,12 @@ class MergeStream:
         shape = self.base.spec(name).shape
         linear = self.rule.scope == "module" and name in self._linear_by_weight
         size = math.prod(shape)
-        if linear or len(shape) < 2 or size <= SLAB_ELEMENTS or not (self.rule.elementwise or self.rule.scope == "module"):
+        if (
+            linear
+            or len(shape) < 2
+            or size <= SLAB_ELEMENTS
+            or not (self.rule.elementwise or self.rule.scope == "module")
+        ):
             yield None
             return
         step = max(1, SLAB_ELEMENTS * shape[0] // size)
@@ -119,7 +124,11 @@ class MergeStream:
             merged = self.rule.rule(base, [self._oriented(e, module, False) for e in self.experts], **self.parameters)
             return merged.mT.contiguous() if module.transposed else merged
         base, experts = self._load(self.base, name, rows), [self._load(e, name, rows) for e in self.experts]
-        return self._other(base, experts) if self.rule.scope == "module" else self.rule.rule(base, experts, **self.parameters)
+        return (
+            self._other(base, experts)
+            if self.rule.scope == "module"
+            else self.rule.rule(base, experts, **self.parameters)
+        )
 
     def _other(self, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         """What a rule for matrices leaves open takes the mean of the experts."""
@@ -168,7 +177,12 @@ class MergeStream:
                 shift = float((solved - anchor).norm()) / moved if moved else 0.0
                 self.records.append(
                     ModuleRecord(
-                        module.name, (module.out_features, module.in_features), factor.ridge, factor.jitter, factor.task_weights, shift
+                        module.name,
+                        (module.out_features, module.in_features),
+                        factor.ridge,
+                        factor.jitter,
+                        factor.task_weights,
+                        shift,
                     )
                 )
                 merged = solved if self.settings.scale == 1 else base + self.settings.scale * (solved - base)
@@ -220,7 +234,10 @@ class _OpenGroup:
         if module.name in self._weights:
             return self._weights[module.name]
         stream, with_bias = self.stream, self.group.with_bias
-        found = stream._oriented(stream.base, module, with_bias), [stream._oriented(e, module, with_bias) for e in stream.experts]
+        found = (
+            stream._oriented(stream.base, module, with_bias),
+            [stream._oriented(e, module, with_bias) for e in stream.experts],
+        )
         if len(self.group.members) == 1:
             self._weights[module.name] = found
         return found

@@ -29,7 +29,9 @@ def module_inputs(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> d
 
         def keep(_, args, name=name):
             x, m = args[0].detach(), mask[0]
-            rows.setdefault(name, []).append((x[m.bool()] if m is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])).double())
+            rows.setdefault(name, []).append(
+                (x[m.bool()] if m is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])).double()
+            )
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(keep))
     with torch.no_grad():
@@ -41,7 +43,9 @@ def module_inputs(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> d
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
-def reference_merge(base, experts, batches, *, alpha, gram_source="data", share=0.5, scale=1.0, energy=False, fit_bias=False):
+def reference_merge(
+    base, experts, batches, *, alpha, gram_source="data", share=0.5, scale=1.0, energy=False, fit_bias=False
+):
     """The merged model in float64, anchor: the average. `batches[t]`: expert t's calibration."""
     merged = copy.deepcopy(base).double()
     states = [{k: v.double() for k, v in e.state_dict().items()} for e in experts]
@@ -51,7 +55,11 @@ def reference_merge(base, experts, batches, *, alpha, gram_source="data", share=
     betas_of = {}
     if energy:  # per group of modules that share their input, as the engine groups them: found here by equal rows
         for name in linear_names(base):
-            same = [m for m in linear_names(base) if inputs[0][m].shape == inputs[0][name].shape and torch.equal(inputs[0][m], inputs[0][name])]
+            same = [
+                m
+                for m in linear_names(base)
+                if inputs[0][m].shape == inputs[0][name].shape and torch.equal(inputs[0][m], inputs[0][name])
+            ]
             members = [name] if gram_source != "data" else same
             betas_of[name] = _energy(members, origin, states, inputs, linear_names(base), fit_bias)
     for name, transposed in linear_names(base).items():

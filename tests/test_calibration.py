@@ -21,7 +21,7 @@ def write(tmp_path, suffix):
     elif suffix == ".tsv":
         path.write_text("label\ttext\n" + "".join(f"1\t{t}\n" for t in TEXTS))
     elif suffix == ".csv":
-        path.write_text('label,text\r\n' + "".join(f'1,"{t}"\r\n' for t in TEXTS), newline="")
+        path.write_text("label,text\r\n" + "".join(f'1,"{t}"\r\n' for t in TEXTS), newline="")
     return path
 
 
@@ -32,7 +32,7 @@ def test_texts(tmp_path, suffix):
     assert list(read_calibration(path, samples=5).texts) == TEXTS[::2]
     assert "10 samples, sha256" in read_calibration(path).describe()
     if suffix != ".txt":
-        with pytest.raises(ConfigError, match="no column 'body'.*text"):
+        with pytest.raises(ConfigError, match=r"no column 'body'.*text"):
             read_calibration(path, field="body")
 
 

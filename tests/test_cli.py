@@ -13,7 +13,25 @@ from bmm_engine.cli import main
 from bmm_engine.grams import GramSet
 from tests.tiny import family
 
-WORDS = "the cat sat on a mat while it rained and nobody came to see the show again".split()
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "it",
+    "rained",
+    "and",
+    "nobody",
+    "came",
+    "to",
+    "see",
+    "the",
+    "show",
+    "again",
+]
 
 
 @pytest.fixture
@@ -25,7 +43,9 @@ def project(tmp_path, monkeypatch):
     from transformers import PreTrainedTokenizerFast
 
     family("bert", tmp_path)
-    words = Tokenizer(WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *dict.fromkeys(WORDS)])}, unk_token="[UNK]"))
+    words = Tokenizer(
+        WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *dict.fromkeys(WORDS)])}, unk_token="[UNK]")
+    )
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     for name in ("base", "expert-0", "expert-1"):
@@ -69,7 +89,9 @@ def test_merge_collects_writes_and_reuses(project, monkeypatch, capsys):
     assert "Grams of 13 modules collected from a.txt: 20 samples" in err
     model = AutoModelForSequenceClassification.from_pretrained("merged")
     assert (project / "merged" / "tokenizer.json").exists()
-    code, out, err = bmm(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "merged", "--overwrite", "--alpha", "0.5", "--json")
+    code, out, err = bmm(
+        monkeypatch, capsys, "merge", "recipe.yaml", "-o", "merged", "--overwrite", "--alpha", "0.5", "--json"
+    )
     assert code == 0, err
     assert err == ""
     assert json.loads(out)["solved_modules"] == 13
@@ -82,10 +104,23 @@ def test_merge_collects_writes_and_reuses(project, monkeypatch, capsys):
 
 def test_collect_a_checkpoint_and_a_recipe(project, monkeypatch, capsys):
     code, out, err = bmm(
-        monkeypatch, capsys, "collect", "expert-0", "a.txt", "-o", "g.safetensors", "--modules", "*query", "--samples", 7, "--json"
+        monkeypatch,
+        capsys,
+        "collect",
+        "expert-0",
+        "a.txt",
+        "-o",
+        "g.safetensors",
+        "--modules",
+        "*query",
+        "--samples",
+        7,
+        "--json",
     )
     assert code == 0, err
-    assert json.loads(out) == [{"file": "g.safetensors", "modules": 2, "grams": 2, "calibration": json.loads(out)[0]["calibration"]}]
+    assert json.loads(out) == [
+        {"file": "g.safetensors", "modules": 2, "grams": 2, "calibration": json.loads(out)[0]["calibration"]}
+    ]
     assert "7 samples" in GramSet.load("g.safetensors").calibration
     code, _, err = bmm(monkeypatch, capsys, "collect", "recipe.yaml")
     assert code == 2

@@ -27,7 +27,9 @@ def inputs_of(model, batches, mask_key="attention_mask"):
                 mask = batch.get(mask_key)
                 for i in range(start, len(rows[name])):
                     x = rows[name][i]
-                    rows[name][i] = (x[mask.bool()] if mask is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])).double()
+                    rows[name][i] = (
+                        x[mask.bool()] if mask is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])
+                    ).double()
         handle.remove()
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
@@ -63,7 +65,9 @@ def test_vit_knows_its_names_in_the_file():
     grams = collect_grams(make_base("vit"), make_batches("vit", 5))
     live = grams.resolve("vit.encoder.layer.0.attention.attention.query")
     assert live in grams.modules
-    assert live != "vit.encoder.layer.0.attention.attention.query" or not grams.aliases  # transformers 4 has one name for both
+    assert (
+        live != "vit.encoder.layer.0.attention.attention.query" or not grams.aliases
+    )  # transformers 4 has one name for both
 
 
 def test_batches_as_tensors_and_tuples_and_any_module():
@@ -154,7 +158,9 @@ class Twice(nn.Module):
         return first + self.b(x)
 
 
-@pytest.mark.parametrize(("how", "words"), [("later", "b read the same input as a at first, but not now"), ("in place", "changed in place")])
+@pytest.mark.parametrize(
+    ("how", "words"), [("later", "b read the same input as a at first, but not now"), ("in place", "changed in place")]
+)
 def test_sharing_that_does_not_hold_is_an_error(how, words):
     with pytest.raises(CollectionError, match=words):
         collect_grams(Twice(how), [torch.randn(5, 3), torch.randn(5, 3)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,14 +26,21 @@ def gram_set(width=6, seed=0, fingerprint="aa"):
     rows = torch.randn(20, width, generator=torch.Generator().manual_seed(seed))
     gram = GramAccumulator(width, name="a").update(rows)
     other = GramAccumulator(4, name="c").update(rows[:, :4])
-    return GramSet({"a": gram, "c": other}, {"a": "a", "b": "a", "c": "c"}, {"a": fingerprint}, calibration=f"seed {seed}", aliases={"file.a": "a"}, transposed=("c",))
+    return GramSet(
+        {"a": gram, "c": other},
+        {"a": "a", "b": "a", "c": "c"},
+        {"a": fingerprint},
+        calibration=f"seed {seed}",
+        aliases={"file.a": "a"},
+        transposed=("c",),
+    )
 
 
 @given(cuts=st.lists(st.integers(0, 30), max_size=4), width=st.integers(1, 9))
 def test_chunks_and_partials_add_up_to_one_shot(cuts, width):
     rows = torch.randn(30, width, generator=torch.Generator().manual_seed(1))
     bounds = [0, *sorted(cuts), 30]
-    chunks = [rows[a:b] for a, b in zip(bounds, bounds[1:])]
+    chunks = [rows[a:b] for a, b in pairwise(bounds)]
     streamed, merged = GramAccumulator(width), GramAccumulator(width)
     for chunk in chunks:
         streamed.update(chunk)
@@ -71,7 +79,7 @@ def test_non_finite_rows_are_refused_with_name_and_count_and_change_nothing(valu
 
 def test_misuse():
     gram = GramAccumulator(4, name="m")
-    with pytest.raises(ShapeMismatchError, match="m: .*5.*4"):
+    with pytest.raises(ShapeMismatchError, match=r"m: .*5.*4"):
         gram.update(torch.ones(2, 5))
     with pytest.raises(ShapeMismatchError, match="4 and 5"):
         gram.merge(GramAccumulator(5))
@@ -107,7 +115,9 @@ def test_loaded_set_saves_again(tmp_path):
 def test_sets_of_one_model_add_also_from_disk(tmp_path):
     one, two = gram_set(seed=1), gram_set(seed=2)
     expected = one.get("a").total + two.get("a").total
-    merged = GramSet.load(one.save(tmp_path / "1.safetensors")).merge(GramSet.load(two.save(tmp_path / "2.safetensors")))
+    merged = GramSet.load(one.save(tmp_path / "1.safetensors")).merge(
+        GramSet.load(two.save(tmp_path / "2.safetensors"))
+    )
     assert torch.equal(merged.get("b").total, expected)
     assert merged.rows("c") == 40
     assert merged.calibration == "seed 1; seed 2"
@@ -116,7 +126,7 @@ def test_sets_of_one_model_add_also_from_disk(tmp_path):
 
 
 def test_unknown_module_names_what_there_is():
-    with pytest.raises(GramMismatchError, match="no Gram for module 'z'.* a, b, c"):
+    with pytest.raises(GramMismatchError, match=r"no Gram for module 'z'.* a, b, c"):
         gram_set().get("z")
 
 
@@ -131,11 +141,28 @@ def test_damaged_files(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError, match="not of Grams"):
         GramSet.load(tmp_path / "weights.safetensors")
-    record = {"version": 1, "rows": {"a": 3}, "modules": {"a": "a"}, "fingerprints": {}, "weights_dtype": "float32", "calibration": "", "aliases": {}, "transposed": []}
-    save_file({"gram.a": torch.ones(2, 3), "row_sum.a": torch.ones(2)}, tmp_path / "oblong.safetensors", {"bmm-grams": json.dumps(record)})
+    record = {
+        "version": 1,
+        "rows": {"a": 3},
+        "modules": {"a": "a"},
+        "fingerprints": {},
+        "weights_dtype": "float32",
+        "calibration": "",
+        "aliases": {},
+        "transposed": [],
+    }
+    save_file(
+        {"gram.a": torch.ones(2, 3), "row_sum.a": torch.ones(2)},
+        tmp_path / "oblong.safetensors",
+        {"bmm-grams": json.dumps(record)},
+    )
     with pytest.raises(CheckpointError, match=r"'a' has shape \(2, 3\)"):
         GramSet.load(tmp_path / "oblong.safetensors")
-    save_file({"gram.a": torch.ones(2, 2)}, tmp_path / "future.safetensors", {"bmm-grams": json.dumps({**record, "version": 9})})
+    save_file(
+        {"gram.a": torch.ones(2, 2)},
+        tmp_path / "future.safetensors",
+        {"bmm-grams": json.dumps({**record, "version": 9})},
+    )
     with pytest.raises(CheckpointError, match="version 9"):
         GramSet.load(tmp_path / "future.safetensors")
 

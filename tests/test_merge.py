@@ -25,22 +25,30 @@ def outputs(model, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("options", [
-    {},
-    {"alpha": 1e-3, "scale": 1.3},
-    {"task_weights": "energy"},
-    {"gram_source": "task_vectors"},
-    {"gram_source": "hybrid", "hybrid": 0.3},
-    {"alpha": math.inf},
-], ids=["data", "scaled", "energy", "data-free", "hybrid", "anchor"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"alpha": 1e-3, "scale": 1.3},
+        {"task_weights": "energy"},
+        {"gram_source": "task_vectors"},
+        {"gram_source": "hybrid", "hybrid": 0.3},
+        {"alpha": math.inf},
+    ],
+    ids=["data", "scaled", "energy", "data-free", "hybrid", "anchor"],
+)
 def test_checkpoint_merge_equals_the_reference(architecture, options, tmp_path):
     base, experts, base_path, paths = family(architecture, tmp_path)
     batches = [make_batches(architecture, 10 + t) for t in range(2)]
     options = {"alpha": 0.1, **options}
     source = options.pop("gram_source", "data")
-    grams = "task_vectors" if source == "task_vectors" else [
-        collect_grams(e, b).save(tmp_path / f"g{t}.safetensors") for t, (e, b) in enumerate(zip(experts, batches))
-    ]
+    grams = (
+        "task_vectors"
+        if source == "task_vectors"
+        else [
+            collect_grams(e, b).save(tmp_path / f"g{t}.safetensors") for t, (e, b) in enumerate(zip(experts, batches))
+        ]
+    )
     result = merge(base_path, paths, grams=grams, output=tmp_path / "merged", **options)
     loaded, info = type(base).from_pretrained(result.path, output_loading_info=True)
     assert not info["missing_keys"]
@@ -48,7 +56,9 @@ def test_checkpoint_merge_equals_the_reference(architecture, options, tmp_path):
     energy = options.pop("task_weights", None) == "energy"
     # Grams are stored in float32: their rounding reaches the solution multiplied by the condition number, at most in / alpha.
     tolerance = torch.finfo(torch.float32).eps * (16 + 2 / options["alpha"])
-    truth = reference_merge(base, experts, batches, gram_source=source, share=options.pop("hybrid", 0.5), energy=energy, **options)
+    truth = reference_merge(
+        base, experts, batches, gram_source=source, share=options.pop("hybrid", 0.5), energy=energy, **options
+    )
     own = loaded.state_dict()
     for name, tensor in truth.state_dict().items():
         if tensor.is_floating_point():
@@ -111,7 +121,9 @@ def test_infinite_ridge_is_the_anchor_and_a_huge_one_nearly(anchor):
 
 def test_output_does_not_depend_on_threads_shards_slabs_or_batches(tmp_path, monkeypatch):
     base, experts, base_path, paths = family("llama", tmp_path)
-    grams = [collect_grams(e, make_batches("llama", t)).save(tmp_path / f"{t}.safetensors") for t, e in enumerate(experts)]
+    grams = [
+        collect_grams(e, make_batches("llama", t)).save(tmp_path / f"{t}.safetensors") for t, e in enumerate(experts)
+    ]
 
     def run(**options):
         tensors = merge(base_path, paths, grams=grams, anchor="ties", task_weights="energy", **options).tensors
@@ -125,7 +137,10 @@ def test_output_does_not_depend_on_threads_shards_slabs_or_batches(tmp_path, mon
     variants.append(run())
     monkeypatch.setitem(BATCH_BYTES, "cpu", 10_000)
     variants.append(run())
-    sharded = [save(type(base).from_pretrained(p), tmp_path / f"sharded-{p.name}", max_shard_size="20KB") for p in (base_path, *paths)]
+    sharded = [
+        save(type(base).from_pretrained(p), tmp_path / f"sharded-{p.name}", max_shard_size="20KB")
+        for p in (base_path, *paths)
+    ]
     variants.append(merge(sharded[0], sharded[1:], grams=grams, anchor="ties", task_weights="energy").tensors)
     for other in variants:
         assert set(other) == set(first)
@@ -137,7 +152,14 @@ def test_files_of_a_merge(tmp_path):
     (base_path / "tokenizer.json").write_text("{}")
     result = merge(base_path, paths, output=tmp_path / "out", max_shard_size="8KB", dtype="bfloat16")
     names = {p.name for p in result.path.iterdir()}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "README.md", "bmm_merge.json", "model.safetensors.index.json"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+        "bmm_merge.json",
+        "model.safetensors.index.json",
+    } <= names
     assert len([n for n in names if n.endswith(".safetensors")]) > 1
     record = json.loads((result.path / "bmm_merge.json").read_text())
     assert [i["role"] for i in record["inputs"]] == ["base", "expert 1", "expert 2"]
@@ -182,7 +204,10 @@ def test_base_without_the_experts_prefix_and_heads_left_out(tmp_path):
 
 def test_old_layernorm_names(tmp_path):
     base = make_base("bert")
-    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for n, t in base.state_dict().items()}
+    old = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in base.state_dict().items()
+    }
     assert old.keys() != base.state_dict().keys()
     experts = [fine_tune(base, s).state_dict() for s in (1, 2)]
     result = merge(old, experts, alpha=math.inf)
@@ -196,7 +221,9 @@ def test_modules_and_keep_base(tmp_path):
     state = base.state_dict()
     for name in ("classifier.weight", "bert.embeddings.word_embeddings.weight"):
         assert torch.equal(result.tensors[name], state[name])
-    average = (experts[0].state_dict()["bert.pooler.dense.weight"] + experts[1].state_dict()["bert.pooler.dense.weight"]) / 2
+    average = (
+        experts[0].state_dict()["bert.pooler.dense.weight"] + experts[1].state_dict()["bert.pooler.dense.weight"]
+    ) / 2
     torch.testing.assert_close(result.tensors["bert.pooler.dense.weight"], average)
 
 

@@ -94,8 +94,17 @@ def test_gram_of_the_wrong_size(models, tmp_path):
 
 def test_gram_of_another_model(models, tmp_path):
     experts, base, paths = models
-    grams = [collect_grams(e, make_batches("bert", 1)).save(tmp_path / f"{i}.safetensors") for i, e in enumerate(experts)]
-    refused(tmp_path, GramMismatchError, r"1\.safetensors: measured on another model than .*expert-0.*hash", base, paths, grams=grams[::-1])
+    grams = [
+        collect_grams(e, make_batches("bert", 1)).save(tmp_path / f"{i}.safetensors") for i, e in enumerate(experts)
+    ]
+    refused(
+        tmp_path,
+        GramMismatchError,
+        r"1\.safetensors: measured on another model than .*expert-0.*hash",
+        base,
+        paths,
+        grams=grams[::-1],
+    )
 
 
 def test_gram_of_another_model_that_differs_only_in_a_late_module(models, tmp_path):

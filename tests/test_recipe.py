@@ -27,7 +27,9 @@ def test_defaults_and_short_forms(tmp_path):
 
 def test_long_forms_and_inferred_source(tmp_path):
     experts = [{"model": "x", "grams": "x.safetensors"}, {"model": "y", "calibration": "y.txt", "name": "why"}]
-    recipe = load(tmp_path, {**GOOD, "experts": experts, "anchor": {"name": "ties", "density": 0.3}, "alpha": float("inf")})
+    recipe = load(
+        tmp_path, {**GOOD, "experts": experts, "anchor": {"name": "ties", "density": 0.3}, "alpha": float("inf")}
+    )
     assert recipe.gram_source == "data"
     assert recipe.anchor.parameters == {"density": 0.3}
     assert recipe.alpha == math.inf

@@ -10,9 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmm_engine.errors import ConfigError, NonFiniteGramError, NonFiniteWeightError, NotPositiveDefiniteError, NumericalWarning, ShapeMismatchError
-from bmm_engine.solve import energy_weights, factorize, solve_map
+from bmm_engine.errors import (
+    ConfigError,
+    NonFiniteGramError,
+    NonFiniteWeightError,
+    NotPositiveDefiniteError,
+    NumericalWarning,
+    ShapeMismatchError,
+)
 from bmm_engine.moments import DenseMoment
+from bmm_engine.solve import energy_weights, factorize, solve_map
 from tests.numerics import assert_backward_stable, relative_error
 
 OUT, IN = 7, 12
@@ -33,7 +40,9 @@ def make(tasks=3, rank=None, out=OUT, width=IN, dtype=torch.float32, seed=0, con
     experts = [anchor + 0.1 * torch.randn(out, width, generator=generator) for _ in range(tasks)]
     grams = []
     for _ in range(tasks):
-        x = torch.randn(rank or 4 * width, width, generator=generator) * torch.logspace(0, -math.log10(condition) / 2, width)
+        x = torch.randn(rank or 4 * width, width, generator=generator) * torch.logspace(
+            0, -math.log10(condition) / 2, width
+        )
         grams.append(x.T @ x / x.shape[0])
     return anchor.to(dtype), [e.to(dtype) for e in experts], grams
 
@@ -98,7 +107,9 @@ def test_equal_experts_and_anchor_are_exact_at_any_ridge(rank):
 
 def test_zero_ridge_is_regmean():
     anchor, experts, grams = make()
-    regmean = sum(e.double() @ g.double() for e, g in zip(experts, grams)) @ torch.linalg.inv(sum(g.double() for g in grams))
+    regmean = sum(e.double() @ g.double() for e, g in zip(experts, grams)) @ torch.linalg.inv(
+        sum(g.double() for g in grams)
+    )
     close(solve_map(anchor, experts, grams, alpha=0.0).weight, regmean)
     close(solve_map(anchor, experts, grams, alpha=1e-7).weight, regmean, 1e-5)
 
@@ -139,7 +150,9 @@ def test_batch_equals_singles_and_stacked_members_equal_separate_ones():
         alone = solve_map(*single, alpha=0.3)
         close(batch.weight[i], alone.weight, 1e-7)
         assert batch.ridge[i] == pytest.approx(alone.ridge[0])
-    stacked = solve_map(torch.cat([one[0], two[0]]), [torch.cat(pair) for pair in zip(one[1], two[1])], one[2], alpha=0.3).weight
+    stacked = solve_map(
+        torch.cat([one[0], two[0]]), [torch.cat(pair) for pair in zip(one[1], two[1])], one[2], alpha=0.3
+    ).weight
     close(stacked[:OUT], solve_map(*one, alpha=0.3).weight, 1e-7)
     close(stacked[OUT:], solve_map(two[0], two[1], one[2], alpha=0.3).weight, 1e-7)
 
@@ -148,7 +161,10 @@ def test_given_and_energy_task_weights():
     anchor, experts, grams = make()
     base = torch.zeros_like(anchor)
     given_weights = [0.5, 2.0, 1.0]
-    close(solve_map(anchor, experts, grams, alpha=0.1, task_weights=given_weights).weight, oracle(anchor, experts, grams, 0.1, given_weights))
+    close(
+        solve_map(anchor, experts, grams, alpha=0.1, task_weights=given_weights).weight,
+        oracle(anchor, experts, grams, 0.1, given_weights),
+    )
     inverse = [1 / float((e.double() @ g.double() * e.double()).sum()) for e, g in zip(experts, grams)]
     expected = [w * 3 / sum(inverse) for w in inverse]
     solution = solve_map(anchor, experts, grams, alpha=0.1, task_weights="energy", base=base)
@@ -177,7 +193,8 @@ def test_relative_ridge_does_not_see_the_scale_of_the_data(scale, seed, alpha):
 def test_experts_commute(seed):
     anchor, experts, grams = make(seed=seed)
     close(
-        solve_map(anchor, experts[::-1], grams[::-1], alpha=0.1).weight, solve_map(anchor, experts, grams, alpha=0.1).weight
+        solve_map(anchor, experts[::-1], grams[::-1], alpha=0.1).weight,
+        solve_map(anchor, experts, grams, alpha=0.1).weight,
     )
 
 
@@ -187,7 +204,9 @@ def test_jitter_touches_only_the_failing_member():
         factors = factorize([[DenseMoment(good)], [DenseMoment(bad)]], [[1.0], [1.0]], ridge=0.0, names=["good", "bad"])
     assert factors[0].jitter == 0
     assert 1e-9 < factors[1].jitter < 1e-7
-    assert torch.allclose(factors[1].lower @ factors[1].lower.T, bad + factors[1].jitter * torch.eye(4, dtype=torch.float64), atol=1e-15)
+    assert torch.allclose(
+        factors[1].lower @ factors[1].lower.T, bad + factors[1].jitter * torch.eye(4, dtype=torch.float64), atol=1e-15
+    )
 
 
 def test_indefinite_gram_is_a_typed_error():
@@ -208,7 +227,9 @@ def test_float32_gram_without_full_rank_at_zero_ridge_warns_or_solves_but_stays_
     assert torch.isfinite(solution.weight).all()
     g = grams[0].double()
     difference = (solution.weight - experts[0]).double()
-    assert float((difference @ g * difference).sum()) < 1e-6 * float((experts[0].double() @ g * experts[0].double()).sum())
+    assert float((difference @ g * difference).sum()) < 1e-6 * float(
+        (experts[0].double() @ g * experts[0].double()).sum()
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,8 +238,16 @@ def test_float32_gram_without_full_rank_at_zero_ridge_warns_or_solves_but_stays_
         ({"experts": lambda e: [e[0], e[1], e[2][:, :5]]}, ShapeMismatchError, r"expert 2.*\(7, 5\).*\(7, 12\)"),
         ({"grams": lambda g: [g[0], g[1], g[2][:5, :5]]}, ShapeMismatchError, r"\(5, 5\).*\(12, 12\)"),
         ({"grams": lambda g: g[:2]}, ConfigError, "3 experts and 2 Grams"),
-        ({"experts": lambda e: [e[0], e[1].index_fill(0, torch.tensor([2]), math.nan), e[2]]}, NonFiniteWeightError, "expert 1.*12 of 84"),
-        ({"grams": lambda g: [g[0], g[1].index_fill(0, torch.tensor([2]), math.inf), g[2]]}, NonFiniteGramError, "12 entries"),
+        (
+            {"experts": lambda e: [e[0], e[1].index_fill(0, torch.tensor([2]), math.nan), e[2]]},
+            NonFiniteWeightError,
+            "expert 1.*12 of 84",
+        ),
+        (
+            {"grams": lambda g: [g[0], g[1].index_fill(0, torch.tensor([2]), math.inf), g[2]]},
+            NonFiniteGramError,
+            "12 entries",
+        ),
     ],
 )
 def test_bad_tensors(change, error, words):

@@ -13,15 +13,38 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 VOCABULARY = 60
-_TEXT = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 40}
-_IMAGE = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 16, "intermediate_size": 40, "image_size": 16, "patch_size": 8}
+_TEXT = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+}
+_IMAGE = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "image_size": 16,
+    "patch_size": 8,
+}
 
 CONFIGS = {
-    "bert": lambda: (transformers.BertForSequenceClassification, transformers.BertConfig(**_TEXT, max_position_embeddings=32, num_labels=3)),
+    "bert": lambda: (
+        transformers.BertForSequenceClassification,
+        transformers.BertConfig(**_TEXT, max_position_embeddings=32, num_labels=3),
+    ),
     "gpt2": lambda: (
         transformers.GPT2LMHeadModel,
         transformers.GPT2Config(
-            n_embd=16, n_layer=2, n_head=4, n_inner=40, vocab_size=VOCABULARY, n_positions=32, bos_token_id=1, eos_token_id=2
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            n_inner=40,
+            vocab_size=VOCABULARY,
+            n_positions=32,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
     ),
     "vit": lambda: (transformers.ViTForImageClassification, transformers.ViTConfig(**_IMAGE, num_labels=3)),
@@ -61,7 +84,10 @@ def make_batches(architecture: str, seed: int, count: int = 3) -> list[dict[str,
     if architecture == "vit":
         return [{"pixel_values": torch.randn(4, 3, 16, 16, generator=generator)} for _ in range(count)]
     mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4, [1] * 9, [1] * 2 + [0] * 7])
-    return [{"input_ids": torch.randint(3, VOCABULARY, (4, 9), generator=generator), "attention_mask": mask} for _ in range(count)]
+    return [
+        {"input_ids": torch.randint(3, VOCABULARY, (4, 9), generator=generator), "attention_mask": mask}
+        for _ in range(count)
+    ]
 
 
 def save(model: nn.Module, folder: Path, **options: object) -> Path:

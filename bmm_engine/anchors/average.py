@@ -17,7 +17,9 @@ def average(base: Tensor, experts: Sequence[Tensor], *, weights: list[float] | N
     if weights is None:
         weights = [1.0] * len(experts)
     if len(weights) != len(experts) or not sum(weights):
-        raise ConfigError(f"average: {len(weights)} weights (sum {sum(weights)}) for {len(experts)} experts; give one each, not summing to 0.")
+        raise ConfigError(
+            f"average: {len(weights)} weights (sum {sum(weights)}) for {len(experts)} experts; give one each, not summing to 0."
+        )
     out = torch.zeros_like(base)
     for expert, weight in zip(experts, weights, strict=True):
         out.add_(expert, alpha=weight)

@@ -10,7 +10,9 @@ from torch import Tensor
 _HALF = 16
 
 
-def kth_smallest_magnitudes(passes: Callable[[], Iterable[Sequence[Tensor]]], rank: Callable[[int], int]) -> tuple[float, ...]:
+def kth_smallest_magnitudes(
+    passes: Callable[[], Iterable[Sequence[Tensor]]], rank: Callable[[int], int]
+) -> tuple[float, ...]:
     """For each of T parallel streams of tensors, its `rank(n)`-th smallest magnitude (1-based; n its number of entries), in float32.
 
     `passes()` starts a pass and yields T tensors at a time. A rank below 1 gives 0 (keep everything). Non-negative float32 values order as

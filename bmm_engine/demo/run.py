@@ -58,7 +58,9 @@ def run(output: Path, *, console: Any) -> list[dict[str, Any]]:
     with console.status("reading the tasks"):
         tasks = load_tasks(output / "data")
         base = save_base(base_package_dir(), output / "base")
-    console.print(f"{len(tasks)} tasks: " + ", ".join(f"{t.name} ({len(t.train)} sentences)" for t in tasks), highlight=False)
+    console.print(
+        f"{len(tasks)} tasks: " + ", ".join(f"{t.name} ({len(t.train)} sentences)" for t in tasks), highlight=False
+    )
     with console.status("fine-tuning one expert for each task"):
         experts = train_experts(tasks, base, output / "experts", on_ready=_expert_report(console))
     with console.status("collecting Grams"):
@@ -68,9 +70,17 @@ def run(output: Path, *, console: Any) -> list[dict[str, Any]]:
     merged = run_recipe(Recipe.load(recipe), output / "merged", overwrite=True, progress=False)
     results.write(output / "results.json")
     console.print(results.table())
-    console.print(f"took {time.perf_counter() - started:.0f} s; all rows are in {output / 'results.json'}", highlight=False)
-    console.print(f"The merged encoder (bmm data on average) is in {merged.path}, made by: bmm merge {recipe} -o {merged.path}", highlight=False)
-    console.print(f"""Load it:  python -c 'from transformers import AutoModel; print(AutoModel.from_pretrained("{merged.path}"))'""", highlight=False)
+    console.print(
+        f"took {time.perf_counter() - started:.0f} s; all rows are in {output / 'results.json'}", highlight=False
+    )
+    console.print(
+        f"The merged encoder (bmm data on average) is in {merged.path}, made by: bmm merge {recipe} -o {merged.path}",
+        highlight=False,
+    )
+    console.print(
+        f"""Load it:  python -c 'from transformers import AutoModel; print(AutoModel.from_pretrained("{merged.path}"))'""",
+        highlight=False,
+    )
     return [asdict(row) for row in results.rows]
 
 
@@ -103,7 +113,9 @@ def _compare(tasks: list[Task], base: Path, experts: list[Expert], grams: list[G
 def _write_recipe(output: Path, experts: list[Expert]) -> Path:
     recipe = {
         "base": "base",
-        "experts": [{"name": e.task, "model": f"experts/{e.task}", "grams": f"grams/{e.task}.safetensors"} for e in experts],
+        "experts": [
+            {"name": e.task, "model": f"experts/{e.task}", "grams": f"grams/{e.task}.safetensors"} for e in experts
+        ],
         "anchor": "average",
     }
     path = output / "recipe.yaml"

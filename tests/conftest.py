@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("bmm", deadline=None, derandomize=True, max_examples=40, print_blob=True)
+hypothesis.settings.load_profile("bmm")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _torch_state() -> Iterator[None]:
+    """Every test starts from one seed and leaves torch's global settings as it found them."""
+    threads, dtype, tf32 = torch.get_num_threads(), torch.get_default_dtype(), torch.backends.cuda.matmul.allow_tf32
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` and `torch.empty_like` give NaN, so that an element which nobody writes shows."""
+
+    def poison(function: Any) -> Any:
+        def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return poisoned
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
