@@ -212,7 +212,7 @@ def demo(
     """Fine-tune experts on real tasks, merge them in every way, and print one table of what each merge is worth."""
     from bmm_engine.demo import run
 
-    rows = run(output, console=_console(stderr=as_json))
+    rows = run(output, console=_console(stderr=as_json, min_width=132))
     if as_json:
         _print_json(rows)
 
@@ -242,10 +242,13 @@ def _say(label: str, style: str, text: str) -> None:
     _console(stderr=True).print(Text.assemble((label, style), text))
 
 
-def _console(stderr: bool = False) -> Any:
+def _console(stderr: bool = False, min_width: int = 0) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
+    console = Console(stderr=stderr, soft_wrap=not sys.stdout.isatty())
+    if not console.is_terminal:
+        console.width = max(console.width, min_width)  # a file or pipe has no width that a table should bow to
+    return console
 
 
 def _print_json(value: Any) -> None:

@@ -44,6 +44,10 @@ def collect_from_checkpoint(
         live = cls.from_pretrained(path, dtype=getattr(torch, options.dtype), local_files_only=True).to(device)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: transformers cannot load it as {cls.__name__}: {error}") from error
+    if live.get_output_embeddings() is not None:
+        live.set_output_embeddings(
+            torch.nn.Identity()
+        )  # logits over a whole vocabulary are large, and nobody reads them
     batches = list(data.batches(path, batch_size=options.batch_size, max_length=options.max_length))
     return collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
 

@@ -63,8 +63,8 @@ class Results:
         table = Table(title="Test accuracy, %")
         for column in ("method", "anchor"):
             table.add_column(column)
-        for column in (*self._expert_scores, "mean", "mean / expert", "worst", "worst / expert", "seconds"):
-            table.add_column(column, justify="right")
+        for column in (*self._expert_scores, "mean", "mean/expert", "worst", "worst/expert", "seconds"):
+            table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
             shares = (*row.scores.values(), row.mean, row.mean_normalised, row.worst, row.worst_normalised)
             cells = [f"{100 * share:.1f}" for share in shares]

@@ -43,14 +43,15 @@ _FILES = ("config.json", "model.safetensors", "head.safetensors")
 class Settings:
     """How every expert is trained: AdamW with a linearly falling learning rate, embeddings frozen.
 
-    `bfloat16` more than halves the time on a processor with bfloat16 instructions, and triples it on one without.
+    `bfloat16`: matrix products in bfloat16. It more than halves the time on a processor that has the instructions, and triples it
+    on one that has not; None uses it where they are.
     """
 
     epochs: int = 2
     batch_size: int = 32
     learning_rate: float = 2e-4
     head_learning_rate: float = 2e-3
-    bfloat16: bool = False
+    bfloat16: bool | None = None
     seed: int = 0
 
 
@@ -193,10 +194,16 @@ def _train_and_save(task: Task, base_dir: Path, folder: Path, settings: Settings
     return expert
 
 
+def has_bfloat16() -> bool:
+    """Does this processor multiply bfloat16 matrices in hardware?"""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+
+
 def fine_tune(task: Task, encoder: nn.Module, tokenizer: Any, settings: Settings) -> tuple[nn.Module, nn.Linear]:
     """Train `encoder` in place with a new linear head on the task's training rows; return both in evaluation mode.
 
-    Weights stay float32; with `settings.bfloat16` the matrix products run in bfloat16. Seeded: it resets torch's
+    Weights stay float32; the matrix products may run in bfloat16 (see `Settings`). Seeded: it resets torch's
     global generator, and on one thread the same inputs give the same weights.
 
     Raises `TrainingError` when the loss is not finite.
@@ -216,13 +223,14 @@ def fine_tune(task: Task, encoder: nn.Module, tokenizer: Any, settings: Settings
     steps = settings.epochs * math.ceil(len(labels) / settings.batch_size)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=steps)
 
+    bfloat16 = has_bfloat16() if settings.bfloat16 is None else settings.bfloat16
     # Trained in evaluation mode: dropout costs a third of the time and gains nothing in so few steps.
     encoder.eval()
     for _ in range(settings.epochs):
         for rows in torch.randperm(len(labels)).split(settings.batch_size):
             positions = rows.tolist()
             batch = pad([token_ids[position] for position in positions], positions, tokenizer.pad_token_id)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                 logits = head(sentence_features(encoder, batch))
             loss = nn.functional.cross_entropy(logits.float(), labels[rows])
             if not loss.isfinite():

@@ -67,20 +67,17 @@ def run(output: Path, *, console: Any) -> list[dict[str, Any]]:
         grams = [_collect(task, expert, output / "grams") for task, expert in zip(tasks, experts, strict=True)]
     results = _compare(tasks, base, experts, grams, console)
     recipe = _write_recipe(output, experts)
-    merged = run_recipe(Recipe.load(recipe), output / "merged", overwrite=True, progress=False)
+    merged = output / "merged"
+    run_recipe(Recipe.load(recipe), merged, overwrite=True, progress=False)
     results.write(output / "results.json")
     console.print(results.table())
     console.print(
         f"took {time.perf_counter() - started:.0f} s; all rows are in {output / 'results.json'}", highlight=False
     )
     console.print(
-        f"The merged encoder (bmm data on average) is in {merged.path}, made by: bmm merge {recipe} -o {merged.path}",
-        highlight=False,
+        f"The merged encoder (bmm data on average) is what `bmm merge {recipe} -o {merged}` makes.", highlight=False
     )
-    console.print(
-        f"""Load it:  python -c 'from transformers import AutoModel; print(AutoModel.from_pretrained("{merged.path}"))'""",
-        highlight=False,
-    )
+    console.print(f'Load it: AutoModel.from_pretrained("{merged}", add_pooling_layer=False)', highlight=False)
     return [asdict(row) for row in results.rows]
 
 
