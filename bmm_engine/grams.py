@@ -124,14 +124,19 @@ class GramSet:
         return self.aliases.get(name)
 
     def group(self, module: str) -> str:
+        """The group of `module`. Raises `GramMismatchError` if the set has none."""
         resolved = self.resolve(module)
         if resolved is None:
-            known = ", ".join(list(self.modules)[:3])
-            raise GramMismatchError(
-                f"{self.where}: holds no Gram for module {module!r}; it has {len(self.modules)}, such as {known}. Collect Grams from this"
-                " expert with the modules of the merge, or leave the module out with `modules`."
-            )
+            raise self.unknown(module)
         return self.modules[resolved]
+
+    def unknown(self, module: str) -> GramMismatchError:
+        """The error for a module that this set does not cover."""
+        known = ", ".join(list(self.modules)[:3])
+        return GramMismatchError(
+            f"{self.where}: holds no Gram for module {module!r}; it has {len(self.modules)}, such as {known}. Collect Grams from"
+            " this expert with the modules of the merge, or leave the module out with `modules`."
+        )
 
     @property
     def where(self) -> str:

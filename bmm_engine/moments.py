@@ -16,8 +16,8 @@ from bmm_engine.errors import ConfigError, NonFiniteGramError, ShapeMismatchErro
 from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.gram import accumulate_gram
 
-# Columns of a Gram that are widened to the solve's dtype at a time.
-BLOCK_COLUMNS = 1024
+# Columns of a Gram, or rows of a task vector, that are widened to the solve's dtype at a time.
+BLOCK = 1024
 
 
 class Moment(Protocol):
@@ -87,8 +87,8 @@ class DenseMoment:
         if total.dtype == rows.dtype:
             return (rows @ total).div_(self.rows)
         out = torch.empty_like(rows)
-        for start in range(0, total.shape[1], BLOCK_COLUMNS):
-            stop = start + BLOCK_COLUMNS
+        for start in range(0, total.shape[1], BLOCK):
+            stop = start + BLOCK
             torch.matmul(rows, total[:, start:stop].to(rows), out=out[:, start:stop])
         return out.div_(self.rows)
 
@@ -133,8 +133,11 @@ class TaskVectorMoment:
         if self._factor is None:
             assert self._dense is not None
             return self._dense.apply(rows)
-        factor = self._factor.to(rows)
-        return ((rows @ factor.mT) @ factor).mul_(self.scale)
+        out = torch.zeros_like(rows)
+        for part in self._factor.split(BLOCK):
+            factor = part.to(rows)
+            out.addmm_(rows @ factor.mT, factor, alpha=self.scale)
+        return out
 
 
 class SumMoment:

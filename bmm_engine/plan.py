@@ -148,7 +148,7 @@ def build_plan(
     solved = dict(linear) if settings.alpha != math.inf else {}
     if uses_data:
         for name in linear:
-            lacking = [g for g, e in zip(gram_sets, experts, strict=True) if _resolve(g, e, name) is None]
+            lacking = [g for g, e in zip(gram_sets, experts, strict=True) if _find(g, e, name) is None]
             if lacking and explicit:
                 lacking[0].group(name)  # raises, with the names it has
             if lacking:
@@ -158,7 +158,7 @@ def build_plan(
             gram_sets[0].group(next(iter(linear)))
         for name, module in solved.items():
             for grams, expert in zip(gram_sets, experts, strict=True):
-                width = grams.width(_require(grams, expert, name))
+                width = grams.width(resolve_module(grams, expert, name))
                 if width != module.in_features:
                     raise GramMismatchError(
                         f"{grams.where}: the Gram of {name!r} has width {width}, the module reads {module.in_features} features. It was measured"
@@ -182,7 +182,7 @@ def _groups(
     for name, module in solved.items():
         with_bias = settings.fit_bias and module.bias in merged
         if settings.gram_source == "data":
-            shared = tuple(g.group(_require(g, e, name)) for g, e in zip(gram_sets, experts, strict=True))
+            shared = tuple(g.group(resolve_module(g, e, name)) for g, e in zip(gram_sets, experts, strict=True))
             members.setdefault((shared, with_bias), []).append(module)
         else:
             members[(name, with_bias)] = [module]
@@ -191,31 +191,22 @@ def _groups(
 
 def resolve_module(grams: GramSet, expert: AlignedExpert, name: str) -> str:
     """The name under which `grams` knows the module that the base calls `name`. Raises `GramMismatchError`."""
-    return _require(grams, expert, name)
-
-
-def _resolve(grams: GramSet, expert: AlignedExpert, name: str) -> str | None:
-    """A Gram set goes by its own model's names: the expert's, or, measured on the bare encoder, the base's."""
-    for candidate in (expert.own_module(name), name):
-        found = grams.resolve(candidate)
-        if found is not None:
-            return found
-    return None
-
-
-def _require(grams: GramSet, expert: AlignedExpert, name: str) -> str:
-    found = _resolve(grams, expert, name)
+    found = _find(grams, expert, name)
     if found is None:
-        grams.group(name)  # raises
-        raise AssertionError("unreachable")
+        raise grams.unknown(expert.own_module(name))
     return found
+
+
+def _find(grams: GramSet, expert: AlignedExpert, name: str) -> str | None:
+    """A Gram set goes by its own model's names: the expert's, or, measured on the bare encoder, the base's."""
+    return grams.resolve(expert.own_module(name)) or grams.resolve(name)
 
 
 def _modules_of(grams: GramSet, expert: AlignedExpert, stored: dict[str, tuple[int, ...]]) -> dict[str, LinearModule]:
     found = {}
     for weight, shape in stored.items():
         name = weight.removesuffix(".weight")
-        own = _resolve(grams, expert, name) if weight.endswith(".weight") and len(shape) == 2 else None
+        own = _find(grams, expert, name) if weight.endswith(".weight") and len(shape) == 2 else None
         if own is not None:
             transposed = own in grams.transposed
             out_features, in_features = shape[::-1] if transposed else shape

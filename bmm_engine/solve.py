@@ -33,7 +33,7 @@ from bmm_engine.ops.cholesky import cholesky_, solve_right
 # cover the rounding of float32 Grams, whose zero eigenvalues come out as small negative ones.
 JITTERS = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5)
 # Rows of W solved at a time: the float64 working set is then a few of these blocks, whatever the module's height.
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True)

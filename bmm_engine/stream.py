@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.align import AlignedExpert, float_dtype
+from bmm_engine.align import float_dtype
 from bmm_engine.architecture import LinearModule
 from bmm_engine.errors import GramMismatchError
 from bmm_engine.grams import GramAccumulator, GramSet, weight_fingerprint
+from bmm_engine.memory import release_free_memory
 from bmm_engine.moments import DenseMoment, Moment, TaskVectorMoment, hybrid_moment
 from bmm_engine.plan import MergePlan, ModuleGroup, resolve_module
-from bmm_engine.solve import check_finite, energy_weights, factorize, solve_with_factor, task_energy
+from bmm_engine.solve import Factor, check_finite, energy_weights, factorize, solve_with_factor, task_energy
 
 # Elementwise rules work on slabs of this many elements, so that a large embedding never exists T + 2 times in float32.
 SLAB_ELEMENTS = 8 * 2**20
@@ -63,8 +64,8 @@ class MergeStream:
         self._linear_by_weight = {m.weight: m for m in plan.linear.values()}
 
     def __len__(self) -> int:
-        """Steps for a progress bar: groups and single tensors."""
-        return len(self.plan.groups) + len(self.plan.from_anchor) + len(self.plan.from_base)
+        """Steps for a progress bar: modules, and slabs of the other tensors."""
+        return self.plan.module_count + sum(1 for name in self._others() for _ in self._slabs(name))
 
     def __iter__(self) -> Iterator[list[Piece]]:
         if self.plan.groups:
@@ -73,12 +74,16 @@ class MergeStream:
             self.parameters["state"] = self.rule.reduce(self._whole_model, **self.parameters)
         for batch in self._batches():
             yield from self._solve_batch(batch)
+            release_free_memory()
         for name in self.plan.from_anchor:
             for rows in self._slabs(name):
                 yield [Piece(name, self._anchor_tensor(name, rows).cpu(), rows)]
         for name in self.plan.from_base:
             for rows in self._slabs(name):
                 yield [Piece(name, self.base.load(name, rows), rows)]
+
+    def _others(self) -> tuple[str, ...]:
+        return self.plan.from_anchor + self.plan.from_base
 
     # Reading
 
@@ -168,26 +173,20 @@ class MergeStream:
             device=self.device,
         )
         for group, factor in zip(opened, factors, strict=True):
-            pieces = []
             for module in group.group.members:
-                base, experts = group.weights(module)
-                anchor = self._anchor_module(base, experts, group.group.with_bias)
-                solved = solve_with_factor(anchor, experts, group.moments, factor)
-                moved = float((anchor - base).norm())
-                shift = float((solved - anchor).norm()) / moved if moved else 0.0
-                self.records.append(
-                    ModuleRecord(
-                        module.name,
-                        (module.out_features, module.in_features),
-                        factor.ridge,
-                        factor.jitter,
-                        factor.task_weights,
-                        shift,
-                    )
-                )
-                merged = solved if self.settings.scale == 1 else base + self.settings.scale * (solved - base)
-                pieces += self._pieces(module, merged, group.group.with_bias)
-            yield pieces
+                yield self._solve_module(group, module, factor)
+
+    def _solve_module(self, group: _OpenGroup, module: LinearModule, factor: Factor) -> list[Piece]:
+        with_bias = group.group.with_bias
+        base, experts = group.weights(module)
+        anchor = self._anchor_module(base, experts, with_bias)
+        solved = solve_with_factor(anchor, experts, group.moments, factor)
+        moved = float((anchor - base).norm())
+        shift = float((solved - anchor).norm()) / moved if moved else 0.0
+        shape = (module.out_features, module.in_features)
+        self.records.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, factor.task_weights, shift))
+        merged = solved if self.settings.scale == 1 else base + self.settings.scale * (solved - base)
+        return self._pieces(module, merged, with_bias)
 
     def _pieces(self, module: LinearModule, merged: Tensor, with_bias: bool) -> list[Piece]:
         weight = merged[:, :-1] if with_bias else merged
@@ -291,5 +290,3 @@ def _total(grams: GramSet, module: str, with_bias: bool) -> Tensor:
     augmented[-1, -1] = gram.rows
     return augmented
 
-
-__all__ = ["AlignedExpert", "MergeStream", "ModuleRecord", "Piece"]

@@ -15,6 +15,7 @@ PACKAGE = Path(bmm_engine.__file__).parent
 MAY_IMPORT = {
     "errors": set(),
     "progress": set(),
+    "memory": set(),
     "ops": {"errors"},
     "architecture": {"errors"},
     "calibration": {"errors"},

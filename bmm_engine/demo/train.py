@@ -196,7 +196,7 @@ def _train_and_save(task: Task, base_dir: Path, folder: Path, settings: Settings
 
 def has_bfloat16() -> bool:
     """Does this processor multiply bfloat16 matrices in hardware?"""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
