@@ -91,7 +91,7 @@ def _collect(task: Task, expert: Expert, folder: Path) -> GramSet:
 
 def _compare(tasks: list[Task], base: Path, experts: list[Expert], grams: list[GramSet], console: Any) -> Results:
     evaluate = Evaluator(tasks, load_tokenizer(base), {e.task: e.head() for e in experts})
-    scores = {e.task: evaluate(load_encoder(e.path))[e.task] for e in experts}
+    scores = {e.task: e.test_accuracy for e in experts}  # measured by the same evaluator when the expert was trained
     results = Results(scores)
     results.add("experts", scores, seconds=sum(e.seconds for e in experts))
     encoder: nn.Module = load_encoder(base)
