@@ -199,5 +199,6 @@ def _cell(value: object) -> str:
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
+    """A JSON list of the rows, each with the versions it was measured with."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    path.write_text(json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    path.write_text(json.dumps([{**asdict(row), "versions": versions} for row in rows], indent=1) + "\n")

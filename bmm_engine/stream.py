@@ -289,4 +289,3 @@ def _total(grams: GramSet, module: str, with_bias: bool) -> Tensor:
     augmented[-1, :-1] = augmented[:-1, -1] = gram.row_sum
     augmented[-1, -1] = gram.rows
     return augmented
-

@@ -34,8 +34,10 @@ def test_rows_are_complete(tmp_path):
         assert row.peak_share is not None
         assert row.peak_share > 0
     harness.write_json(rows, tmp_path / "rows.json")
-    written = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert [set(row) for row in written] == [{field.name for field in dataclasses.fields(harness.Row)}] * 2
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert [set(row) for row in written] == [
+        {field.name for field in dataclasses.fields(harness.Row)} | {"versions"}
+    ] * 2
     assert "torch.addmm" in harness.table(rows)
 
 
@@ -53,3 +55,15 @@ def test_the_probe_measures():
     assert native.probe_fma_gflops(1) > 0.1
     with pytest.raises(native.Error, match="threads is 0"):
         native.probe_fma_gflops(0)
+
+
+def test_memory_of_a_merge_is_measured_and_within_its_bound(tmp_path):
+    from bench import memory
+
+    shapes = memory.llama_shapes(layers=1, hidden=64, intermediate=160, vocabulary=300, key_value=32)
+    report = memory.run(tmp_path, experts=2, heads=4, shard="100KB", shapes=shapes)
+    assert report["modules"] == 7
+    assert 50 < report["peak_mib"] < report["bound_mib"]
+    assert (tmp_path / "merged" / "model.safetensors.index.json").exists() or (
+        tmp_path / "merged" / "model.safetensors"
+    ).exists()
