@@ -68,30 +68,38 @@ def is_head(name: str, model: nn.Module) -> bool:
 def linear_modules(model: nn.Module, patterns: Iterable[str] | None = None) -> dict[str, LinearModule]:
     """The linear modules of a live (or meta) model, by their names in the model, in its order.
 
-    Without `patterns`, all but the heads; with them, exactly those whose name matches one (shell patterns; heads too).
-    Raises `ConfigError` for a pattern that matches nothing.
+    Without `patterns`, all but the heads; with them, exactly those whose name, live or in the checkpoint, matches one (shell patterns;
+    heads too). Raises `ConfigError` for a pattern that matches nothing.
     """
     found = {}
     for name, module in model.named_modules():
         described = linear_module(name, module)
         if described is not None and (patterns is not None or not is_head(name, model)):
             found[name] = described
-    return select_modules(found, patterns)
+    return found if patterns is None else select_modules(found, patterns, module_checkpoint_names(model, found))
 
 
-def select_modules(found: Mapping[str, LinearModule], patterns: Iterable[str] | None) -> dict[str, LinearModule]:
-    """Those of `found` whose name matches one of `patterns` (all for None); a pattern without a match is a `ConfigError`."""
+def select_modules(
+    found: Mapping[str, LinearModule], patterns: Iterable[str] | None, aliases: Mapping[str, str] | None = None
+) -> dict[str, LinearModule]:
+    """Those of `found` whose name, or alias, matches one of `patterns` (all for None).
+
+    Raises `ConfigError` for a pattern without a match.
+    """
     if patterns is None:
         return dict(found)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in found):
+    names = {name: (name, (aliases or {}).get(name, name)) for name in found}
+    matches = {p: [n for n, both in names.items() if any(fnmatchcase(b, p) for b in both)] for p in patterns}
+    for pattern, matched in matches.items():
+        if not matched:
             sample = ", ".join(list(found)[:3])
             raise ConfigError(
                 f"modules: the pattern {pattern!r} matches no linear module; there are {len(found)}, such as {sample}."
                 " Patterns are shell patterns over module names, for example '*attention*'."
             )
-    return {name: m for name, m in found.items() if any(fnmatchcase(name, p) for p in patterns)}
+    chosen = {name for matched in matches.values() for name in matched}
+    return {name: module for name, module in found.items() if name in chosen}
 
 
 def checkpoint_names(model: nn.Module) -> dict[str, str]:
@@ -165,23 +173,27 @@ def meta_model(path: Path) -> nn.Module:
         return transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
 
 
-def checkpoint_linear_modules(path: Path, stored: Mapping[str, tuple[int, ...]]) -> dict[str, LinearModule]:
-    """The linear modules (heads left out) of the checkpoint at `path`, by the names that its files use.
+def checkpoint_linear_modules(
+    path: Path, stored: Mapping[str, tuple[int, ...]], patterns: Iterable[str] | None = None
+) -> dict[str, LinearModule]:
+    """The linear modules of the checkpoint at `path`, by the names that its files use; `patterns` as in `linear_modules`.
 
     `stored`: name -> shape of each tensor in the files. A file may carry the base model's prefix where the architecture does not,
     and the other way round; both are understood. Modules that the files do not hold under one name are left out.
+
+    Raises `CheckpointError` for an architecture that transformers does not know, `ConfigError` for a pattern without a match.
     """
     model = meta_model(path)
-    found = linear_modules(model)
-    names = module_checkpoint_names(model, found)
+    found = linear_modules(model, None if patterns is None else ["*"])
     prefix = getattr(model, "base_model_prefix", "")
-    by_file = {}
-    for live, saved in names.items():
+    by_file, live_names = {}, {}
+    for live, saved in module_checkpoint_names(model, found).items():
         for candidate in _with_and_without(saved, prefix):
             if f"{candidate}.weight" in stored:
                 by_file[candidate] = replace(found[live], name=candidate)
+                live_names[candidate] = live
                 break
-    return by_file
+    return select_modules(by_file, patterns, live_names)
 
 
 def matrix_modules(stored: Mapping[str, tuple[int, ...]], patterns: Iterable[str]) -> dict[str, LinearModule]:

@@ -212,7 +212,7 @@ def demo(
     """Fine-tune experts on real tasks, merge them in every way, and print one table of what each merge is worth."""
     from bmm_engine.demo import run
 
-    rows = run(output, console=_console(stderr=as_json, min_width=132))
+    rows = run(output, console=_console(stderr=as_json, min_width=150))
     if as_json:
         _print_json(rows)
 

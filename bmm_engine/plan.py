@@ -19,7 +19,7 @@ from bmm_engine.architecture import (
     select_modules,
 )
 from bmm_engine.checkpoint import Checkpoint
-from bmm_engine.errors import ConfigError, GramMismatchError
+from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
 from bmm_engine.grams import GramSet
 
 
@@ -105,21 +105,27 @@ def find_linear_modules(
     base = alignment.base
     merged = set(alignment.merged)
     stored = {n: base.spec(n).shape for n in alignment.merged}
+    unknown: CheckpointError | None = None
     if isinstance(model, nn.Module):
-        found = linear_modules(model, modules)
-    elif isinstance(base, Checkpoint) and base.config is not None and modules is None:
-        found = checkpoint_linear_modules(base.path, stored)
-    elif isinstance(base, Checkpoint) and base.config is not None and "model_type" in base.config:
-        found = select_modules(checkpoint_linear_modules(base.path, stored), modules)
-    elif gram_sets:
-        found = select_modules(_modules_of(gram_sets[0], alignment.experts[0], stored), modules)
-    elif modules is not None:
-        found = matrix_modules(stored, modules)
-    else:
-        raise ConfigError(
-            f"{base.label}: which of its tensors are linear modules cannot be told (no config.json, no Grams). Name them with `modules`, for"
-            " example ['*attention*', '*mlp*'], or pass live models."
-        )
+        return _merged(linear_modules(model, modules), merged)
+    if isinstance(base, Checkpoint) and base.config is not None:
+        try:
+            return _merged(checkpoint_linear_modules(base.path, stored, modules), merged)
+        except (
+            CheckpointError
+        ) as error:  # not an architecture of transformers: the Grams or the patterns may still name the modules
+            unknown = error
+    if gram_sets:
+        return _merged(select_modules(_modules_of(gram_sets[0], alignment.experts[0], stored), modules), merged)
+    if modules is not None:
+        return _merged(matrix_modules(stored, modules), merged)
+    raise unknown or ConfigError(
+        f"{base.label}: which of its tensors are linear modules cannot be told (no config.json, no Grams). Name them with `modules`, for"
+        " example ['*attention*', '*mlp*'], or pass live models."
+    )
+
+
+def _merged(found: dict[str, LinearModule], merged: set[str]) -> dict[str, LinearModule]:
     return {name: m for name, m in found.items() if m.weight in merged}
 
 

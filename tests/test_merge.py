@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bmm_engine import collect_grams, merge
+from bmm_engine.errors import CheckpointError
 from bmm_engine.stream import BATCH_BYTES
 from tests.numerics import relative_error
 from tests.reference_merge import reference_merge
@@ -225,6 +226,30 @@ def test_modules_and_keep_base(tmp_path):
         experts[0].state_dict()["bert.pooler.dense.weight"] + experts[1].state_dict()["bert.pooler.dense.weight"]
     ) / 2
     torch.testing.assert_close(result.tensors["bert.pooler.dense.weight"], average)
+
+
+@pytest.mark.parametrize("pattern", ["*attention.query", "*q_proj"], ids=["name in the file", "live name"])
+def test_patterns_know_a_module_by_both_its_names(pattern, tmp_path):
+    """transformers 5 loads a ViT's `attention.attention.query` as `attention.q_proj`."""
+    base, experts, base_path, paths = family("vit", tmp_path)
+    if not collect_grams(base, make_batches("vit", 1)).aliases:
+        pytest.skip("this transformers has one name for both")
+    grams = [collect_grams(e, make_batches("vit", 1), modules=[pattern]) for e in experts]
+    result = merge(base_path, paths, grams=grams, modules=[pattern])
+    assert len(result.modules) == 2
+    assert len(merge(base, experts, grams=grams, modules=[pattern]).modules) == 2
+
+
+def test_an_unknown_architecture_merges_by_patterns_or_grams(tmp_path):
+    _, experts, base_path, paths = family("bert", tmp_path)
+    grams = [collect_grams(e, make_batches("bert", t)) for t, e in enumerate(experts)]
+    known = merge(base_path, paths, grams=grams).tensors
+    (base_path / "config.json").write_text(json.dumps({"model_type": "mystery", "architectures": ["MysteryModel"]}))
+    with pytest.raises(CheckpointError, match=r"Give the linear modules in the recipe"):
+        merge(base_path, paths)
+    assert len(merge(base_path, paths, modules=["*attention.self*"]).modules) == 6
+    by_grams = merge(base_path, paths, grams=grams).tensors
+    assert all(torch.equal(by_grams[name], tensor) for name, tensor in known.items())
 
 
 def test_importing_bmm_engine_is_light():

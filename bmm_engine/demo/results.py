@@ -62,7 +62,7 @@ class Results:
 
         table = Table(title="Test accuracy, %")
         for column in ("method", "anchor"):
-            table.add_column(column)
+            table.add_column(column, no_wrap=True)
         for column in (*self._expert_scores, "mean", "mean/expert", "worst", "worst/expert", "seconds"):
             table.add_column(column, justify="right", no_wrap=True)
         for row in self.rows:
