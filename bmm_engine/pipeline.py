@@ -12,6 +12,7 @@ from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.grams import GramSet
 from bmm_engine.merging import MergeResult, merge, plan_merge
 from bmm_engine.plan import MergePlan, MergeSettings
+from bmm_engine.progress import quiet_transformers
 from bmm_engine.recipe import CalibrationRecipe, Recipe
 
 Report = Callable[[str], None]
@@ -41,7 +42,8 @@ def collect_from_checkpoint(
     ).path  # refuses damaged files, names them, and fetches hub ids
     cls = model_class(load_config(path))
     try:
-        live = cls.from_pretrained(path, dtype=getattr(torch, options.dtype), local_files_only=True).to(device)
+        with quiet_transformers():
+            live = cls.from_pretrained(path, dtype=getattr(torch, options.dtype), local_files_only=True).to(device)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: transformers cannot load it as {cls.__name__}: {error}") from error
     if live.get_output_embeddings() is not None:

