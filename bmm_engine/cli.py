@@ -228,7 +228,7 @@ def main() -> None:
         _say("error: ", "bold red", str(error))
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        _say("interrupted", "bold red", "; nothing was left behind.")
+        _say("interrupted", "bold red", "; nothing half-written was left behind.")
         raise SystemExit(130) from None
 
 
