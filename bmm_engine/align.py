@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource, TensorSpec
-from bmm_engine.errors import MissingTensorError, ShapeMismatchError
+from bmm_engine.errors import ConfigError, MissingTensorError, ShapeMismatchError
 
 # What transformers itself renames when it loads old BERT files.
 _LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
@@ -28,9 +28,6 @@ class AlignedExpert:
     @property
     def label(self) -> str:
         return self.source.label
-
-    def own_name(self, name: str) -> str:
-        return self.mapping[name]
 
     def own_module(self, module: str) -> str:
         return self.mapping.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
@@ -58,10 +55,16 @@ def align(base: TensorSource, experts: Sequence[TensorSource], keep_base: Iterab
     """Match the experts' tensors to the base's names and check every shape, reading headers only.
 
     `keep_base`: shell patterns of base tensors to copy from the base instead of merging. Raises `MissingTensorError` (tensor, expert) and
-    `ShapeMismatchError` (tensor, both shapes).
+    `ShapeMismatchError` (tensor, both shapes), `ConfigError` for a pattern that matches nothing.
     """
     patterns = tuple(keep_base)
     names = base.names()
+    for pattern in patterns:
+        if not any(fnmatchcase(n, pattern) for n in names):
+            raise ConfigError(
+                f"keep_base: the pattern {pattern!r} matches no tensor of {base.label}, which has {', '.join(names[:3])} and {len(names) - 3}"
+                " more. Patterns are shell patterns over tensor names, for example 'classifier.*'."
+            )
     kept = tuple(
         n for n in names if any(fnmatchcase(n, p) for p in patterns) or not base.spec(n).dtype.is_floating_point
     )

@@ -173,7 +173,9 @@ def inspect(
     from bmm_engine.recipe import Recipe
 
     if source.endswith((".yaml", ".yml")):
-        description = describe_plan(plan_recipe(Recipe.load(source), local_files_only=offline))
+        loaded = Recipe.load(source)
+        plan = plan_recipe(loaded, local_files_only=offline)
+        description = describe_plan(plan, loaded.gram_source or plan.settings.gram_source)
     else:
         description = describe_checkpoint(source, local_files_only=offline)
     if as_json:

@@ -114,9 +114,6 @@ class GramSet:
         default_factory=dict
     )  # group -> (width, rows), for those still on disk
 
-    def module_names(self) -> tuple[str, ...]:
-        return tuple(self.modules)
-
     def resolve(self, name: str) -> str | None:
         """The module that `name` (a live name or a name in the checkpoint) means, or None."""
         if name in self.modules:

@@ -40,8 +40,11 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
     }
 
 
-def describe_plan(plan: MergePlan) -> dict[str, Any]:
-    """What a recipe would do: modules by group, what comes from the anchor, from the base, and what stays out."""
+def describe_plan(plan: MergePlan, gram_source: str) -> dict[str, Any]:
+    """What a recipe would do: modules by group, what comes from the anchor, from the base, and what stays out.
+
+    `gram_source`: the recipe's; where the plan's differs, Grams are still to be collected.
+    """
     alignment = plan.alignment
     return {
         "kind": "plan",
@@ -49,7 +52,8 @@ def describe_plan(plan: MergePlan) -> dict[str, Any]:
         "experts": [e.label for e in alignment.experts],
         "prefixes": {e.label: e.prefix for e in alignment.experts if e.prefix},
         "anchor": plan.settings.anchor,
-        "gram_source": plan.settings.gram_source,
+        "gram_source": gram_source,
+        "grams_to_collect": gram_source != plan.settings.gram_source,
         "solved_modules": plan.module_count,
         "groups": [
             {"modules": [m.name for m in g.members], "in": g.width, "out": sum(m.out_features for m in g.members)}
@@ -101,6 +105,10 @@ def _plan_tables(d: dict[str, Any]) -> RenderableType:
         f"from the anchor ({d['anchor']}): {len(d['from_anchor'])} tensors",
         f"from the base: {len(d['from_base'])} tensors",
     ]
+    if d["grams_to_collect"]:
+        lines.append(
+            "Grams are not collected yet: modules are listed one by one, those that share an input will share a Gram"
+        )
     if d["modules_without_gram"]:
         lines.append(f"linear modules without a Gram, from the anchor: {', '.join(d['modules_without_gram'])}")
     for label, names in d["left_out_of_experts"].items():

@@ -111,7 +111,9 @@ def settings_of(recipe: Recipe) -> MergeSettings:
 
 
 def plan_recipe(recipe: Recipe, *, local_files_only: bool = False) -> MergePlan:
-    """What the recipe would do, from headers alone. Grams not collected yet count as data-free in the plan's grouping."""
+    """What the recipe would do, from headers alone. While Grams are not collected, which modules share one is not known: the plan
+    then lists modules one by one, as for a data-free merge (its `settings.gram_source` is "task_vectors").
+    """
     from dataclasses import replace
 
     settings = settings_of(recipe)

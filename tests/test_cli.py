@@ -135,9 +135,11 @@ def test_inspect(project, monkeypatch, capsys):
     plan = json.loads(out)
     assert plan["solved_modules"] == 13
     assert plan["from_base"] == []
+    assert (plan["gram_source"], plan["grams_to_collect"]) == ("data", True)
     code, out, _ = bmm(monkeypatch, capsys, "inspect", "recipe.yaml")
     assert code == 0
     assert "from the anchor (average): 28 tensors" in out
+    assert "Grams are not collected yet" in out
     code, out, _ = bmm(monkeypatch, capsys, "inspect", "base", "--json")
     assert code == 0
     assert json.loads(out)["architecture"] == "BertForSequenceClassification"

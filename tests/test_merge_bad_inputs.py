@@ -207,6 +207,7 @@ def test_dtype_that_cannot_hold_the_result(models, tmp_path):
         ({"scale": math.nan}, "scale must be finite"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"modules": ["*quary*"]}, r"'\*quary\*' matches no linear module"),
+        ({"keep_base": ["clasifier.*"]}, r"'clasifier\.\*' matches no tensor"),
         ({"normalization": "l2"}, "'l2'"),
         ({"max_shard_size": "5 apples"}, "5 apples"),
     ],
