@@ -8,16 +8,26 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 # The codes of csrc/common/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
+# (address, rows, columns, row stride, column stride, dtype code): a matrix, as csrc/common/view.h takes it.
+Matrix = tuple[int, int, int, int, int, int]
+NO_MATRIX: Matrix = (0, 0, 0, 0, 0, 0)
+
 _REMEDY = {
     "_cpu": "install bmm-engine with a C++ compiler at hand (`pip install .`)",
     "_cuda": "install bmm-engine with nvcc at hand (`pip install . -Ccmake.define.BMM_CUDA=ON`)",
 }
+
+
+def matrix(tensor: Tensor) -> Matrix:
+    """A 2-D tensor of any strides for the native code, which does not keep it alive."""
+    return (tensor.data_ptr(), *tensor.shape, *tensor.stride(), DTYPE_CODES[tensor.dtype])
 
 
 @cache

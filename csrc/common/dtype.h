@@ -18,6 +18,8 @@ struct BFloat16 {
     std::uint16_t bits;
 };
 
+constexpr std::int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 inline DType dtype_from_code(int code) {
     BMM_CHECK(code >= 0 && code <= 3, "dtype code is ", code, ", known are 0 (f32), 1 (f64), 2 (f16), 3 (bf16)");
     return static_cast<DType>(code);

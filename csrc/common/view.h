@@ -14,6 +14,10 @@ struct View {
     std::int64_t row_stride;
     std::int64_t col_stride;
     DType dtype;
+
+    void* at(std::int64_t row, std::int64_t col) const {
+        return static_cast<char*>(data) + (row * row_stride + col * col_stride) * size_of(dtype);
+    }
 };
 
 inline View make_view(std::uintptr_t data, std::int64_t rows, std::int64_t cols, std::int64_t row_stride,

@@ -3,60 +3,68 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace bmm {
 namespace {
 
-constexpr std::int64_t kSpan = 1024;                  // elements summed at a time: they stay in the first-level cache
-constexpr std::int64_t kItemElements = 64 * 1024;     // elements that one work item covers, in whole rows
-constexpr std::int64_t kSerialElements = 128 * 1024;  // below, starting a thread costs more than it saves
-
-template <class T, class Source>
-void add(const Source* source, T weight, T* sum, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) sum[i] += weight * static_cast<T>(source[i]);
-}
+constexpr std::int64_t kSpan = 1024;                 // elements summed at a time: they stay in the first-level cache
+constexpr std::int64_t kItemElements = 32 * 1024;    // elements that one work item covers, in whole rows
+constexpr std::int64_t kSerialElements = 64 * 1024;  // below, waking a thread costs more than it saves
 
 template <class T>
-void assemble_rows(const std::vector<Input>& inputs, const std::vector<double>& weights, double ridge, T* out,
-                   std::int64_t n, std::int64_t row_begin, std::int64_t row_end) {
-    alignas(64) T sum[kSpan];
-    const std::int64_t end = row_end * n;
-    for (std::int64_t begin = row_begin * n; begin < end; begin += kSpan) {
-        const std::int64_t count = std::min(kSpan, end - begin);
+struct Sum {
+    const Kernel<T>& kernel;
+    const std::vector<Input>& inputs;
+    const std::vector<double>& weights;
+    const std::vector<double>& ridges;
+    T shrink;
+    T* out;
+    std::int64_t n;
+
+    void elements(std::int64_t begin, std::int64_t count) const {
+        alignas(64) T sum[kSpan];
         std::fill_n(sum, count, T(0));
         for (std::size_t t = 0; t < inputs.size(); ++t) {
-            const T weight = static_cast<T>(weights[t]);
-            if (inputs[t].dtype == DType::f64) {
-                add(static_cast<const double*>(inputs[t].data) + begin, weight, sum, count);
-            } else {
-                add(static_cast<const float*>(inputs[t].data) + begin, weight, sum, count);
-            }
+            const char* source = static_cast<const char*>(inputs[t].data) + begin * size_of(inputs[t].dtype);
+            kernel.add(source, inputs[t].dtype, 1, static_cast<T>(weights[t]), count, sum);
         }
-        std::copy_n(sum, count, out + begin);
+        if (shrink == T(1)) {
+            std::copy_n(sum, count, out + begin);
+            return;
+        }
+        for (std::int64_t i = 0; i < count; ++i) out[begin + i] = shrink * sum[i];
+        for (std::int64_t row = begin / n; row * n < begin + count; ++row) {
+            const std::int64_t diagonal = row * n + row % n - begin;
+            if (diagonal >= 0 && diagonal < count) out[begin + diagonal] = sum[diagonal];
+        }
     }
-    for (std::int64_t row = row_begin; row < row_end; ++row) out[row * n + row % n] += static_cast<T>(ridge);
-}
+
+    void rows(std::int64_t row_begin, std::int64_t row_end) const {
+        for (std::int64_t begin = row_begin * n; begin < row_end * n; begin += kSpan) {
+            elements(begin, std::min(kSpan, row_end * n - begin));
+        }
+        for (std::int64_t row = row_begin; row < row_end; ++row) {
+            out[row * n + row % n] += static_cast<T>(ridges[ridges.size() == 1 ? 0 : row / n]);
+        }
+    }
+};
 
 template <class T>
-void run(const std::vector<Input>& inputs, const std::vector<double>& weights, double ridge, const View& out,
-         int threads) {
-    const std::int64_t n = out.cols;
-    const std::int64_t item_rows = std::max<std::int64_t>(1, kItemElements / n);
-    if (out.rows * n < kSerialElements) threads = 1;
+void run(const Sum<T>& sum, std::int64_t rows, int threads) {
+    const std::int64_t item_rows = std::max<std::int64_t>(1, kItemElements / sum.n);
+    if (rows * sum.n < kSerialElements) threads = 1;
     parallel(threads, [&](Team& team, int) {
-        team.share((out.rows + item_rows - 1) / item_rows, [&](std::int64_t item) {
-            const std::int64_t begin = item * item_rows;
-            const std::int64_t end = std::min(out.rows, begin + item_rows);
-            assemble_rows(inputs, weights, ridge, static_cast<T*>(out.data), n, begin, end);
-        });
+        team.share((rows + item_rows - 1) / item_rows,
+                   [&](std::int64_t item) { sum.rows(item * item_rows, std::min(rows, (item + 1) * item_rows)); });
     });
 }
 
 }  // namespace
 
-void assemble(const std::vector<Input>& inputs, const std::vector<double>& weights, double ridge, const View& out,
-              int threads) {
+void assemble(const std::vector<Input>& inputs, const std::vector<double>& weights, const std::vector<double>& ridges,
+              double shrink, const View& out, int threads) {
     BMM_CHECK(inputs.size() == weights.size(), inputs.size(), " inputs, ", weights.size(), " weights");
     BMM_CHECK(out.col_stride == 1 && out.row_stride == out.cols, "strides of out are ", out.row_stride, ", ",
               out.col_stride);
@@ -66,12 +74,18 @@ void assemble(const std::vector<Input>& inputs, const std::vector<double>& weigh
         BMM_CHECK(input.dtype == DType::f32 || input.dtype == DType::f64, "dtype code of an input is ",
                   static_cast<int>(input.dtype));
     }
-    if (out.rows == 0) return;
+    if (out.rows == 0 || out.cols == 0) return;
+    BMM_CHECK(ridges.size() == 1 || static_cast<std::int64_t>(ridges.size()) == out.rows / out.cols, ridges.size(),
+              " ridges for ", out.rows / out.cols, " matrices");
+    const Isa& isa = find_isa("");
     if (out.dtype == DType::f64) {
-        run<double>(inputs, weights, ridge, out, threads);
+        run(Sum<double>{isa.f64, inputs, weights, ridges, shrink, static_cast<double*>(out.data), out.cols}, out.rows,
+            threads);
     } else {
         BMM_CHECK(out.dtype == DType::f32, "dtype code of out is ", static_cast<int>(out.dtype));
-        run<float>(inputs, weights, ridge, out, threads);
+        run(Sum<float>{isa.f32, inputs, weights, ridges, static_cast<float>(shrink), static_cast<float*>(out.data),
+                       out.cols},
+            out.rows, threads);
     }
 }
 

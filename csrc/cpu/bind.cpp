@@ -1,9 +1,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "cpu/assemble.h"
 #include "cpu/gram.h"
+#include "cpu/isa.h"
 #include "cpu/probe.h"
+#include "cpu/residual.h"
+#include "cpu/select.h"
+#include "cpu/spectral.h"
 
 namespace py = pybind11;
 
@@ -11,34 +17,90 @@ namespace {
 
 using Address = std::uintptr_t;
 using Index = std::int64_t;
+// (address, rows, columns, row stride, column stride, dtype code); address 0 with no rows for an absent matrix.
+using Matrix = std::tuple<Address, Index, Index, Index, Index, int>;
 
-void gram(Address x, Index rows, Index cols, Index row_stride, Index col_stride, int dtype, Address weights, Address g,
-          Index g_row_stride, int g_dtype, int threads, const std::string& isa) {
-    const bmm::View x_view = bmm::make_view(x, rows, cols, row_stride, col_stride, dtype);
-    const bmm::View g_view = bmm::make_view(g, cols, cols, g_row_stride, 1, g_dtype);
+bmm::View view(const Matrix& matrix) { return std::apply(bmm::make_view, matrix); }
+
+std::vector<bmm::View> views(const std::vector<Matrix>& matrices) {
+    std::vector<bmm::View> result;
+    for (const Matrix& matrix : matrices) result.push_back(view(matrix));
+    return result;
+}
+
+void gram(const Matrix& x, Address weights, const Matrix& g, int threads, const std::string& isa) {
+    const bmm::View x_view = view(x);
+    const bmm::View g_view = view(g);
     const py::gil_scoped_release release;
     bmm::gram(x_view, reinterpret_cast<const void*>(weights), g_view, threads, isa);
 }
 
-void assemble(const std::vector<std::pair<Address, int>>& inputs, const std::vector<double>& weights, double ridge,
-              Address out, Index rows, Index cols, int dtype, int threads) {
+void cross_gram(const Matrix& x, const Matrix& y, Address weights, const Matrix& c, const Matrix& g, int threads,
+                const std::string& isa) {
+    const bmm::View x_view = view(x);
+    const bmm::View y_view = view(y);
+    const bmm::View c_view = view(c);
+    const bmm::View g_view = view(g);
+    const py::gil_scoped_release release;
+    bmm::cross_gram(x_view, y_view, reinterpret_cast<const void*>(weights), c_view, g_view, threads, isa);
+}
+
+void assemble(const std::vector<std::pair<Address, int>>& inputs, const std::vector<double>& weights,
+              const std::vector<double>& ridges, double shrink, const Matrix& out, int threads) {
+    const bmm::View out_view = view(out);
     std::vector<bmm::Input> checked;
     for (const auto& [data, code] : inputs) {
-        checked.push_back({bmm::make_view(data, rows, cols, cols, 1, code).data, bmm::dtype_from_code(code)});
+        checked.push_back({bmm::make_view(data, out_view.rows, out_view.cols, out_view.cols, 1, code).data,
+                           bmm::dtype_from_code(code)});
     }
-    const bmm::View out_view = bmm::make_view(out, rows, cols, cols, 1, dtype);
     const py::gil_scoped_release release;
-    bmm::assemble(checked, weights, ridge, out_view, threads);
+    bmm::assemble(checked, weights, ridges, shrink, out_view, threads);
+}
+
+void residual(const Matrix& anchor, const std::vector<Matrix>& experts, const std::vector<Matrix>& grams,
+              const std::vector<double>& weights, const Matrix& r, int threads, const std::string& isa) {
+    const bmm::View anchor_view = view(anchor);
+    const bmm::View r_view = view(r);
+    const std::vector<bmm::View> expert_views = views(experts);
+    const std::vector<bmm::View> gram_views = views(grams);
+    const py::gil_scoped_release release;
+    bmm::residual(anchor_view, expert_views, gram_views, weights, r_view, threads, isa);
+}
+
+void spectral(const Matrix& projected, Address shrinkage, const Matrix& eigenvectors, const Matrix& anchor,
+              const Matrix& base, double scale, const Matrix& out, int threads, const std::string& isa) {
+    const bmm::View projected_view = view(projected);
+    const bmm::View eigenvectors_view = view(eigenvectors);
+    const bmm::View anchor_view = view(anchor);
+    const bmm::View base_view = view(base);
+    const bmm::View out_view = view(out);
+    const py::gil_scoped_release release;
+    bmm::spectral(projected_view, reinterpret_cast<const void*>(shrinkage), eigenvectors_view, anchor_view, base_view,
+                  scale, out_view, threads, isa);
+}
+
+void magnitude_histogram(Address values, Index count, int dtype, int upper, Address counts, int threads) {
+    const bmm::DType checked = bmm::dtype_from_code(dtype);
+    const py::gil_scoped_release release;
+    bmm::magnitude_histogram(reinterpret_cast<const void*>(values), count, checked, upper,
+                             reinterpret_cast<Index*>(counts), threads);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
+    using release = py::call_guard<py::gil_scoped_release>;
     module.doc() = "Kernels for the CPU. Callers pass addresses and own the memory; see csrc/cpu/*.h.";
     py::register_local_exception<bmm::Error>(module, "Error", PyExc_RuntimeError);
     module.def("gram", &gram);
-    module.def("gram_isas", &bmm::gram_isas);
+    module.def("cross_gram", &cross_gram);
     module.def("assemble", &assemble);
-    module.def("probe_fma_gflops", &bmm::probe_fma_gflops, py::call_guard<py::gil_scoped_release>());
-    module.def("probe_copy_gbytes_per_s", &bmm::probe_copy_gbytes_per_s, py::call_guard<py::gil_scoped_release>());
+    module.def("residual", &residual);
+    module.def("spectral", &spectral);
+    module.def("magnitude_histogram", &magnitude_histogram);
+    module.def("isa_names", &bmm::isa_names);
+    module.def("probe_f32_gflops", &bmm::probe_f32_gflops, release());
+    module.def("probe_f64_gflops", &bmm::probe_f64_gflops, release());
+    module.def("probe_bf16_gflops", &bmm::probe_bf16_gflops, release());
+    module.def("probe_copy_gbytes_per_s", &bmm::probe_copy_gbytes_per_s, release());
 }

@@ -1,8 +1,6 @@
 #pragma once
 
-#include <cstdint>
 #include <string>
-#include <vector>
 
 #include "common/view.h"
 
@@ -12,11 +10,14 @@ namespace bmm {
 //   x        rows (k, n), any strides, f32 | f16 | bf16 (accumulated in float) or f64 (accumulated in double)
 //   weights  null, or k values of the accumulation type, finite and >= 0; rows of weight 0 are never read
 //   g        (n, n), column stride 1, f32 or f64: the accumulation type
-//   isa      "" for the best that this machine runs, or a name from gram_isas()
+//   isa      "" for the best that this machine runs, or a name from isa_names()
 // The bits depend on the instruction set and on how rows are chunked over calls, not on the thread count.
 void gram(const View& x, const void* weights, const View& g, int threads, const std::string& isa);
 
-// Instruction sets that were compiled in and that this machine runs, best first.
-std::vector<std::string> gram_isas();
+// C += X^T diag(w) Y, and, unless g.data is null, G += Y^T diag(w) Y from the same packed rows.
+//   x, y  rows (k, m) and (k, n), as for gram, of one type
+//   c     (m, n), column stride 1, the accumulation type; g as for gram
+void cross_gram(const View& x, const View& y, const void* weights, const View& c, const View& g, int threads,
+                const std::string& isa);
 
 }  // namespace bmm

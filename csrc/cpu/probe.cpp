@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "common/check.h"
-#include "cpu/gram_isa.h"
+#include "cpu/isa.h"
 #include "cpu/parallel.h"
 
 namespace bmm {
@@ -25,17 +25,27 @@ double fastest(int threads, const Work& work) {
     return best;
 }
 
+// Operations per nanosecond of `work(steps, sink)` on every thread.
+template <class T>
+double gflops(int threads, double (*work)(std::int64_t, T*)) {
+    constexpr std::int64_t steps = 2'000'000;
+    std::vector<double> operations(threads);
+    const double seconds = fastest(threads, [&](std::int64_t item) {
+        T sink[3] = {T(0.5), T(1), T(0)};
+        operations[item] = work(steps, sink);
+    });
+    return threads * operations[0] / seconds * 1e-9;
+}
+
 }  // namespace
 
-double probe_fma_gflops(int threads) {
-    constexpr std::int64_t steps = 4'000'000;
-    const GramIsa& isa = gram_isa("");
-    std::vector<double> flops(threads);
-    const double seconds = fastest(threads, [&](std::int64_t item) {
-        float sink[3] = {0.5f, 1.0f, 0.0f};
-        flops[item] = isa.multiply_add(steps, sink);
-    });
-    return threads * flops[0] / seconds * 1e-9;
+double probe_f32_gflops(int threads) { return gflops<float>(threads, find_isa("").multiply_add_f32); }
+
+double probe_f64_gflops(int threads) { return gflops<double>(threads, find_isa("").multiply_add_f64); }
+
+double probe_bf16_gflops(int threads) {
+    const Isa& isa = find_isa("");
+    return isa.bf16 ? gflops<float>(threads, isa.multiply_add_bf16) : 0.0;
 }
 
 double probe_copy_gbytes_per_s(int threads) {

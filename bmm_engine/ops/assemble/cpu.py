@@ -18,15 +18,14 @@ def supports(grams: Sequence[Tensor], out: Tensor) -> str | None:
     return _native.cpu_missing()
 
 
-def assemble(grams: Sequence[Tensor], weights: Sequence[float], ridge: float, out: Tensor) -> None:
-    n = out.shape[-1]
+def assemble(
+    grams: Sequence[Tensor], weights: Sequence[float], ridges: Sequence[float], shrink: float, out: Tensor
+) -> None:
     _native.cpu().assemble(
         [(gram.data_ptr(), _native.DTYPE_CODES[gram.dtype]) for gram in grams],
         list(weights),
-        ridge,
-        out.data_ptr(),
-        out.numel() // max(n, 1),
-        n,
-        _native.DTYPE_CODES[out.dtype],
+        list(ridges),
+        shrink,
+        _native.matrix(out.view(-1, out.shape[-1])),
         torch.get_num_threads(),
     )

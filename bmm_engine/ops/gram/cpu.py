@@ -18,37 +18,25 @@ def supports(G: Tensor, X: Tensor) -> str | None:
     return _native.cpu_missing()
 
 
-def accumulate_gram(G: Tensor, X: Tensor, row_weights: Tensor | None, isa: str = "") -> None:
+def accumulate_gram(G: Tensor, X: Tensor, row_weights: Tensor | None, precision: str, isa: str = "") -> None:
     """`isa` names an instruction set (see `isas`); "" is the best that the machine runs."""
-    for rows, weights in _matrices(X, row_weights):
-        weights = None if weights is None else weights.contiguous()
-        _native.cpu().gram(
-            rows.data_ptr(),
-            rows.shape[0],
-            rows.shape[1],
-            *rows.stride(),
-            _native.DTYPE_CODES[rows.dtype],
-            0 if weights is None else weights.data_ptr(),
-            G.data_ptr(),
-            G.stride(0),
-            _native.DTYPE_CODES[G.dtype],
-            torch.get_num_threads(),
-            isa,
-        )
+    for (rows,), weights in matrices([X], row_weights):
+        address = 0 if weights is None else weights.data_ptr()
+        _native.cpu().gram(_native.matrix(rows), address, _native.matrix(G), torch.get_num_threads(), isa)
 
 
 def isas() -> list[str]:
     """Instruction sets that are compiled in and that this machine runs, best first."""
-    names: list[str] = _native.cpu().gram_isas()
+    names: list[str] = _native.cpu().isa_names()
     return names
 
 
-def _matrices(X: Tensor, weights: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """X (..., in) as 2-D views with their weights: one where the strides allow it, else one per leading index."""
+def matrices(Xs: list[Tensor], weights: Tensor | None) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """Tensors (..., in) as 2-D views with their row weights: one where the strides allow it, else one per leading index."""
     try:
-        rows = X.view(-1, X.shape[-1])
+        views = [X.view(-1, X.shape[-1]) for X in Xs]
     except RuntimeError:
-        for index in range(X.shape[0]):
-            yield from _matrices(X[index], None if weights is None else weights[index])
+        for index in range(Xs[0].shape[0]):
+            yield from matrices([X[index] for X in Xs], None if weights is None else weights[index])
     else:
-        yield rows, None if weights is None else weights.reshape(-1)
+        yield views, None if weights is None else weights.reshape(-1).contiguous()

@@ -1,0 +1,27 @@
+"""Histograms of magnitudes in C++ (csrc/cpu/select.h): each thread counts in tables of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bmm_engine.ops import _native
+
+
+def supports(counts: Tensor, x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not in CPU memory"
+    if not (x.is_contiguous() and counts.is_contiguous()):
+        return "x or counts is not contiguous"
+    return _native.cpu_missing()
+
+
+def add_magnitude_histogram(counts: Tensor, x: Tensor, upper: int | None) -> None:
+    _native.cpu().magnitude_histogram(
+        x.data_ptr(),
+        x.numel(),
+        _native.DTYPE_CODES[x.dtype],
+        -1 if upper is None else upper,
+        counts.data_ptr(),
+        torch.get_num_threads(),
+    )
