@@ -20,12 +20,15 @@ def supports(grams: Sequence[Tensor], out: Tensor) -> str | None:
     return None
 
 
-def assemble(grams: Sequence[Tensor], weights: Sequence[float], ridge: float, out: Tensor) -> None:
+def assemble(
+    grams: Sequence[Tensor], weights: Sequence[float], ridges: Sequence[float], shrink: float, out: Tensor
+) -> None:
     n = out.shape[-1]
     _native.cuda().assemble(
         [(gram.data_ptr(), _native.DTYPE_CODES[gram.dtype]) for gram in grams],
         list(weights),
-        ridge,
+        list(ridges),
+        shrink,
         out.data_ptr(),
         out.numel() // max(n, 1),
         n,
