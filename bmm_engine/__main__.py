@@ -8,7 +8,7 @@ import platform
 import torch
 
 import bmm_engine
-from bmm_engine.ops import _dispatch, _native
+from bmm_engine.ops import _dispatch, _native, _triton
 from bmm_engine.ops.gram import cpu as gram_cpu
 
 _PACKAGES = ("torch", "triton", "cupy-cuda13x", "transformers", "safetensors")
@@ -26,6 +26,7 @@ def report() -> list[tuple[str, str]]:
     lines.append(("backend torch", "available"))
     lines.append(("backend cpu", _native.cpu_missing() or f"available, instruction set {gram_cpu.isas()[0]}"))
     lines.append(("backend cuda", _native.cuda_missing() or "available"))
+    lines.append(("backend triton", _triton.missing() or _triton.describe()))
     order = "; ".join(f"{device}: {', '.join(names)}" for device, names in _dispatch.PREFERENCE.items())
     lines.append(("auto tries", order))
     return lines

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run interpreted. It has to be said before triton is imported, by whomever.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 hypothesis.settings.register_profile("bmm", deadline=None, derandomize=True, max_examples=40, print_blob=True)
 hypothesis.settings.load_profile("bmm")

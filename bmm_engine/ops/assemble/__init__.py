@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
-from bmm_engine.ops import _dispatch
+from bmm_engine.ops import _dispatch, _triton
+from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.assemble import cpu, cuda, reference
 
-IMPLEMENTATIONS = {"torch": reference, "cpu": cpu, "cuda": cuda}
+IMPLEMENTATIONS = {
+    "torch": reference,
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": _triton.Kernels("bmm_engine.ops.assemble.triton_kernel"),
+}
 
 _DTYPES = (torch.float32, torch.float64)
 
 
+@accepts_dlpack
 def assemble(
     grams: Sequence[Tensor],
     weights: Sequence[float],
-    ridge: float,
+    ridge: float | Sequence[float] | Tensor,
     *,
+    shrink: float = 1.0,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -31,32 +40,50 @@ def assemble(
     Args:
         grams: T >= 1 tensors G_t (..., in, in), float32 or float64 each, of one shape on one device.
         weights: T numbers beta_t, finite and >= 0.
-        ridge: lam, finite and >= 0.
+        ridge: lam, finite and >= 0; or one number per member of a batch, its leading dimensions flattened.
+        shrink: what the entries off the diagonal of the sum are multiplied by, in [0, 1]: RegMean's alpha (Jin et al.
+            2023, arXiv 2212.09849).
         out_dtype: float32 or float64, the dtype of A and of the sum; by default that of `out`, else the widest of the
             Grams.
         out: where A goes; it may be one of the Grams, but must not overlap one otherwise.
-        backend: "auto", "torch", "cpu" or "cuda".
+        backend: "auto", "torch", "cpu", "cuda" or "triton".
 
     Returns:
         A (..., in, in): `out` where it is given.
 
     Raises:
-        ShapeMismatchError: Grams that are not square or differ in shape, `out` of another shape, T differing.
+        ShapeMismatchError: Grams that are not square or differ in shape, `out` of another shape, T differing, ridges
+            that are not one per member.
         ConfigError: no Grams, a dtype or device that does not fit, a number out of range, an unknown backend.
         BackendError: the backend asked for cannot run this call.
     """
-    out_dtype = _check(grams, weights, ridge, out_dtype, out)
+    if isinstance(ridge, Tensor):
+        ridge = ridge.tolist() if ridge.ndim < 2 else ridge.flatten().tolist()
+    many = hasattr(ridge, "__len__")
+    ridges = [float(value) for value in ridge] if many else [float(ridge)]  # type: ignore[union-attr, arg-type]
+    out_dtype = _check(grams, weights, ridges, shrink, out_dtype, out)
+    first = grams[0]
+    batch = math.prod(first.shape[:-2])
+    if many and len(ridges) != batch:
+        raise ShapeMismatchError(
+            f"{len(ridges)} ridges for {batch} members of {tuple(first.shape)}; give one number, or one for each"
+        )
     if out is None:
-        out = torch.empty(grams[0].shape, dtype=out_dtype, device=grams[0].device)
-    implementation = _dispatch.select("assemble", IMPLEMENTATIONS, backend, out.device, grams, out)
-    implementation.assemble(grams, [float(weight) for weight in weights], float(ridge), out)
+        out = torch.empty(first.shape, dtype=out_dtype, device=first.device)
+    self_check = (_self_check, tuple(dict.fromkeys(gram.dtype for gram in grams)), out_dtype)
+    implementation = _dispatch.select(
+        "assemble", IMPLEMENTATIONS, backend, out.device, grams, out, self_check=self_check
+    )
+    if out.numel():
+        implementation.assemble(grams, [float(weight) for weight in weights], ridges, float(shrink), out)
     return out
 
 
 def _check(
     grams: Sequence[Tensor],
     weights: Sequence[float],
-    ridge: float,
+    ridges: Sequence[float],
+    shrink: float,
     out_dtype: torch.dtype | None,
     out: Tensor | None,
 ) -> torch.dtype:
@@ -77,9 +104,14 @@ def _check(
             raise ConfigError(f"{name} is on {tensor.device}, grams[0] on {first.device}; move one of them")
         if tensor.dtype not in _DTYPES:
             raise ConfigError(f"{name} must be float32 or float64, not {tensor.dtype}")
-    for name, value in [*((f"weights[{t}]", weight) for t, weight in enumerate(weights)), ("ridge", ridge)]:
+    for name, value in [
+        *((f"weights[{t}]", weight) for t, weight in enumerate(weights)),
+        *(("ridge", r) for r in ridges),
+    ]:
         if not (math.isfinite(value) and value >= 0):
             raise ConfigError(f"{name} must be finite and >= 0, and is {value}")
+    if not 0 <= shrink <= 1:
+        raise ConfigError(f"shrink must be in [0, 1], and is {shrink}")
     if out is not None and out_dtype not in (None, out.dtype):
         raise ConfigError(f"out_dtype is {out_dtype}, but out is {out.dtype}; give one of them")
     if out is not None:
@@ -87,3 +119,17 @@ def _check(
     if out_dtype not in (None, *_DTYPES):
         raise ConfigError(f"out_dtype must be float32 or float64, not {out_dtype}")
     return out_dtype or (torch.float64 if any(gram.dtype == torch.float64 for gram in grams) else torch.float32)
+
+
+def _self_check(
+    implementation: Any, device: torch.device, dtypes: tuple[torch.dtype, ...], out_dtype: torch.dtype
+) -> str | None:
+    """Three ragged Grams in a batch of two, shrunk, beside torch in float64."""
+    generator = torch.Generator().manual_seed(0)
+    grams = [torch.randn(2, 131, 131, generator=generator).to(device, dtypes[t % len(dtypes)]) for t in range(3)]
+    out = torch.empty(2, 131, 131, dtype=out_dtype, device=device)
+    truth = torch.empty_like(out, dtype=torch.float64)
+    call = ([0.5, 1.0, 2.0], [0.25, 4.0], 0.75)
+    reference.assemble(grams, *call, truth)
+    implementation.assemble(grams, *call, out)
+    return _dispatch.disagreement(out, truth)

@@ -1,0 +1,155 @@
+"""The solution for one more ridge out of an eigendecomposition: one scaled product, straight into a weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmm_engine.errors import ConfigError, ShapeMismatchError
+from bmm_engine.ops import _dispatch, _triton
+from bmm_engine.ops._dlpack import accepts_dlpack
+from bmm_engine.ops.spectral import cpu, cuda, reference
+
+IMPLEMENTATIONS = {
+    "torch": reference,
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": _triton.Kernels("bmm_engine.ops.spectral.triton_kernel"),
+}
+
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SPECTRAL_DTYPES = (torch.float32, torch.float64)
+
+
+@accepts_dlpack
+@torch.no_grad()
+def apply_spectral(
+    out: Tensor,
+    anchor: Tensor,
+    projected: Tensor,
+    eigenvectors: Tensor,
+    eigenvalues: Tensor,
+    ridge: float,
+    *,
+    base: Tensor | None = None,
+    scale: float = 1.0,
+    precision: str = "ieee",
+    backend: str = "auto",
+) -> Tensor:
+    """The merged weight for one ridge, written into `out`: with `A_0 = Q diag(e) Q^T` and `B = R Q`,
+    `W* = W_a + B diag(1 / (e + lam)) Q^T` and `out = W_0 + s (W* - W_0)`.
+
+    Args:
+        out: (out, in), float32, bfloat16, float16 or float64, any strides: it may be a live (transposed) parameter. It
+            may be the anchor or the base, but must not overlap an input otherwise. Gradients are not recorded.
+        anchor: W_a (out, in) in any of these dtypes.
+        projected: B (out, in), float32 or float64: the dtype in which all is computed, rounded once to that of `out`.
+        eigenvectors: Q (in, in), eigenvectors as columns, in the dtype of B.
+        eigenvalues: e (in,), float32 or float64. Negative ones (rounding) count as 0.
+        ridge: lam >= 0; inf gives the anchor. Where `e + lam` is 0 nothing is moved.
+        base: W_0 (out, in) in any of the dtypes of the anchor; needed where `scale` is not 1, else not read.
+        scale: s, finite.
+        precision: "ieee", "tf32x3" or "tf32": the least exactness accepted where a GPU multiplies float32; "cpu" and
+            "torch" are always "ieee".
+        backend: "auto", "torch", "cpu", "cuda" or "triton".
+
+    Returns:
+        out itself.
+
+    Raises:
+        ShapeMismatchError: a tensor does not fit `out`.
+        ConfigError: a dtype or device that does not fit, a number out of range, no base, an unknown backend or
+            precision.
+        BackendError: the backend asked for cannot run this call.
+    """
+    _dispatch.check_precision(precision)
+    if scale == 1:
+        base = None
+    _check(out, anchor, projected, eigenvectors, eigenvalues, ridge, base, scale)
+    self_check = (_self_check, out.dtype, anchor.dtype, projected.dtype, precision)
+    call = (out, anchor, projected, eigenvectors, base)
+    implementation = _dispatch.select("spectral", IMPLEMENTATIONS, backend, out.device, *call, self_check=self_check)
+    if out.numel():
+        shrinkage = _shrinkage(eigenvalues, ridge, scale, projected.dtype)
+        implementation.apply_spectral(out, anchor, projected, shrinkage, eigenvectors, base, float(scale), precision)
+    return out
+
+
+def _shrinkage(eigenvalues: Tensor, ridge: float, scale: float, dtype: torch.dtype) -> Tensor:
+    """`s / (max(e, 0) + lam)` (in,), 0 where the denominator is 0."""
+    denominator = eigenvalues.double().clamp(min=0).add_(ridge)
+    shrinkage = torch.where(denominator == 0, 0.0, scale / denominator)
+    # Subnormal denominators: a finite number, since B is 0 where e is, and 0 times infinity would be NaN.
+    limit = torch.finfo(dtype).max
+    return shrinkage.clamp_(-limit, limit).to(dtype)
+
+
+def _check(
+    out: Tensor,
+    anchor: Tensor,
+    projected: Tensor,
+    eigenvectors: Tensor,
+    eigenvalues: Tensor,
+    ridge: float,
+    base: Tensor | None,
+    scale: float,
+) -> None:
+    """Raises what `apply_spectral` documents."""
+    if out.ndim != 2:
+        raise ShapeMismatchError(f"out must be (out, in), and is {tuple(out.shape)}")
+    if not ridge >= 0:
+        raise ConfigError(f"ridge must be >= 0, and is {ridge}")
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale must be finite, and is {scale}")
+    if scale != 1 and base is None:
+        raise ConfigError(f"scale is {scale}, which needs base: out = W_0 + s (W* - W_0)")
+    n = out.shape[1]
+    for name, tensor, shape, dtypes in (
+        ("out", out, out.shape, _WEIGHT_DTYPES),
+        ("anchor", anchor, out.shape, _WEIGHT_DTYPES),
+        ("base", base, out.shape, _WEIGHT_DTYPES),
+        ("projected", projected, out.shape, _SPECTRAL_DTYPES),
+        ("eigenvectors", eigenvectors, (n, n), _SPECTRAL_DTYPES),
+        ("eigenvalues", eigenvalues, (n,), _SPECTRAL_DTYPES),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ShapeMismatchError(
+                f"{name} must be {tuple(shape)} for out {tuple(out.shape)}, and is {tuple(tensor.shape)}"
+            )
+        if tensor.device != out.device:
+            raise ConfigError(f"{name} is on {tensor.device}, out on {out.device}; move one of them")
+        if tensor.dtype not in dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ConfigError(f"{name} must be one of {known}, not {tensor.dtype}")
+    if eigenvectors.dtype != projected.dtype:
+        raise ConfigError(
+            f"projected and eigenvectors must have one dtype, and are {projected.dtype} and {eigenvectors.dtype}"
+        )
+
+
+def _self_check(
+    implementation: Any,
+    device: torch.device,
+    out_dtype: torch.dtype,
+    anchor_dtype: torch.dtype,
+    dtype: torch.dtype,
+    precision: str,
+) -> str | None:
+    """A ragged module with a base, beside torch in float64."""
+    generator = torch.Generator().manual_seed(0)
+    anchor, projected = (torch.randn(150, 203, generator=generator).to(device) for _ in range(2))
+    anchor, projected, base = anchor.to(anchor_dtype), projected.to(dtype), anchor.mul(0.5).to(anchor_dtype)
+    eigenvectors = torch.randn(203, 203, generator=generator).to(device, dtype)
+    shrinkage = torch.rand(203, generator=generator).to(device, dtype)
+    out = torch.empty(150, 203, dtype=out_dtype, device=device)
+    truth = torch.empty(150, 203, dtype=torch.float64, device=device)
+    wide = (projected.double(), shrinkage.double(), eigenvectors.double())
+    reference.apply_spectral(truth, anchor, *wide, base, 0.5, "ieee")
+    implementation.apply_spectral(out, anchor, projected, shrinkage, eigenvectors, base, 0.5, precision)
+    # `out` is rounded to its dtype, where float64 is not: the tolerance of the coarsest.
+    return _dispatch.disagreement(out, truth, precision if out_dtype.itemsize > 2 else "tf32")
