@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench NAME [--device cpu] [--json FILE]`. Each gates on correctness before it times."""
+"""Benchmarks: `python -m bench NAME... [--device cpu|cuda] [--json FILE]`. Each gates on correctness before it times."""

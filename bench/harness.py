@@ -1,130 +1,157 @@
-"""Correctness first, then time: ours and its rival in turns, medians and spread, one row per case."""
+"""Correctness first, then time: ours on each of its backends and all rivals in turns; one row per backend and rival."""
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import peak
-from tests.numerics import assert_as_good_as_torch, relative_error
+from bench import peak, timing
+from bench.report import Row, commit, hardware, note
+from bmm_engine.errors import BackendError
+from bmm_engine.memory import release_free_memory
+from bmm_engine.ops import _dispatch
+from tests.numerics import assert_as_good_as_torch, assert_backward_stable, backward_error, relative_error
 
 
 @dataclass(frozen=True)
-class Row:
-    """One measurement. Speeds and shares are of ours; `ratio` is rival_ms / ours_ms; `error` is relative to float64."""
+class Gate:
+    """Tells a right result from a wrong one.
 
-    op: str
-    backend: str
-    device: str
-    hardware: str
-    dtype: str
-    shape: str
-    rival: str
-    ours_ms: float
-    ours_spread: float  # interquartile range / median
-    rival_ms: float
-    rival_spread: float
-    ratio: float
-    tflops: float
-    peak_share: float | None
-    gbytes_per_s: float
-    peak_mib: float | None
-    error: float
-    commit: str
+    `part` takes of a result what is compared: a few rows and columns, so that the truth is cheap.
+    """
+
+    part: Callable[[Any], Tensor]
+    assert_right: Callable[[Tensor], None]
+    error: Callable[[Tensor], float]
+
+
+def as_good_as_torch(part: Callable[[Any], Tensor], same_dtype: Tensor, truth: Tensor) -> Gate:
+    """Beside `truth`, in float64, and `same_dtype`, plain torch in the dtype of the result."""
+    return Gate(
+        part, lambda got: assert_as_good_as_torch(got, same_dtype, truth), lambda got: relative_error(got, truth)
+    )
+
+
+def backward_stable(part: Callable[[Any], Tensor], A: Tensor, B: Tensor) -> Gate:
+    """The part solves X A = B."""
+    return Gate(part, lambda got: assert_backward_stable(got, A, B), lambda got: backward_error(got, A, B))
+
+
+def exactly(part: Callable[[Any], Tensor], truth: Tensor) -> Gate:
+    def assert_right(got: Tensor) -> None:
+        assert torch.equal(got, truth), f"relative error {relative_error(got, truth):.3e}, and must be 0"
+
+    return Gate(part, assert_right, lambda got: relative_error(got, truth))
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one row compares.
+    """Ours and its rivals doing the same work in full.
 
-    `ours` and `rival` do the same work in full; `check` reduces a result to what is compared with `truth`, in float64,
-    and with `same_dtype`, plain torch in the dtype of the result. `limit` is the resource that bounds the op.
+    `ours` takes a backend's name; `limit` is the resource that bounds the op; `reset` makes accumulators zero, and
+    outputs NaN, before a result is checked.
     """
 
     op: str
-    backend: str
     device: torch.device
     dtype: torch.dtype
     shape: str
-    rival_name: str
-    ours: Callable[[], Tensor]
-    rival: Callable[[], Tensor]
-    check: Callable[[Tensor], Tensor]
-    same_dtype: Tensor
-    truth: Tensor
+    backends: Sequence[str]
+    ours: Callable[[str], Any]
+    rivals: Mapping[str, Callable[[], Any]]
+    gate: Gate
     flops: float
     bytes: float
-    limit: str  # "compute" or "memory"
+    limit: peak.Kind
+    reset: Callable[[], object] = lambda: None
 
 
-def measure(case: Case, rounds: int = 9) -> Row:
-    """Assert that ours is right, then time both in turns. Raises AssertionError before any timing when it is not."""
-    result = case.check(case.ours())
-    assert_as_good_as_torch(result, case.same_dtype, case.truth)
-    error = relative_error(result, case.truth)
-    peak_mib = _peak_mib(case.ours, case.device)
-    case.rival()
-    ours, rival = [], []
-    for _ in range(rounds):
-        ours.append(_milliseconds(case.ours, case.device))
-        rival.append(_milliseconds(case.rival, case.device))
-    ours_ms, rival_ms = statistics.median(ours), statistics.median(rival)
-    tflops, gbytes_per_s = case.flops / ours_ms * 1e-9, case.bytes / ours_ms * 1e-6
-    limits = peak.measured(case.device)
-    if limits is None:
-        share = None
-    elif case.limit == "compute":
-        share = tflops / limits.fp32_tflops
-    else:
-        share = gbytes_per_s / limits.copy_gbytes_per_s
-    return Row(
-        op=case.op,
-        backend=case.backend,
-        device=case.device.type,
-        hardware=hardware(case.device),
-        dtype=str(case.dtype).removeprefix("torch."),
-        shape=case.shape,
-        rival=case.rival_name,
-        ours_ms=ours_ms,
-        ours_spread=_spread(ours),
-        rival_ms=rival_ms,
-        rival_spread=_spread(rival),
-        ratio=rival_ms / ours_ms,
-        tflops=tflops,
-        peak_share=share,
-        gbytes_per_s=gbytes_per_s,
-        peak_mib=peak_mib,
-        error=error,
-        commit=commit(),
-    )
+# What a bench lists: the shape, by which it is selected, and how to make the case, tensors and all.
+Plan = tuple[str, Callable[[], Case]]
 
 
-def _milliseconds(work: Callable[[], Tensor], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - start) * 1e3
+def native_backends(device: torch.device, implementations: Mapping[str, object]) -> list[str]:
+    """The backends beside torch that an op has for a device, best first."""
+    return [name for name in _dispatch.PREFERENCE[device.type] if name in implementations and name != "torch"]
 
 
-def _spread(samples: Sequence[float]) -> float:
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return (high - low) / middle
+def arithmetic(dtype: torch.dtype) -> peak.Kind:
+    """The arithmetic that bounds products of rows in `dtype`."""
+    return {torch.float32: "fp32", torch.float64: "fp64"}.get(dtype, "bf16")  # type: ignore[return-value]
 
 
-def _peak_mib(work: Callable[[], Tensor], device: torch.device) -> float | None:
+def measure(case: Case, rounds: int = 9) -> list[Row]:
+    """Assert that ours is right on each backend, then time all in turns. Raises AssertionError before any timing when it is not.
+
+    A backend that cannot run the case is named on stderr and left out; where none is left, ours is the op's plain torch.
+    """
+    ours = dict(_right_ones(case, case.backends))
+    if not ours:
+        ours = dict(_right_ones(case, ["torch"]))
+    errors = {}
+    for name, rival in case.rivals.items():
+        case.reset()
+        errors[name] = case.gate.error(case.gate.part(rival()))
+    memory = {backend: _peak_mib(partial(case.ours, backend), case.device) for backend in ours}
+
+    variants = [partial(case.ours, backend) for backend in ours] + list(case.rivals.values())
+    samples = timing.interleaved(variants, case.device, rounds, cold=case.limit == "copy")
+    ours_samples, rival_samples = samples[: len(ours)], samples[len(ours) :]
+    rows = []
+    for (backend, error), own in zip(ours.items(), ours_samples, strict=True):
+        ours_ms = statistics.median(own)
+        tflops, gbytes_per_s = case.flops / ours_ms * 1e-9, case.bytes / ours_ms * 1e-6
+        share = peak.share(case.device, case.limit, tflops, gbytes_per_s)
+        if share and share > 1.05 and case.device.type == "cpu":
+            note(f"{case.op} {case.shape}: {share:.0%} of the peak; the machine was busy while that was measured")
+        for name, theirs in zip(case.rivals, rival_samples, strict=True):
+            rival_ms = statistics.median(theirs)
+            row = Row(
+                op=case.op,
+                backend=backend,
+                device=case.device.type,
+                hardware=hardware(case.device),
+                dtype=str(case.dtype).removeprefix("torch."),
+                shape=case.shape,
+                rival=name,
+                ours_ms=ours_ms,
+                ours_spread=timing.spread(own),
+                rival_ms=rival_ms,
+                rival_spread=timing.spread(theirs),
+                ratio=rival_ms / ours_ms,
+                tflops=tflops if case.flops else None,
+                peak_share=share,
+                gbytes_per_s=gbytes_per_s,
+                peak_mib=memory[backend],
+                error=error,
+                rival_error=errors[name],
+                commit=commit(),
+            )
+            rows.append(row)
+    return rows
+
+
+def _right_ones(case: Case, backends: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """The backends that run the case, with their errors. Raises AssertionError for a wrong result."""
+    for backend in backends:
+        case.reset()
+        try:
+            got = case.gate.part(case.ours(backend))
+        except BackendError as error:
+            note(f"{case.op} {case.shape}: {error}")
+            continue
+        case.gate.assert_right(got)
+        yield backend, case.gate.error(got)
+
+
+def _peak_mib(work: Callable[[], object], device: torch.device) -> float | None:
     """Memory that one run takes beyond what was held before it; None where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -132,6 +159,7 @@ def _peak_mib(work: Callable[[], Tensor], device: torch.device) -> float | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    release_free_memory()  # what malloc kept of an earlier run would be taken again unseen
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before_mib = _status_mib("VmRSS")
@@ -146,59 +174,3 @@ def _status_mib(key: str) -> float:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) / 1024
     raise OSError(f"/proc/self/status has no {key}")
-
-
-@cache
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-@cache
-def commit() -> str:
-    """The commit of the working tree, with a plus when it has changes; "unknown" outside a repository."""
-    try:
-        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return name.stdout.strip() + ("+" if changes.stdout.strip() else "")
-
-
-_COLUMNS = (
-    "op",
-    "backend",
-    "dtype",
-    "shape",
-    "ours_ms",
-    "rival",
-    "rival_ms",
-    "ratio",
-    "peak_share",
-    "peak_mib",
-    "error",
-)
-
-
-def table(rows: Sequence[Row]) -> str:
-    cells = [list(_COLUMNS)] + [[_cell(getattr(row, column)) for column in _COLUMNS] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def write_json(rows: Sequence[Row], path: Path) -> None:
-    """A JSON list of the rows, each with the versions it was measured with."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    path.write_text(json.dumps([{**asdict(row), "versions": versions} for row in rows], indent=1) + "\n")
