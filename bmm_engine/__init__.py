@@ -18,7 +18,14 @@ _PUBLIC = {
     "solve_map": "bmm_engine.solve",
     "MapSolution": "bmm_engine.solve",
     "accumulate_gram": "bmm_engine.ops.gram",
+    "accumulate_grams": "bmm_engine.ops.gram",
+    "accumulate_cross_gram": "bmm_engine.ops.cross_gram",
     "assemble": "bmm_engine.ops.assemble",
+    "residual": "bmm_engine.ops.residual",
+    "apply_spectral": "bmm_engine.ops.spectral",
+    "kth_largest_magnitude": "bmm_engine.ops.select",
+    "spectral_path": "bmm_engine.spectral",
+    "SpectralPath": "bmm_engine.spectral",
     "alignment": "bmm_engine.moments",
     "anchor": "bmm_engine.anchors",
     "registered_anchors": "bmm_engine.anchors",
@@ -39,9 +46,14 @@ if TYPE_CHECKING:
     from bmm_engine.merging import MergeResult, merge, plan_merge
     from bmm_engine.moments import alignment
     from bmm_engine.ops.assemble import assemble
-    from bmm_engine.ops.gram import accumulate_gram
+    from bmm_engine.ops.cross_gram import accumulate_cross_gram
+    from bmm_engine.ops.gram import accumulate_gram, accumulate_grams
+    from bmm_engine.ops.residual import residual
+    from bmm_engine.ops.select import kth_largest_magnitude
+    from bmm_engine.ops.spectral import apply_spectral
     from bmm_engine.recipe import Recipe
     from bmm_engine.solve import MapSolution, solve_map
+    from bmm_engine.spectral import SpectralPath, spectral_path
 
 
 def __getattr__(name: str) -> Any:

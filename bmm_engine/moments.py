@@ -54,7 +54,8 @@ class DenseMoment:
             self._width = self._load().shape[0]
         return self._width
 
-    def _total(self) -> Tensor:
+    def total(self) -> Tensor:
+        """The sum over the rows (in, in), read now if it is not in memory. Raises `NonFiniteGramError`, `ShapeMismatchError`."""
         total = self._load()
         if not self._checked:
             if total.dim() != 2 or total.shape[0] != total.shape[1]:
@@ -74,16 +75,16 @@ class DenseMoment:
     @property
     def resident(self) -> Tensor | None:
         """`total` where it is in memory, None where it is read for each use."""
-        return None if self._lazy else self._total()
+        return None if self._lazy else self.total()
 
     def trace(self) -> float:
-        return float(self._total().diagonal().sum(dtype=torch.float64)) / self.rows
+        return float(self.total().diagonal().sum(dtype=torch.float64)) / self.rows
 
     def add_to(self, a: Tensor, weight: float) -> None:
-        assemble([a, self._total().to(a.device)], [1.0, weight / self.rows], 0.0, out=a)
+        assemble([a, self.total().to(a.device)], [1.0, weight / self.rows], 0.0, out=a)
 
     def apply(self, rows: Tensor) -> Tensor:
-        total = self._total()
+        total = self.total()
         if total.dtype == rows.dtype:
             return (rows @ total).div_(self.rows)
         out = torch.empty_like(rows)

@@ -26,8 +26,10 @@ from bmm_engine.errors import (
     ShapeMismatchError,
 )
 from bmm_engine.moments import DenseMoment, Moment
+from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.cholesky import cholesky_, solve_right
+from bmm_engine.ops.residual import residual
 
 # Jitter, relative to the mean diagonal of A: tried in this order on the members of a batch that have no factor without it. The last ones
 # cover the rounding of float32 Grams, whose zero eigenvalues come out as small negative ones.
@@ -102,14 +104,14 @@ def factorize(
     names = names or [f"module {i}" for i in range(len(moments))]
     width = moments[0][0].width
     for own, betas, name in zip(moments, task_weights, names, strict=True):
-        _check_task_weights(betas, len(own), name)
+        check_task_weights(betas, len(own), name)
         for moment in own:
             if moment.width != width:
                 raise ShapeMismatchError(f"{name}: Grams of width {moment.width} and {width} in one solve.")
     a = torch.empty(len(moments), width, width, dtype=torch.float64, device=device)
     ridges, scales = [], []
     for member, own, betas, name in zip(a, moments, task_weights, names, strict=True):
-        _assemble(member, own, betas)
+        assemble_moments(member, own, betas)
         trace = float(member.diagonal().sum())
         lam = relative_ridge(alpha, trace, width) if alpha is not None else float(ridge or 0.0)
         if not (lam >= 0 and math.isfinite(lam)):
@@ -122,21 +124,31 @@ def factorize(
     factors = [Factor(lower[i], ridges[i], 0.0, tuple(map(float, task_weights[i]))) for i in range(len(moments))]
     for i in (i for i, pivot in enumerate(failed) if pivot):
         # The factorisation overwrote A; a failure is rare, so it is assembled again.
-        assemble_again = partial(_assemble, a[i], moments[i], task_weights[i])
+        assemble_again = partial(assemble_moments, a[i], moments[i], task_weights[i])
         again, jitter = _factor_with_jitter(assemble_again, ridges[i], scales[i], names[i])
         factors[i] = replace(factors[i], lower=again, jitter=jitter)
     return factors
 
 
-def residual(
+def residual_of(
     anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], task_weights: Sequence[float]
 ) -> Tensor:
     """`R = sum_t beta_t (W_t - W_a) G_t` (out, in), float64."""
-    anchor = anchor.double()
-    out = torch.zeros_like(anchor)
+    resident = [moment.resident if isinstance(moment, DenseMoment) else None for moment in moments]
+    grams = [gram.to(anchor.device) for gram in resident if gram is not None]
+    if len(grams) == len(moments):
+        weights = [beta / m.rows for beta, m in zip(task_weights, moments, strict=True) if isinstance(m, DenseMoment)]
+        return residual(anchor, experts, grams, weights, out_dtype=torch.float64)
+    wide = anchor.double()
+    out = torch.zeros_like(wide)
     for expert, moment, beta in zip(experts, moments, task_weights, strict=True):
-        if beta:
-            out.add_(moment.apply(expert.double() - anchor), alpha=beta)
+        if not beta:
+            continue
+        if isinstance(moment, DenseMoment):  # read from disk for each use: one at a time
+            gram = moment.total().to(anchor.device)
+            out.add_(residual(anchor, [expert], [gram], [beta / moment.rows], out_dtype=torch.float64))
+        else:
+            out.add_(moment.apply(expert.double() - wide), alpha=beta)
     return out
 
 
@@ -145,11 +157,12 @@ def solve_with_factor(anchor: Tensor, experts: Sequence[Tensor], moments: Sequen
     out = torch.empty_like(anchor)
     for start in range(0, anchor.shape[0], BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
-        r = residual(anchor[rows], [e[rows] for e in experts], moments, factor.task_weights)
+        r = residual_of(anchor[rows], [e[rows] for e in experts], moments, factor.task_weights)
         out[rows] = factor.solve(r).add_(anchor[rows])
     return out
 
 
+@accepts_dlpack
 def solve_map(
     anchor: Tensor,
     experts: Sequence[Tensor] | Tensor,
@@ -235,7 +248,7 @@ def _resolve_task_weights(
     return tuple(float(w) for w in given)
 
 
-def _check_task_weights(betas: Sequence[float], tasks: int, name: str) -> None:
+def check_task_weights(betas: Sequence[float], tasks: int, name: str) -> None:
     if len(betas) != tasks:
         raise ConfigError(f"{name}: {len(betas)} task weights for {tasks} experts; give one for each.")
     if not all(math.isfinite(b) and b >= 0 for b in betas) or not any(betas):
@@ -257,7 +270,7 @@ def _as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) 
     return moment
 
 
-def _assemble(a: Tensor, moments: Sequence[Moment], task_weights: Sequence[float]) -> Tensor:
+def assemble_moments(a: Tensor, moments: Sequence[Moment], task_weights: Sequence[float]) -> Tensor:
     """`A_0 = sum_t beta_t G_t` into `a` (in, in)."""
     in_memory = [m.resident if isinstance(m, DenseMoment) else None for m in moments]
     totals = [t for t in in_memory if t is not None]

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "collect": {"architecture", "errors", "grams", "progress"},
     "moments": {"errors", "ops"},
     "solve": {"errors", "moments", "ops"},
+    "spectral": {"errors", "moments", "ops", "solve"},
     "recipe": {"errors"},
     "align": {"checkpoint", "errors"},
 }
