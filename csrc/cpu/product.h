@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -39,19 +38,13 @@ class Factors {
     // A left factor by rows (Left::rows only): `count` rows from `first` on, `ld` elements apart, over a whole chunk.
     virtual void pack_rows(int /*result*/, std::int64_t /*chunk*/, std::int64_t /*first*/, std::int64_t /*count*/,
                            std::int64_t /*ld*/, T* /*out*/) const {}
-    // A left factor by rows where it lies (Left::direct only, which takes whole multiples of Kernel::mr rows): its row
-    // 0 at the chunk's first column, and how many elements the rows are apart.
-    virtual std::pair<const T*, std::int64_t> left_rows(int /*result*/, std::int64_t /*chunk*/) const {
-        return {nullptr, 0};
-    }
     // The sums of one block over one group of chunks, sums[0] being its first element. The groups of a block come in
     // order, one after the other.
     virtual void take(int result, const Block& block, const T* sums, std::int64_t ld, bool first, bool last) const = 0;
 };
 
-// Where a left factor comes from: the right factor's own panels, panels of its own, rows (already transposed) that are
-// packed, or rows as they lie in memory.
-enum class Left { same_as_right, panels, rows, direct };
+// Where a left factor comes from: the right factor's own panels, panels of its own, or rows (already transposed).
+enum class Left { same_as_right, panels, rows };
 
 // Sums run over chunks in one order whatever the number of threads: the bits depend on the kernel and the shapes only.
 template <class T>
@@ -119,9 +112,9 @@ class Product {
     static constexpr double kSerialOperations = 4e6;        // below, waking a thread costs more than it saves
     static constexpr std::int64_t kMaxBlockPanels = 5;      // panels on a side of a block: two blocks and their sums
                                                             // fit in a second-level cache
-    static constexpr std::int64_t kItemsPerThread = 8;      // work items below which they are made smaller
-    static constexpr std::int64_t kMaxGroup = 8;            // chunks that are packed before C is touched
-    static constexpr std::int64_t kPackedBytes = 56 << 20;  // and how much they may take
+    static constexpr std::int64_t kItemsPerThread = 4;      // work items below which they are made smaller
+    static constexpr std::int64_t kMaxGroup = 4;            // chunks that are packed before C is touched
+    static constexpr std::int64_t kPackedBytes = 32 << 20;  // and how much they may take
 
     double operations() const {
         double depth = 0;
@@ -154,7 +147,7 @@ class Product {
         strip_ = threads_ == 1 ? kMaxStrip : std::clamp<std::int64_t>(panels_ / (2 * threads_), 1, kMaxStrip);
         packs_per_chunk_ = ceil_div(panels_, strip_);
         for (Part& part : parts_) {
-            const bool own = part.left == Left::panels || part.left == Left::rows;
+            const bool own = part.left != Left::same_as_right;
             part.offset = own ? chunk_size_ : 0;
             part.panels = own ? ceil_div(part.rows, kernel_.nr) : 0;
             chunk_size_ += part.panels * panel_size();
@@ -217,36 +210,32 @@ class Product {
             const std::int64_t depth = factors_.depth(first_chunk + chunk);
             const T* data = packed + chunk * chunk_size_;
             multiply_chunk(part, data, ceil_div(depth, kernel_.rows_per_step), block,
-                           chunk + 1 < chunks ? data + chunk_size_ : packed, chunk + 1 < chunks ? 0 : side(),
-                           first_chunk + chunk, sums);
+                           chunk + 1 < chunks ? data + chunk_size_ : packed, chunk + 1 < chunks ? 0 : side(), sums);
         }
         factors_.take(static_cast<int>(p), block, sums, side(), first, last);
     }
 
     // `soon` is the chunk that comes next and `shift` how far its columns are to the right: on the way its panels are
-    // asked for, half of the tiles taking the left factor's and half the right one's. `index` is the chunk's among all.
+    // asked for, half of the tiles taking the left factor's and half the right one's.
     void multiply_chunk(const Part& part, const T* data, std::int64_t steps, const Block& block, const T* soon,
-                        std::int64_t shift, std::int64_t index, T* sums) const {
+                        std::int64_t shift, T* sums) const {
         const auto [i_begin, i_end, j_begin, j_end, diagonal] = block;
         const std::int64_t column_tiles = ceil_div(i_end - i_begin, kernel_.mr);
         const std::int64_t tiles = column_tiles * ceil_div(j_end - j_begin, kernel_.nr);
         const std::int64_t left_soon = part.offset + i_begin / kernel_.nr * panel_size();
         const std::int64_t right_soon = (j_begin + shift) / kernel_.nr * panel_size();
-        const bool direct = part.left == Left::direct;
-        const auto [rows, row_stride] = direct ? factors_.left_rows(static_cast<int>(&part - parts_.data()), index)
-                                               : std::pair<const T*, std::int64_t>(data + part.offset, kSteps);
         std::int64_t done = 0;
         for (std::int64_t j = j_begin; j < j_end; j += kernel_.nr) {
             const T* right = data + j / kernel_.nr * panel_size();
             T* column = sums + j - j_begin;
             const std::int64_t end = diagonal ? std::min(i_end, j + kernel_.nr) : i_end;
             for (std::int64_t i = i_begin; i < end; i += kernel_.mr, ++done) {
-                const bool of_left = !direct && 2 * done < tiles;
+                const bool of_left = 2 * done < tiles;
                 const char* next = reinterpret_cast<const char*>(soon + (of_left ? left_soon : right_soon)) +
-                                   kPrefetch * steps * (of_left || direct ? done : done - tiles / 2);
+                                   kPrefetch * steps * (of_left ? done : done - tiles / 2);
                 T* c = column + (i - i_begin) * side();
-                if (direct || part.left == Left::rows) {
-                    kernel_.tile_rows(steps, rows + i * row_stride, row_stride, right, c, side(), next);
+                if (part.left == Left::rows) {
+                    kernel_.tile_rows(steps, data + part.offset + i * kSteps, kSteps, right, c, side(), next);
                     continue;
                 }
                 // Columns before i are below the diagonal: whole registers of them are left out.

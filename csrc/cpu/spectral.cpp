@@ -43,9 +43,6 @@ class SpectralFactors final : public Factors<T> {
         const std::int64_t first = chunk * kDepth + row;
         p_.kernel.pack(transposed_, nullptr, first, p_.shrinkage + first, rows, col, panel);
     }
-    std::pair<const T*, std::int64_t> left_rows(int, std::int64_t chunk) const override {
-        return {static_cast<const T*>(p_.projected.at(0, chunk * kDepth)), p_.projected.row_stride};
-    }
     void pack_rows(int, std::int64_t chunk, std::int64_t row, std::int64_t count, std::int64_t ld,
                    T* out) const override {
         for (std::int64_t i = row; i < row + count; ++i, out += ld) {
@@ -93,8 +90,7 @@ template <class T>
 void run(const Problem<T>& problem, int threads) {
     SpectralFactors<T> factors(problem);
     Product<T> product(problem.kernel, problem.out.cols, factors);
-    const bool whole = problem.projected.col_stride == 1 && problem.out.rows % problem.kernel.mr == 0;
-    product.add(problem.out.rows, whole ? Left::direct : Left::rows);
+    product.add(problem.out.rows, Left::rows);
     std::optional<Workspace> partial;
     if (product.plan(threads) > 1) {
         partial.emplace(sizeof(T) * problem.out.rows * problem.out.cols);

@@ -1,15 +1,26 @@
 #include "cpu/workspace.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <new>
-#include <utility>
+#include <vector>
 
 namespace bmm {
 namespace {
 
+struct Kept {
+    void* data;
+    std::size_t bytes;
+};
+
 std::mutex mutex;
-void* kept = nullptr;
+constexpr std::size_t kMostKept = 8;
+std::vector<Kept> kept = [] {  // smallest first; its own memory is there already when one is returned
+    std::vector<Kept> none;
+    none.reserve(kMostKept);
+    return none;
+}();
 std::size_t kept_bytes = 0;
 
 }  // namespace
@@ -17,9 +28,12 @@ std::size_t kept_bytes = 0;
 Workspace::Workspace(std::size_t bytes) : bytes_((bytes + 63) / 64 * 64) {
     {
         const std::lock_guard lock(mutex);
-        if (kept && kept_bytes >= bytes_) {
-            bytes_ = kept_bytes;
-            data_ = std::exchange(kept, nullptr);
+        const auto fits = std::find_if(kept.begin(), kept.end(), [&](const Kept& one) { return one.bytes >= bytes_; });
+        if (fits != kept.end()) {
+            data_ = fits->data;
+            bytes_ = fits->bytes;
+            kept_bytes -= bytes_;
+            kept.erase(fits);
             return;
         }
     }
@@ -28,14 +42,19 @@ Workspace::Workspace(std::size_t bytes) : bytes_((bytes + 63) / 64 * 64) {
 }
 
 Workspace::~Workspace() {
-    if (bytes_ <= kKeptBytes) {
-        const std::lock_guard lock(mutex);
-        if (!kept || kept_bytes < bytes_) {
-            std::swap(kept, data_);
-            std::swap(kept_bytes, bytes_);
-        }
+    const std::lock_guard lock(mutex);
+    if (bytes_ > kKeptBytes) {
+        std::free(data_);
+        return;
     }
-    std::free(data_);
+    while (kept.size() == kMostKept || kept_bytes + bytes_ > kKeptBytes) {  // the smallest go first
+        std::free(kept.front().data);
+        kept_bytes -= kept.front().bytes;
+        kept.erase(kept.begin());
+    }
+    kept.insert(std::find_if(kept.begin(), kept.end(), [&](const Kept& one) { return one.bytes >= bytes_; }),
+                {data_, bytes_});
+    kept_bytes += bytes_;
 }
 
 }  // namespace bmm

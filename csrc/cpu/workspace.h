@@ -4,8 +4,8 @@
 
 namespace bmm {
 
-// Scratch memory of one call, aligned to cache lines, not initialised. The largest block returned, up to kKeptBytes, is
-// kept for the next call: fresh pages cost more than the small products that use them.
+// Scratch memory of one call, aligned to cache lines, not initialised. What is returned is kept for later calls, up to
+// kKeptBytes in all: fresh pages cost more than the small products that use them.
 class Workspace {
    public:
     static constexpr std::size_t kKeptBytes = 64u << 20;
