@@ -203,7 +203,7 @@ def solve_map(
     anchors = list(anchor) if batched else [anchor]
     members = [[e[i] if batched else e for e in experts] for i in range(len(anchors))]
     moments = [
-        [_as_moment(g, i if batched else None, anchor.shape[-1], name) for g in grams] for i in range(len(anchors))
+        [as_moment(g, i if batched else None, anchor.shape[-1], name) for g in grams] for i in range(len(anchors))
     ]
     betas = [
         _resolve_task_weights(task_weights, base, members[i], moments[i], i if batched else None, name)
@@ -249,13 +249,15 @@ def _resolve_task_weights(
 
 
 def check_task_weights(betas: Sequence[float], tasks: int, name: str) -> None:
+    """Raise `ConfigError` unless there is one finite weight >= 0 for each task, and not all are 0."""
     if len(betas) != tasks:
         raise ConfigError(f"{name}: {len(betas)} task weights for {tasks} experts; give one for each.")
     if not all(math.isfinite(b) and b >= 0 for b in betas) or not any(betas):
         raise ConfigError(f"{name}: task weights must be finite, >= 0 and not all 0; got {list(betas)}.")
 
 
-def _as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) -> Moment:
+def as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) -> Moment:
+    """A Gram (in, in), or member `index` of a batch of them, as a moment of the width asked for. Raises `ShapeMismatchError`."""
     if not isinstance(gram, Tensor):
         moment: Moment = gram
     else:

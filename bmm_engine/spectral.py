@@ -17,8 +17,16 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError
 from bmm_engine.moments import Moment
+from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.spectral import apply_spectral
-from bmm_engine.solve import BLOCK_ROWS, assemble_moments, check_task_weights, relative_ridge, residual_of
+from bmm_engine.solve import (
+    BLOCK_ROWS,
+    as_moment,
+    assemble_moments,
+    check_task_weights,
+    relative_ridge,
+    residual_of,
+)
 
 
 @dataclass(frozen=True)
@@ -70,10 +78,11 @@ class SpectralPath:
         )
 
 
+@accepts_dlpack
 def spectral_path(
     anchor: Tensor,
     experts: Sequence[Tensor],
-    moments: Sequence[Moment],
+    grams: Sequence[Tensor | Moment],
     task_weights: Sequence[float] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -81,13 +90,17 @@ def spectral_path(
 ) -> SpectralPath:
     """Decompose one module, or several that share their input, stacked along `out`.
 
-    `anchor` and `experts[t]` (out, in), any floating dtype; `moments[t]` G_t; `task_weights` beta_t (all 1 by default). The decomposition and
-    `B = R Q` are computed in float64 and kept in `dtype`: rounding them to float32 costs each coefficient its last digits and no more,
-    however ill-conditioned A_0 is, since nothing is solved with them. Raises `ConfigError`, `NonFiniteGramError`, `ShapeMismatchError`.
+    `anchor` and `experts[t]` (out, in), any floating dtype; `grams[t]` G_t (in, in), or a moment; `task_weights` beta_t (all 1 by default).
+    The decomposition and `B = R Q` are computed in float64 and kept in `dtype`: rounding them to float32 costs each coefficient its last
+    digits and no more, however ill-conditioned A_0 is, since nothing is solved with them. Raises `ConfigError`, `NonFiniteGramError`,
+    `ShapeMismatchError`.
     """
     betas = tuple(float(w) for w in task_weights) if task_weights is not None else (1.0,) * len(experts)
     check_task_weights(betas, len(experts), name)
+    if len(grams) != len(experts):
+        raise ConfigError(f"{name}: {len(experts)} experts and {len(grams)} Grams; give one Gram for each expert.")
     width = anchor.shape[1]
+    moments = [as_moment(gram, None, width, name) for gram in grams]
     a = torch.empty(width, width, dtype=torch.float64, device=anchor.device)
     assemble_moments(a, moments, betas)
     trace = float(a.diagonal().sum())

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.moments import DenseMoment, TaskVectorMoment
 from bmm_engine.solve import solve_map
 from bmm_engine.spectral import spectral_path
@@ -91,4 +91,8 @@ def test_errors():
     with pytest.raises(ConfigError, match="base"):
         path.solve(alpha=1.0, scale=0.5)
     with pytest.raises(ConfigError, match="2 task weights for 3"):
-        spectral_path(anchor, experts, moments_of(grams), [1.0, 1.0])
+        spectral_path(anchor, experts, grams, [1.0, 1.0])
+    with pytest.raises(ConfigError, match="3 experts and 2 Grams"):
+        spectral_path(anchor, experts, grams[:2])
+    with pytest.raises(ShapeMismatchError, match=r"\(5, 5\)"):
+        spectral_path(anchor, experts, [torch.eye(5)] * 3)
