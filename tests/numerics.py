@@ -14,6 +14,9 @@ ALLOWED_FACTOR = 2.0
 # Normwise backward error of a solve, in units of eps times the order of the matrix.
 ALLOWED_BACKWARD_EPS = 4.0
 
+# What a product may lose, relative to the product of the magnitudes: the factors' rounding errors, to 11 bits in TF32.
+ALLOWED_LOSS = {"tf32x3": 2.0**-20, "tf32": 2.0**-9.9}
+
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """max |got - truth| / max |truth|, in float64; infinite when `got` is not finite."""
@@ -35,6 +38,17 @@ def assert_as_good_as_torch(got: Tensor, same_dtype: Tensor, truth: Tensor) -> N
     allowed = ALLOWED_EPS_FLOAT64 if got.dtype == torch.float64 else ALLOWED_EPS
     limit = ALLOWED_FACTOR * torch_error + allowed * torch.finfo(got.dtype).eps
     assert error <= limit, f"relative error {error:.3e} > {limit:.3e} (torch in {got.dtype}: {torch_error:.3e})"
+
+
+def assert_as_precise(got: Tensor, same_dtype: Tensor, truth: Tensor, magnitude: Tensor, precision: str) -> None:
+    """`got` errs no more than `precision` allows; `magnitude` is `truth` with every factor's absolute value."""
+    if precision == "ieee" or got.device.type == "cpu":
+        assert_as_good_as_torch(got, same_dtype, truth)
+        return
+    error, torch_error = ((tensor.double() - truth).abs().max().item() for tensor in (got, same_dtype))
+    rounding = ALLOWED_EPS * torch.finfo(got.dtype).eps * truth.abs().max().item()
+    limit = ALLOWED_FACTOR * torch_error + rounding + ALLOWED_LOSS[precision] * magnitude.max().item()
+    assert error <= limit, f"error {error:.3e} > {limit:.3e} with {precision} (torch: {torch_error:.3e})"
 
 
 def backward_error(X: Tensor, A: Tensor, B: Tensor) -> float:

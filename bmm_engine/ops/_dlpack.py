@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 # What the public functions call the arguments that they write to.
-_WRITTEN = ("G", "Gs", "C", "out", "counts")
+_WRITTEN = ("G", "Gs", "C", "a", "out", "counts")
 
 
 def accepts_dlpack(function: Callable[P, R]) -> Callable[P, R]:

@@ -4,6 +4,8 @@
 #include <cpuid.h>
 #endif
 
+#include <algorithm>
+
 #include "common/check.h"
 
 namespace bmm {
@@ -44,7 +46,8 @@ const Isa& find_isa(const std::string& name) {
     }
 #ifdef BMM_X86
     // By name also where it is slow, or present although the machine does not say so; the caller knows.
-    if (name == isa_avx512_bf16.name && isas.size() > 2) return isa_avx512_bf16;
+    const bool avx512 = std::find(isas.begin(), isas.end(), &isa_avx512) != isas.end();
+    if (name == isa_avx512_bf16.name && avx512) return isa_avx512_bf16;
 #endif
     fail(__FILE__, __LINE__, "instruction set '", name,
          "' is not among those that this build has and this machine runs");

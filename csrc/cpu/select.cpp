@@ -16,8 +16,7 @@ constexpr std::int64_t kLower = 1 << 16;
 constexpr std::int64_t kItem = 1 << 18;  // values in one work item
 constexpr std::int64_t kSpan = 512;      // values widened at a time
 constexpr std::int64_t kSerial = 1 << 15;
-constexpr int kLanes =
-    2;  // neighbours often fall into one bin: counting them apart avoids waiting for its last increment
+constexpr int kLanes = 2;  // tables per thread: neighbours in one bin need not wait for each other's increment
 
 // Calls body(bits of |value| as float) for each value.
 template <class Body>
@@ -36,8 +35,7 @@ void for_each_magnitude(const void* values, std::int64_t begin, std::int64_t end
         if (dtype == DType::f32) {
             std::memcpy(bits, source, count * 4);
         } else {
-            std::fill_n(wide, count, 0.0f);
-            kernel.add(source, dtype, 1, 1.0f, count, wide);
+            kernel.load(source, dtype, 1, count, wide);
             std::memcpy(bits, wide, count * 4);
         }
         for (std::int64_t i = 0; i < count; ++i) body(i, bits[i] & 0x7fffffffu);

@@ -9,10 +9,9 @@ from bmm_engine.errors import BackendError, ConfigError, ShapeMismatchError
 from bmm_engine.ops import _native
 from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import ACCUMULATE_DTYPES
-from tests.numerics import assert_as_good_as_torch
+from tests.numerics import assert_as_good_as_torch, assert_as_precise
 from tests.ops.backends import (
     INTERPRETED,
-    assert_as_precise,
     device_of,
     each_backend,
     each_backend_and,

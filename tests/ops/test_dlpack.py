@@ -8,6 +8,7 @@ import torch
 
 from bmm_engine import accumulate_gram, assemble, solve_map
 from bmm_engine.errors import ConfigError
+from bmm_engine.ops.cholesky import cholesky_
 from bmm_engine.ops.residual import residual
 
 rng = np.random.default_rng(0)
@@ -53,6 +54,13 @@ def test_read_only_memory_may_be_read_but_not_written():
     with pytest.raises(ConfigError, match=r"G is a read-only numpy\.ndarray"):
         accumulate_gram(G, X)
     np.testing.assert_array_equal(G, before)
+
+
+def test_a_factorisation_in_place_needs_writable_memory():
+    a = spd(4)
+    a.flags.writeable = False
+    with pytest.raises(ConfigError, match="a is a read-only"):
+        cholesky_(a)
 
 
 def test_memory_that_cannot_be_shared_is_refused():

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from bmm_engine.errors import BackendError, ConfigError, ShapeMismatchError
 from bmm_engine.ops import _native
 from bmm_engine.ops.residual import residual
-from tests.numerics import assert_as_good_as_torch
+from tests.numerics import assert_as_good_as_torch, assert_as_precise
 from tests.ops.backends import (
     INTERPRETED,
-    assert_as_precise,
     device_of,
     each_backend,
     each_backend_and,
