@@ -29,9 +29,10 @@ def test_short_calls_are_repeated_and_times_are_per_call():
         counts[0] += 1
         time.sleep(0.0005)
 
-    (samples,) = timing.interleaved([work], CPU, rounds=3)
-    assert counts[0] > 6
-    assert all(0.5 < sample < 2 for sample in samples)
+    (samples,) = timing.interleaved([work], CPU, rounds=5)
+    assert counts[0] > 10
+    # The fastest: a busy machine may hold up any of them, but not all.
+    assert 0.5 < min(samples) < 2
 
 
 def test_slow_work_is_sampled_less_often_and_often_enough(monkeypatch):
