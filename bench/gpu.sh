@@ -7,7 +7,7 @@
 # others; the exit status is 1 if any did, or was stopped at its limit. Steps for which no time is left are named.
 set -uo pipefail
 readonly DEADLINE=530 # seconds from the start
-readonly BENCHES="peak gram cross_gram assemble residual spectral select cholesky regmean"
+readonly BENCHES="peak gram cross_gram assemble residual spectral select blend ranks cholesky regmean"
 readonly BENCH_LIMIT=60
 
 out=$(mkdir -p "${1:?usage: bench/gpu.sh OUT_DIR}" && cd "$1" && pwd) || exit 2

@@ -28,7 +28,14 @@ class ShapeMismatchError(BmmError, ValueError):
 
 
 class NonFiniteWeightError(BmmError, ValueError):
-    """A weight holds NaN or infinity."""
+    """A weight holds NaN or infinity.
+
+    Attribute: `index`, where several were given: 0 is the base, t + 1 expert t; else None.
+    """
+
+    def __init__(self, message: str, *, index: int | None = None):
+        super().__init__(message)
+        self.index = index
 
 
 class NonFiniteGramError(BmmError, ValueError):

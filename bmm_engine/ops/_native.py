@@ -30,6 +30,11 @@ def matrix(tensor: Tensor) -> Matrix:
     return (tensor.data_ptr(), *tensor.shape, *tensor.stride(), DTYPE_CODES[tensor.dtype])
 
 
+def elements(tensor: Tensor | None) -> tuple[int, int]:
+    """(address, dtype code) of a contiguous tensor for the native code, which does not keep it alive."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPE_CODES[tensor.dtype])
+
+
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str | None]:
     """The compiled module, or None and why; tried once per process."""

@@ -4,9 +4,11 @@
 #include <tuple>
 
 #include "cpu/assemble.h"
+#include "cpu/blend.h"
 #include "cpu/gram.h"
 #include "cpu/isa.h"
 #include "cpu/probe.h"
+#include "cpu/ranks.h"
 #include "cpu/residual.h"
 #include "cpu/select.h"
 #include "cpu/spectral.h"
@@ -57,6 +59,46 @@ void assemble(const std::vector<std::pair<Address, int>>& inputs, const std::vec
     bmm::assemble(checked, weights, ridges, shrink, out_view, threads);
 }
 
+// (address, dtype code) of contiguous elements; address 0 where there are none.
+using Elements = std::pair<Address, int>;
+// The members of bmm::BlendExpert in their order.
+using BlendExpert =
+    std::tuple<Elements, double, double, float, float, bool, std::uint64_t, float, float, Address, double, double>;
+
+const void* data_of(const Elements& elements) { return reinterpret_cast<const void*>(elements.first); }
+
+std::vector<bmm::BlendExpert> blend_experts(const std::vector<BlendExpert>& experts) {
+    std::vector<bmm::BlendExpert> result;
+    for (const auto& [elements, factor, weight, lower, upper, random, seed, keep, width, ranks, unique, dominance] :
+         experts) {
+        result.push_back({data_of(elements), bmm::dtype_from_code(elements.second), factor, weight, lower, upper,
+                          random, seed, keep, width, reinterpret_cast<const float*>(ranks), unique, dominance});
+    }
+    return result;
+}
+
+Index blend(const Elements& base, const std::vector<BlendExpert>& experts, int combine, bool inverse, bool normalize,
+            bool tie, Index votes, double scaling, std::uint64_t first, Index count, const Elements& out, int threads,
+            const std::string& isa) {
+    const std::vector<bmm::BlendExpert> checked = blend_experts(experts);
+    const bmm::DType base_dtype = bmm::dtype_from_code(base.second);
+    const bmm::DType out_dtype = bmm::dtype_from_code(out.second);
+    BMM_CHECK(combine >= 0 && combine <= 5, "combine is ", combine);
+    const bmm::BlendRule rule = {static_cast<bmm::Combine>(combine), inverse, normalize, tie, votes, scaling, first};
+    const py::gil_scoped_release release;
+    return bmm::blend(data_of(base), base_dtype, checked, rule, count, reinterpret_cast<void*>(out.first), out_dtype,
+                      threads, isa);
+}
+
+std::pair<Index, Index> sign_balance(const Elements& base, const std::vector<BlendExpert>& experts, Index count,
+                                     int threads, const std::string& isa) {
+    const std::vector<bmm::BlendExpert> checked = blend_experts(experts);
+    const bmm::DType base_dtype = bmm::dtype_from_code(base.second);
+    const py::gil_scoped_release release;
+    const bmm::SignBalance result = bmm::sign_balance(data_of(base), base_dtype, checked, count, threads, isa);
+    return {result.not_finite, result.balance};
+}
+
 void residual(const Matrix& anchor, const std::vector<Matrix>& experts, const std::vector<Matrix>& grams,
               const std::vector<double>& weights, const Matrix& r, int threads, const std::string& isa) {
     const bmm::View anchor_view = view(anchor);
@@ -79,11 +121,21 @@ void spectral(const Matrix& projected, Address shrinkage, const Matrix& eigenvec
                   scale, out_view, threads, isa);
 }
 
-void magnitude_histogram(Address values, Index count, int dtype, int upper, Address counts, int threads) {
-    const bmm::DType checked = bmm::dtype_from_code(dtype);
+bmm::Magnitudes magnitudes(const Elements& x, const Elements& minus) {
+    return {data_of(x), bmm::dtype_from_code(x.second), data_of(minus), bmm::dtype_from_code(minus.second)};
+}
+
+void magnitude_histogram(Address values, Index count, int dtype, int upper, Address counts, int threads,
+                         const Elements& minus) {
+    const bmm::Magnitudes checked = magnitudes({values, dtype}, minus);
     const py::gil_scoped_release release;
-    bmm::magnitude_histogram(reinterpret_cast<const void*>(values), count, checked, upper,
-                             reinterpret_cast<Index*>(counts), threads);
+    bmm::magnitude_histogram(checked, count, upper, reinterpret_cast<Index*>(counts), threads);
+}
+
+bool magnitude_ranks(const Elements& x, const Elements& minus, Index rows, Index cols, Address out, int threads) {
+    const bmm::Magnitudes checked = magnitudes(x, minus);
+    const py::gil_scoped_release release;
+    return bmm::magnitude_ranks(checked, rows, cols, reinterpret_cast<float*>(out), threads);
 }
 
 }  // namespace
@@ -95,9 +147,13 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("gram", &gram);
     module.def("cross_gram", &cross_gram);
     module.def("assemble", &assemble);
+    module.def("blend", &blend);
+    module.def("sign_balance", &sign_balance);
     module.def("residual", &residual);
     module.def("spectral", &spectral);
-    module.def("magnitude_histogram", &magnitude_histogram);
+    module.def("magnitude_histogram", &magnitude_histogram, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+               py::arg(), py::arg("minus") = Elements{});
+    module.def("magnitude_ranks", &magnitude_ranks);
     module.def("isa_names", &bmm::isa_names);
     module.def("probe_f32_gflops", &bmm::probe_f32_gflops, release());
     module.def("probe_f64_gflops", &bmm::probe_f64_gflops, release());

@@ -42,6 +42,8 @@ struct Kernel {
     void (*store)(const T* values, std::int64_t count, void* target, DType dtype, std::int64_t stride);
 };
 
+struct BlendIsa;  // cpu/blend_isa.h
+
 struct Isa {
     const char* name;
     Kernel<float> f32;
@@ -51,6 +53,7 @@ struct Isa {
     double (*multiply_add_f32)(std::int64_t steps, float* sink);
     double (*multiply_add_f64)(std::int64_t steps, double* sink);
     double (*multiply_add_bf16)(std::int64_t steps, float* sink);  // null like bf16
+    const BlendIsa* blend;
 };
 
 template <class T>

@@ -1,5 +1,6 @@
 #include <immintrin.h>
 
+#include "cpu/blend_isa.h"
 #include "cpu/isa_kernels.h"
 
 namespace bmm {
@@ -48,7 +49,7 @@ void pack_pairs(const View& x, const std::int64_t* rows, std::int64_t first, con
 constexpr Kernel<float> pairs = make_kernel<float, 64, 8, 3, PairDot>(2, pack_pairs<48>);
 
 constexpr Isa with_pairs() {
-    Isa isa = make_isa<64, 8, 3>("avx512_bf16");
+    Isa isa = make_isa<64, 8, 3>("avx512_bf16", &blend_avx512);
     isa.bf16 = &pairs;
     isa.multiply_add_bf16 = multiply_add<float, 64, 8, 3, PairDot>;
     return isa;

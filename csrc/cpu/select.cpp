@@ -1,7 +1,6 @@
 #include "cpu/select.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "common/check.h"
@@ -14,44 +13,31 @@ namespace {
 constexpr std::int64_t kUpper = 1 << 15;
 constexpr std::int64_t kLower = 1 << 16;
 constexpr std::int64_t kItem = 1 << 18;  // values in one work item
-constexpr std::int64_t kSpan = 512;      // values widened at a time
 constexpr std::int64_t kSerial = 1 << 15;
 constexpr int kLanes = 2;  // tables per thread: neighbours in one bin need not wait for each other's increment
 
-// Calls body(bits of |value| as float) for each value.
+// Calls body(index, bits of the magnitude as float) for each value.
 template <class Body>
-void for_each_magnitude(const void* values, std::int64_t begin, std::int64_t end, DType dtype,
-                        const Kernel<float>& kernel, const Body& body) {
-    if (dtype == DType::bf16) {
-        const std::uint16_t* bits = static_cast<const std::uint16_t*>(values);
-        for (std::int64_t i = begin; i < end; ++i) body(i, (bits[i] & 0x7fffu) << 16);
-        return;
-    }
-    float wide[kSpan];
-    std::uint32_t bits[kSpan];
-    for (std::int64_t start = begin; start < end; start += kSpan) {
-        const std::int64_t count = std::min(kSpan, end - start);
-        const char* source = static_cast<const char*>(values) + start * size_of(dtype);
-        if (dtype == DType::f32) {
-            std::memcpy(bits, source, count * 4);
-        } else {
-            kernel.load(source, dtype, 1, count, wide);
-            std::memcpy(bits, wide, count * 4);
-        }
-        for (std::int64_t i = 0; i < count; ++i) body(i, bits[i] & 0x7fffffffu);
+void for_each_magnitude(const Magnitudes& magnitudes, std::int64_t begin, std::int64_t end, const Isa& isa,
+                        const Body& body) {
+    std::uint32_t bits[Magnitudes::kSpan];
+    for (std::int64_t start = begin; start < end; start += Magnitudes::kSpan) {
+        const std::int64_t count = std::min(Magnitudes::kSpan, end - start);
+        magnitudes.load(isa, start, count, bits);
+        for (std::int64_t i = 0; i < count; ++i) body(i, bits[i]);
     }
 }
 
 }  // namespace
 
-void magnitude_histogram(const void* values, std::int64_t count, DType dtype, int upper, std::int64_t* counts,
+void magnitude_histogram(const Magnitudes& magnitudes, std::int64_t count, int upper, std::int64_t* counts,
                          int threads) {
-    BMM_CHECK(count >= 0 && (values || count == 0), "count is ", count);
+    BMM_CHECK(count >= 0 && (magnitudes.values || count == 0), "count is ", count);
     BMM_CHECK(upper < kUpper, "the upper half is ", upper);
     BMM_CHECK(threads >= 1, "threads is ", threads);
     if (count == 0) return;
     const std::int64_t bins = upper < 0 ? kUpper : kLower;
-    const Kernel<float>& kernel = find_isa("").f32;
+    const Isa& isa = find_isa("");
     if (count < kSerial) threads = 1;
     const std::int64_t items = (count + kItem - 1) / kItem;
     threads = static_cast<int>(std::min<std::int64_t>(threads, items));
@@ -63,10 +49,10 @@ void magnitude_histogram(const void* values, std::int64_t count, DType dtype, in
             const std::int64_t begin = item * kItem;
             const std::int64_t end = std::min(count, begin + kItem);
             if (upper < 0) {
-                for_each_magnitude(values, begin, end, dtype, kernel,
+                for_each_magnitude(magnitudes, begin, end, isa,
                                    [&](std::int64_t i, std::uint32_t bits) { ++lanes[i % kLanes][bits >> 16]; });
             } else {
-                for_each_magnitude(values, begin, end, dtype, kernel, [&](std::int64_t i, std::uint32_t bits) {
+                for_each_magnitude(magnitudes, begin, end, isa, [&](std::int64_t i, std::uint32_t bits) {
                     if (bits >> 16 == static_cast<std::uint32_t>(upper)) ++lanes[i % kLanes][bits & 0xffffu];
                 });
             }

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench import assemble, cholesky, cross_gram, gram, regmean, residual, select, spectral
+from bench import assemble, blend, cholesky, cross_gram, gram, ranks, regmean, residual, select, spectral
 from bench.harness import Case
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -19,6 +19,8 @@ SMALL: dict[str, Callable[[torch.device], Case]] = {
     "residual": lambda device: residual.case(device, "small", 3, 24, 40, BF16),
     "spectral": lambda device: spectral.case(device, "small", 2, [(24, 16), (16, 24)], F64),
     "select": lambda device: select.case(device, "small", 4096, F32),
+    "blend": lambda device: blend.case(device, "small", "TIES", 3, 4096, F32),
+    "ranks": lambda device: ranks.case(device, "small", 3, 4096, F32),
     "cholesky": lambda device: cholesky.case(device, "small", 2, 32, 16, F64),
     "regmean float64": lambda device: regmean.case(device, "small", 32, 24, 2, 96, 32, F32, "float64"),
     "regmean float32": lambda device: regmean.case(device, "small", 32, 24, 2, 96, 32, BF16, "float32"),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench import assemble, cholesky, cross_gram, gram, regmean, residual, select, spectral
+from bench import assemble, blend, cholesky, cross_gram, gram, ranks, regmean, residual, select, spectral
 from bench.harness import Case
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -30,6 +30,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "residual to float64": lambda: residual.case(CPU, "", 4, 384, 384, BF16, F32, F64),
     "spectral": lambda: spectral.case(CPU, "", 1, [(384, 384)], F32),
     "select": lambda: select.case(CPU, "", 1 << 20, F32),
+    "blend": lambda: blend.case(CPU, "", "TIES", 4, 1 << 18, BF16),
+    "ranks": lambda: ranks.case(CPU, "", 64, 4096, F32),
     "cholesky": lambda: cholesky.case(CPU, "", 2, 256, 256, F64),
     "regmean": lambda: regmean.case(CPU, "", 256, 256, 2, 512, 128, F32, "float64"),
 }

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
 from bmm_engine.ops import _native
+from bmm_engine.ops.blend import cpu as blend_cpu
+from bmm_engine.ops.blend import reference as blend_reference
+from bmm_engine.ops.blend.rule import COMBINES, Part, Rule
 from bmm_engine.ops.cross_gram import cpu as cross_gram_cpu
 from bmm_engine.ops.gram import ACCUMULATE_DTYPES
 from bmm_engine.ops.gram import cpu as gram_cpu
@@ -129,6 +133,52 @@ def test_every_value_is_rounded_to_16_bits_as_torch_does(isa, dtype):
         zero, q = torch.zeros(1, n), torch.zeros(n, n)
         spectral_cpu.apply_spectral(out[:, start : start + step], part, zero, torch.ones(n), q, None, 1.0, "ieee", isa)
     assert torch.equal(out, row.to(dtype))
+
+
+@pytest.mark.parametrize("combine", COMBINES)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        [torch.float32] * 4,
+        [torch.bfloat16] * 4,
+        [torch.float16, torch.float32, torch.bfloat16, torch.float16],
+        [torch.float64, torch.float16, torch.float32, torch.bfloat16],
+    ],
+)
+def test_blend(isa, combine, dtypes):
+    """Every instruction set has the very bits of plain torch, whatever a vector takes and leaves to the rest of a loop."""
+    n = 1201
+    base = torch.randn(n, dtype=torch.float64)
+    inputs = [base, *(base + 0.1 * torch.randn(n, dtype=torch.float64) for _ in dtypes[1:])]
+    base, *experts = (x.to(dtype) for x, dtype in zip(inputs, dtypes))
+    ranks = torch.rand(n)
+    numbers = [{"factor": 0.3, "weight": 0.3}, {"factor": -1.7, "weight": 2.0}, {"factor": 1.1, "weight": 0.1}]
+    numbers = [{**each, "unique": 1.3, "dominance": 0.4} for each in numbers]
+    bounds = {"lower": 0.0625, "upper": 0.25}
+    masks = [[{}, {}, {}], [bounds, {}, {"lower": 0.1}], [{"keep": (0.5, 0.0), "seed": 2**64 - 3}, {**bounds}, {}]]
+    masks.append([{"keep": (0.25, 0.5), "seed": 7, "ranks": ranks, **bounds}, {}, {"keep": (1.0, 0.0)}])
+    for mask in masks:
+        parts = tuple(Part(**own, **kept) for own, kept in zip(numbers, mask))
+        rule = Rule(parts, combine, first=5, normalize=combine.startswith("elect"), scaling=0.77)
+        for out_dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            got, truth = (torch.full((n,), float("nan"), dtype=out_dtype) for _ in range(2))
+            assert blend_reference.blend(base, experts, rule, truth) is None
+            assert blend_cpu.blend(base, experts, rule, got, isa) is None
+            assert torch.equal(got, truth)
+        parts = tuple(replace(part, keep=None, ranks=None) for part in parts)
+        balances = blend_reference.sign_balance(base, experts, parts), blend_cpu.sign_balance(base, experts, parts, isa)
+        assert balances[0] == balances[1]
+
+
+def test_blend_finds_what_is_not_finite(isa):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for index, where in ((0, 0), (1, 16), (2, 515), (2, 519)):
+            tensors = [torch.full((520,), torch.finfo(dtype).max, dtype=dtype) for _ in range(3)]
+            out, rule = torch.empty(520, dtype=dtype), Rule((Part(), Part(lower=0.5)))
+            assert blend_cpu.blend(tensors[0], tensors[1:], rule, out, isa) is None
+            for value in (float("nan"), float("inf"), -float("inf")):
+                tensors[index][where] = value
+                assert blend_cpu.blend(tensors[0], tensors[1:], rule, out, isa) == index
 
 
 def test_bits_do_not_depend_on_threads(isa):

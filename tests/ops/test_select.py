@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmm_engine.errors import ConfigError, NonFiniteWeightError, ShapeMismatchError
+from bmm_engine.errors import BackendError, ConfigError, NonFiniteWeightError, ShapeMismatchError
 from bmm_engine.ops import select
 from bmm_engine.ops.select import (
     LOWER_BINS,
@@ -59,6 +59,37 @@ def test_histograms_equal_the_definition(backend, dtype, shape):
     fullest = int(counts[1:].argmax()) + 1
     for upper in (0, fullest, 0x7F80, UPPER_BINS - 1):
         assert torch.equal(histogram(x, upper, backend).cpu(), definition(x, upper))
+
+
+@each_backend("torch", "cpu")
+@pytest.mark.parametrize("minus_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (70_001,), (0, 3)])
+def test_histograms_of_a_difference(backend, dtype, minus_dtype, shape):
+    x, minus = torch.randn(shape).to(dtype), torch.randn(shape).to(minus_dtype)
+    x.view(-1)[::3] = minus.view(-1)[::3].to(dtype)  # differences of 0, or of a rounding error
+    wide = np.float64 if torch.float64 in (dtype, minus_dtype) else np.float32
+    a, b = (tensor.double().numpy().astype(wide) for tensor in (x, minus))
+    difference = torch.from_numpy(np.asarray(a - b))
+    for upper in (None, 0, int(definition(difference, None)[1:].argmax()) + 1):
+        counts = torch.ones(UPPER_BINS if upper is None else LOWER_BINS, dtype=torch.int64)
+        assert add_magnitude_histogram(counts, x, upper, backend, minus=minus) is counts
+        assert torch.equal(counts - 1, definition(difference, upper))
+
+
+@each_backend("torch", "cpu")
+def test_a_difference_of_any_strides(backend):
+    x, minus = torch.randn(30, 20), torch.randn(20, 30).T
+    counts = add_magnitude_histogram(
+        torch.zeros(UPPER_BINS, dtype=torch.int64), x, None, "auto" if backend == "cpu" else backend, minus=minus
+    )
+    assert torch.equal(counts, definition(x - minus, None))
+
+
+def test_cuda_says_that_it_takes_no_difference(monkeypatch):
+    monkeypatch.setattr(select.cuda._native, "cuda_missing", lambda: None)
+    with pytest.raises(BackendError, match="not those of a difference"):
+        add_magnitude_histogram(bins.clone(), ones, None, "cuda", minus=ones)
 
 
 @each
@@ -201,6 +232,9 @@ ones, bins = torch.ones(4), torch.zeros(UPPER_BINS, dtype=torch.int64)
         (lambda: add_magnitude_histogram(bins.int(), ones), ConfigError, "int32"),
         (lambda: add_magnitude_histogram(bins.repeat(2)[::2], ones), ConfigError, r"strides \(2,\)"),
         (lambda: add_magnitude_histogram(bins, ones.to("meta")), ConfigError, "meta"),
+        (lambda: add_magnitude_histogram(bins, ones, minus=ones[:3]), ShapeMismatchError, r"minus.*\(3,\).*\(4,\)"),
+        (lambda: add_magnitude_histogram(bins, ones, minus=ones.int()), ConfigError, "minus.*int32"),
+        (lambda: add_magnitude_histogram(bins, ones, minus=ones.to("meta")), ConfigError, "minus on meta"),
         (lambda: add_magnitude_histogram(bins.repeat(2), ones, UPPER_BINS), ConfigError, "32768"),
         (lambda: add_magnitude_histogram(bins.repeat(2), ones, -1), ConfigError, "-1"),
     ],

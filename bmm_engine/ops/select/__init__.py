@@ -23,7 +23,9 @@ _INFINITY = 0x7F80  # upper half of infinity's bits; NaNs are beyond it, or shar
 
 
 @accepts_dlpack
-def add_magnitude_histogram(counts: Tensor, x: Tensor, upper: int | None = None, backend: str = "auto") -> Tensor:
+def add_magnitude_histogram(
+    counts: Tensor, x: Tensor, upper: int | None = None, backend: str = "auto", *, minus: Tensor | None = None
+) -> Tensor:
     """Add a histogram of |x|, rounded to float32, by one half of its 32 bits: what a stream of tensors is counted by.
 
     Args:
@@ -31,13 +33,15 @@ def add_magnitude_histogram(counts: Tensor, x: Tensor, upper: int | None = None,
         x: any shape, float32, bfloat16, float16 or float64.
         upper: None to count the upper 16 bits; else the lower 16 bits are counted, among the entries whose upper ones
             are `upper`.
-        backend: "auto", "torch", "cpu" or "cuda".
+        backend: "auto", "torch", "cpu" or "cuda" (which takes no `minus`).
+        minus: None, or a tensor of x's shape and of any of its dtypes: |x - minus| is counted, the difference computed in
+            float64 if either is float64, else in float32.
 
     Returns:
         counts itself.
 
     Raises:
-        ShapeMismatchError: counts has another number of bins.
+        ShapeMismatchError: counts has another number of bins, minus another shape than x.
         ConfigError: a dtype or device that does not fit, `upper` out of range, an unknown backend.
         BackendError: the backend asked for cannot run this call.
     """
@@ -46,17 +50,20 @@ def add_magnitude_histogram(counts: Tensor, x: Tensor, upper: int | None = None,
         raise ShapeMismatchError(f"counts must be ({bins},) for upper={upper}, and is {tuple(counts.shape)}")
     if counts.dtype != torch.int64 or not counts.is_contiguous():
         raise ConfigError(f"counts must be contiguous int64, and is {counts.dtype} with strides {counts.stride()}")
-    if x.dtype not in _DTYPES:
-        raise ConfigError(f"x must be float32, bfloat16, float16 or float64, not {x.dtype}")
-    if counts.device != x.device:
-        raise ConfigError(f"counts is on {counts.device}, x on {x.device}; move one of them")
+    if minus is not None and minus.shape != x.shape:
+        raise ShapeMismatchError(f"minus is {tuple(minus.shape)}, x is {tuple(x.shape)}")
+    for name, tensor in [("x", x), *([] if minus is None else [("minus", minus)])]:
+        if tensor.dtype not in _DTYPES:
+            raise ConfigError(f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
+        if counts.device != tensor.device:
+            raise ConfigError(f"counts is on {counts.device}, {name} on {tensor.device}; move one of them")
     if upper is not None and not 0 <= upper < UPPER_BINS:
         raise ConfigError(f"upper must be in [0, {UPPER_BINS}), and is {upper}")
     implementation = _dispatch.select(
-        "select", IMPLEMENTATIONS, backend, x.device, counts, x, self_check=(_self_check, x.dtype)
+        "select", IMPLEMENTATIONS, backend, x.device, counts, x, minus, self_check=(_self_check, x.dtype)
     )
     if x.numel():
-        implementation.add_magnitude_histogram(counts, x, upper)
+        implementation.add_magnitude_histogram(counts, x, upper, minus)
     return counts
 
 

@@ -8,9 +8,11 @@ from torch import Tensor
 from bmm_engine.ops import _native
 
 
-def supports(counts: Tensor, x: Tensor) -> str | None:
+def supports(counts: Tensor, x: Tensor, minus: Tensor | None = None) -> str | None:
     if reason := _native.cuda_missing():
         return reason
+    if minus is not None:
+        return "it counts one tensor's magnitudes, not those of a difference"
     if x.device.type != "cuda":
         return f"x is on {x.device}, not on a CUDA device"
     if not (x.is_contiguous() or (x.ndim >= 2 and x.mT.is_contiguous())):
@@ -18,7 +20,7 @@ def supports(counts: Tensor, x: Tensor) -> str | None:
     return None
 
 
-def add_magnitude_histogram(counts: Tensor, x: Tensor, upper: int | None) -> None:
+def add_magnitude_histogram(counts: Tensor, x: Tensor, upper: int | None, minus: None = None) -> None:
     _native.cuda().add_magnitude_histogram(
         x.data_ptr(),
         x.numel(),

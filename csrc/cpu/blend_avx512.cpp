@@ -1,0 +1,7 @@
+#include "cpu/blend_kernels.h"
+
+namespace bmm {
+
+const BlendIsa blend_avx512 = make_blend_isa();
+
+}  // namespace bmm
