@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.errors import ConfigError, NonFiniteGramError, ShapeMismatchError
+from bmm_engine.lowrank import LowRank
 from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.gram import accumulate_gram
 
@@ -94,25 +95,37 @@ class DenseMoment:
         return out.div_(self.rows)
 
 
+def energy_factor(task_vector: Tensor | LowRank) -> Tensor:
+    """F (rows, in) with `F^T F = U^T U`: of an adapter's task vector, r rows instead of out. A matrix is its own factor.
+
+    All that depends on U through `U^T U` alone (`TaskVectorMoment`, `alignment`, the energy `tr(U G U^T)`) may be given F in the place of U.
+    """
+    if isinstance(task_vector, Tensor):
+        return task_vector
+    return task_vector.gram_factor() if task_vector.rank < min(task_vector.shape) else task_vector.dense()
+
+
 class TaskVectorMoment:
     """`G_t = U^T U / c`, the data-free estimate (arXiv 2605.12843, Theorem 1), `U = W_t - W_0` (out, in).
 
     `normalization`: "trace" (`c = ||U||_F^2`, so that the trace is 1) or "none" (`c = 1`). A zero task vector gives `G = 0`.
-    Kept as the matrix (in, in) where `in <= out`, else as the factor U: whichever is smaller is also the faster to apply.
+    Kept as the matrix (in, in) where `in <= out`, else as the factor U: whichever is smaller is also the faster to apply. A `LowRank` U is kept
+    as a factor (r, in).
     """
 
-    def __init__(self, task_vector: Tensor, normalization: str = "trace"):
+    def __init__(self, task_vector: Tensor | LowRank, normalization: str = "trace"):
         if normalization not in ("trace", "none"):
             raise ConfigError(f"task-vector Grams: normalization must be 'trace' or 'none', not {normalization!r}.")
-        energy = float(task_vector.pow(2).sum(dtype=torch.float64))
+        factor = energy_factor(task_vector)
+        energy = float(factor.pow(2).sum(dtype=torch.float64))
         self.scale = 1.0 if normalization == "none" else (1.0 / energy if energy > 0 else 0.0)
         self._trace = energy * self.scale
-        out, self._width = task_vector.shape
-        self._factor = task_vector if out < self._width else None
+        height, self._width = factor.shape
+        self._factor = factor if height < self._width else None
         self._dense: DenseMoment | None = None
         if self._factor is None:
-            gram = torch.zeros(self._width, self._width, dtype=torch.float64, device=task_vector.device)
-            self._dense = DenseMoment(accumulate_gram(gram, task_vector.double()).mul_(self.scale))
+            gram = torch.zeros(self._width, self._width, dtype=torch.float64, device=factor.device)
+            self._dense = DenseMoment(accumulate_gram(gram, factor.double()).mul_(self.scale))
 
     @property
     def width(self) -> int:
@@ -165,7 +178,7 @@ class SumMoment:
         return out
 
 
-def hybrid_moment(data: Moment, task_vector: Tensor, share: float) -> Moment:
+def hybrid_moment(data: Moment, task_vector: Tensor | LowRank, share: float) -> Moment:
     """`(1 - g) G_t / tr G_t + g U^T U / ||U||_F^2`, g = `share` in [0, 1]. A part without any mass is left at zero."""
     if not 0 <= share <= 1:
         raise ConfigError(f"hybrid share must be in [0, 1], not {share}.")
@@ -174,9 +187,9 @@ def hybrid_moment(data: Moment, task_vector: Tensor, share: float) -> Moment:
     return SumMoment([(own, data), (share, TaskVectorMoment(task_vector))])
 
 
-def alignment(moment: Moment, task_vector: Tensor) -> float:
+def alignment(moment: Moment, task_vector: Tensor | LowRank) -> float:
     """`cos_F(G_t, U^T U) = tr(G U^T U) / (||G||_F ||U^T U||_F)` in [0, 1]; NaN where either is zero. (in, in) and (out, in)."""
-    u = task_vector.double()
+    u = energy_factor(task_vector).double()
     gram = torch.zeros(moment.width, moment.width, dtype=torch.float64, device=u.device)
     moment.add_to(gram, 1.0)
     product = float((moment.apply(u) * u).sum())

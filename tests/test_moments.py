@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bmm_engine.errors import ConfigError, NonFiniteGramError, ShapeMismatchError
-from bmm_engine.moments import DenseMoment, SumMoment, TaskVectorMoment, alignment, hybrid_moment
+from bmm_engine.lowrank import LowRank
+from bmm_engine.moments import DenseMoment, SumMoment, TaskVectorMoment, alignment, energy_factor, hybrid_moment
+from bmm_engine.solve import task_energy
 
 
 def dense(moment):
@@ -79,6 +81,32 @@ def test_alignment_is_the_cosine():
     gram, outer = (x.T @ x).double(), u.double().T @ u.double()
     assert alignment(DenseMoment(x.T @ x), u) == pytest.approx(float((gram * outer).sum() / gram.norm() / outer.norm()))
     assert math.isnan(alignment(DenseMoment(x.T @ x), torch.zeros(4, 6)))
+
+
+@pytest.mark.parametrize(("out", "width", "rank"), [(20, 9, 3), (5, 30, 2), (4, 9, 4), (9, 4, 6)])
+@pytest.mark.parametrize("normalization", ["trace", "none"])
+def test_low_rank_task_vector_is_the_dense_one(out, width, rank, normalization):
+    u = LowRank(torch.randn(out, rank, dtype=torch.float64), torch.randn(rank, width, dtype=torch.float64))
+    ours, truth = TaskVectorMoment(u, normalization), TaskVectorMoment(u.left @ u.right, normalization)
+    rows = torch.randn(5, width, dtype=torch.float64)
+    assert ours.width == width
+    assert ours.trace() == pytest.approx(truth.trace())
+    torch.testing.assert_close(dense(ours), dense(truth))
+    torch.testing.assert_close(ours.apply(rows), truth.apply(rows))
+    x = torch.randn(50, width, dtype=torch.float64)
+    data = DenseMoment(x.T @ x, 50)
+    torch.testing.assert_close(dense(hybrid_moment(data, u, 0.3)), dense(hybrid_moment(data, u.left @ u.right, 0.3)))
+    assert alignment(data, u) == pytest.approx(alignment(data, u.left @ u.right))
+    assert task_energy(data, energy_factor(u)) == pytest.approx(task_energy(data, u.left @ u.right))
+
+
+def test_low_rank_task_vector_stays_factored(monkeypatch):
+    u = LowRank(torch.randn(30, 2), torch.randn(2, 30))
+    assert energy_factor(u).shape == (2, 30)
+    monkeypatch.setattr(LowRank, "dense", lambda self: pytest.fail("made the matrix"))
+    moment = TaskVectorMoment(u)
+    assert moment.apply(torch.randn(3, 30)).shape == (3, 30)
+    assert torch.linalg.matrix_rank(dense(moment)) == 2
 
 
 def test_errors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bmm_engine.checkpoint.adapter import AdapterSource, is_adapter, open_adapter
 from bmm_engine.checkpoint.provenance import RECORD_FILENAME, input_record, is_merge_directory, merge_record, model_card
 from bmm_engine.checkpoint.reader import Checkpoint, open_source
 from bmm_engine.checkpoint.shards import parse_size
@@ -10,15 +11,18 @@ from bmm_engine.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "RECORD_FILENAME",
+    "AdapterSource",
     "Checkpoint",
     "CheckpointWriter",
     "StateDictSource",
     "TensorSource",
     "TensorSpec",
     "input_record",
+    "is_adapter",
     "is_merge_directory",
     "merge_record",
     "model_card",
+    "open_adapter",
     "open_source",
     "parse_size",
 ]

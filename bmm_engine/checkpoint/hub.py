@@ -11,7 +11,8 @@ from bmm_engine.errors import CheckpointError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
-_BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+_ADAPTER = "adapter_config.json"  # no sidecar: a merged model has none
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def looks_like_hub_id(text: str) -> bool:
 
 
 def fetch(hub_id: str, *, revision: str | None, cache_dir: str | Path | None, local_files_only: bool) -> Path:
-    """Download what is missing of one model and return its snapshot folder.
+    """Download what is missing of one model (or adapter) and return its snapshot folder.
 
     Only safetensors weights are fetched where the repository has them, else the bin files. When the hub cannot be
     reached the cached snapshot is used, and the log says so. Raises CheckpointError that tells apart an unknown model,
@@ -32,7 +33,8 @@ def fetch(hub_id: str, *, revision: str | None, cache_dir: str | Path | None, lo
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     what = f"{hub_id!r} (revision {revision or 'main'})"
-    weights, offline = _SAFETENSORS, local_files_only
+    weights: tuple[str, ...] = _SAFETENSORS
+    offline = local_files_only
     if not offline:
         try:
             info = HfApi().model_info(hub_id, revision=revision, timeout=10)
@@ -64,7 +66,7 @@ def fetch(hub_id: str, *, revision: str | None, cache_dir: str | Path | None, lo
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=offline,
-            allow_patterns=[*weights, *PATTERNS, "*.py"],
+            allow_patterns=[*weights, *PATTERNS, _ADAPTER, "*.py"],
             ignore_patterns=["*/*", "consolidated*"],
         )
     except Exception as error:

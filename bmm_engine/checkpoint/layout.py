@@ -34,14 +34,15 @@ def find_weights(directory: Path) -> Layout:
     Raises CheckpointError when there are none, and for an index that is malformed or names a missing or outside file.
     """
     for single, index in _SINGLE_OR_INDEX:
-        if (directory / single).is_symlink() or (directory / single).exists():
+        if os.path.lexists(directory / single):
             return Layout((contained(directory, single, asked_by="the directory"),))
-        if (directory / index).is_symlink() or (directory / index).exists():
+        if os.path.lexists(directory / index):
             return _read_index(directory, contained(directory, index, asked_by="the directory"))
     if (directory / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{directory}: holds a PEFT adapter, not a full model; merge it into its base first (merge_and_unload, "
-            "save_pretrained)"
+            f"{directory}: holds a PEFT adapter, not a full model; an adapter can be an expert, applied to the full model "
+            "that is the base, and here a full model is needed: pass the one that the adapter was trained on, or merge the "
+            "adapter into it (merge_and_unload, save_pretrained)"
         )
     others = sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES)
     found = f" Found {', '.join(others)}: pass the path of a .safetensors file itself to read it." if others else ""
@@ -49,6 +50,11 @@ def find_weights(directory: Path) -> Layout:
         f"{directory}: no model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
         f"pytorch_model.bin.index.json in this directory.{found} Save the model with save_pretrained"
     )
+
+
+def full_weights(directory: Path) -> str | None:
+    """The name of the file that makes `directory` a full model, or None."""
+    return next((name for pair in _SINGLE_OR_INDEX for name in pair if os.path.lexists(directory / name)), None)
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bmm_engine.checkpoint.adapter import AdapterSource
 from bmm_engine.checkpoint.reader import Checkpoint
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import ConfigError
@@ -35,14 +36,16 @@ def is_merge_directory(path: Path) -> bool:
 def input_record(role: str, source: TensorSource) -> dict[str, Any]:
     """One entry of `inputs`: role ("base", "expert 'math'"), where it came from, and SHA-256 and size of its files.
 
-    Reads every file of a Checkpoint once. A source in memory has no files.
+    Reads every file of a Checkpoint once; of an adapter its own files, and it names the base. A source in memory has no files.
     """
-    if not isinstance(source, Checkpoint):
+    if not isinstance(source, (Checkpoint, AdapterSource)):
         return {"role": role, "source": source.label, "files": {}}
     sizes = source.shard_sizes()
     record: dict[str, Any] = {"role": role, "source": source.hub_id or source.label}
     if source.revision is not None:
         record["revision"] = source.revision
+    if isinstance(source, AdapterSource):
+        record["adapter_of"] = source.base.label
     hashes = source.sha256()
     record["files"] = {
         name: {"sha256": digest, "bytes": sizes.get(name) or (source.path / name).stat().st_size}

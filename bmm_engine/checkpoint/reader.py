@@ -73,12 +73,12 @@ class Checkpoint(TensorSource):
         `from_pretrained`. Raises CheckpointError, with the remedy, for what cannot be read as it stands.
         """
         try:
-            path, hub_id = _locate(path_or_hub_id, revision, cache_dir, local_files_only)
+            path, hub_id = locate(path_or_hub_id, revision, cache_dir, local_files_only)
             label = label or str(path_or_hub_id)
             if not path.is_dir():
-                return cls(path, [_open_file(path)], label=label)
+                return cls(path, [open_file(path)], label=label)
             layout = find_weights(path)
-            files = [_open_file(file) for file in layout.files]
+            files = [open_file(file) for file in layout.files]
             _check_consistent(layout, files)
             config = None
             if (path / "config.json").exists() or (path / "config.json").is_symlink():
@@ -128,7 +128,7 @@ class Checkpoint(TensorSource):
         paths = [file.path for file in self._files]
         if self._config is not None:
             paths.append(self.path / "config.json")
-        return {path.name: _sha256(path) for path in paths}
+        return {path.name: file_sha256(path) for path in paths}
 
     def _resolve(self, name: str) -> str:
         if name in self._holder:
@@ -170,10 +170,10 @@ def open_source(
     )
 
 
-def _locate(
+def locate(
     path_or_hub_id: str | Path, revision: str | None, cache_dir: str | Path | None, local_files_only: bool
 ) -> tuple[Path, str | None]:
-    """The local path, and the hub id where it was one."""
+    """The local path, and the hub id where it was one. Raises CheckpointError where there is neither."""
     text = str(path_or_hub_id)
     if not text or "\0" in text:
         raise CheckpointError(
@@ -193,7 +193,8 @@ def _locate(
     return hub.fetch(text, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only), text
 
 
-def _open_file(path: Path) -> WeightFile:
+def open_file(path: Path) -> WeightFile:
+    """Check and open one weight file, by its suffix."""
     if path.suffix not in (".safetensors", ".bin"):
         raise CheckpointError(
             f"{path}: is neither a directory nor a .safetensors or .bin file; save the model with save_pretrained"
@@ -221,7 +222,8 @@ def _check_consistent(layout: Layout, files: list[WeightFile]) -> None:
             )
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

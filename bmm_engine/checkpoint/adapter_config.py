@@ -1,0 +1,139 @@
+"""`adapter_config.json`: what it takes to apply a LoRA adapter, and a refusal of what cannot be applied exactly."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bmm_engine.checkpoint.layout import contained, read_json_object
+from bmm_engine.errors import CheckpointError
+
+CONFIG_FILENAME = "adapter_config.json"
+MERGE_REMEDY = "merge it into its base with PEFT (merge_and_unload, save_pretrained) and pass the result"
+
+# Options under which the trained model is not `W + scaling B A`, and why.
+_REFUSED = {
+    "alora_invocation_tokens": "is active on some tokens only",
+    "arrow_config": "routes between adapters token by token",
+    "enable_lora": "covers parts of a fused matrix",
+    "kasa_config": "cuts singular values off the base's weights",
+    "layer_replication": "repeats layers of the base",
+    "megatron_config": "belongs to a model split by Megatron",
+    "monteclora_config": "samples its weights",
+    "target_parameters": "adapts bare parameters (of a mixture of experts), stored in PEFT's own order",
+    "trainable_token_indices": "retrains single rows of the embedding",
+    "use_bdlora": "has block-diagonal factors",
+    "use_qalora": "pools its inputs",
+    "velora_config": "keeps tensors of its own",
+}
+# Initialisations that move a part of the base's weight into the adapter; PEFT's `path_initial_model_for_weight_conversion`
+# writes such an adapter as a plain one.
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The options of a LoRA adapter that decide its weights. Patterns are regular expressions, in the order of the file."""
+
+    path: Path
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    rank_stabilized: bool
+    fan_in_fan_out: bool
+    dora: bool
+    modules_to_save: tuple[str, ...]
+    trained_on: str | None
+
+    @classmethod
+    def read(cls, directory: Path) -> LoraSettings:
+        """Parse and check `adapter_config.json`. Raises CheckpointError that names the key and the remedy."""
+        path = contained(directory, CONFIG_FILENAME, asked_by="the directory")
+        config = read_json_object(path)
+        _refuse(path, config)
+        modules_to_save = config.get("modules_to_save") or ()
+        if isinstance(modules_to_save, str) or not all(isinstance(m, str) for m in modules_to_save):
+            raise CheckpointError(f"{path}: modules_to_save={modules_to_save!r} is no list of names; correct it")
+        base = config.get("base_model_name_or_path")
+        return cls(
+            path=path,
+            rank=_positive(path, "r", config.get("r", 8), whole=True),
+            alpha=_positive(path, "lora_alpha", config.get("lora_alpha", 8)),
+            rank_pattern=_patterns(path, "rank_pattern", config, whole=True),
+            alpha_pattern=_patterns(path, "alpha_pattern", config),
+            rank_stabilized=bool(config.get("use_rslora")),
+            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+            dora=bool(config.get("use_dora")),
+            modules_to_save=tuple(modules_to_save),
+            trained_on=base if isinstance(base, str) and base else None,
+        )
+
+    def rank_of(self, module: str) -> int:
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def scaling(self, module: str) -> float:
+        """`alpha / r`, or `alpha / sqrt(r)` (rsLoRA, arXiv 2312.03732)."""
+        rank = self.rank_of(module)
+        return _first_match(self.alpha_pattern, module, self.alpha) / (
+            math.sqrt(rank) if self.rank_stabilized else rank
+        )
+
+    def saves(self, name: str) -> bool:
+        """Is the tensor `name` part of one of `modules_to_save`?"""
+        return any(f"{module}." in name for module in self.modules_to_save)
+
+
+def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the whole of `module` from one of its dots on, which is PEFT's rule."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _refuse(path: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be applied here: {MERGE_REMEDY}"
+        )
+    for option, reason in _REFUSED.items():
+        if config.get(option):
+            raise CheckpointError(
+                f"{path}: with {option}={config[option]!r} the adapter {reason}, so it is no plain LoRA: {MERGE_REMEDY}"
+            )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE):
+        raise CheckpointError(
+            f"{path}: init_lora_weights={start!r} changed the base's weights before training, so the adapter does not fit"
+            " the base as it is: save it again with PEFT's `path_initial_model_for_weight_conversion`, or "
+            f"{MERGE_REMEDY}"
+        )
+
+
+def _positive(path: Path, key: str, value: Any, *, whole: bool = False) -> Any:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        raise CheckpointError(
+            f"{path}: {key}={value!r} is no positive {'integer' if whole else 'number'}; correct it or download it again"
+        )
+    return value
+
+
+def _patterns(path: Path, key: str, config: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{path}: {key}={patterns!r} is no map from module names to numbers; correct it")
+    for pattern, value in patterns.items():
+        _positive(path, f"{key}[{pattern!r}]", value, whole=whole)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(
+                f"{path}: {key}: {pattern!r} is no regular expression ({error}); correct it"
+            ) from None
+    return dict(patterns)
