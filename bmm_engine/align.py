@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource, TensorSpec
+from bmm_engine.checkpoint.vocabulary import Reader, fit_vocabulary, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, MissingTensorError, ShapeMismatchError
 
 # What transformers itself renames when it loads old BERT files.
@@ -51,12 +52,18 @@ class Alignment:
     expert_only: dict[str, tuple[str, ...]]
 
 
-def align(base: TensorSource, experts: Sequence[TensorSource], keep_base: Iterable[str] = ()) -> Alignment:
+def align(
+    base: TensorSource, experts: Sequence[TensorSource], keep_base: Iterable[str] = (), vocabulary: str = "error"
+) -> Alignment:
     """Match the experts' tensors to the base's names and check every shape, reading headers only.
 
-    `keep_base`: shell patterns of base tensors to copy from the base instead of merging. Raises `MissingTensorError` (tensor, expert) and
-    `ShapeMismatchError` (tensor, both shapes), `ConfigError` for a pattern that matches nothing.
+    `keep_base`: shell patterns of base tensors to copy from the base instead of merging. `vocabulary`: what to do where embeddings or output
+    heads differ in rows: "error", "crop" or "pad" (see `checkpoint/vocabulary.py`); row `i` must be the same token in all models.
+    Raises `MissingTensorError` (tensor, expert) and `ShapeMismatchError` (tensor, both shapes), `ConfigError` for a pattern that matches
+    nothing.
     """
+    if vocabulary not in ("error", "crop", "pad"):
+        raise ConfigError(f"vocabulary must be 'error', 'crop' or 'pad', not {vocabulary!r}.")
     patterns = tuple(keep_base)
     names = base.names()
     for pattern in patterns:
@@ -69,17 +76,18 @@ def align(base: TensorSource, experts: Sequence[TensorSource], keep_base: Iterab
         n for n in names if any(fnmatchcase(n, p) for p in patterns) or not base.spec(n).dtype.is_floating_point
     )
     merged = tuple(n for n in names if n not in set(kept))
-    aligned, expert_only = [], {}
-    for source in experts:
-        mapping, prefix = _best_mapping(merged, source)
+    mappings = [_best_mapping(merged, source) for source in experts]
+    for source, (mapping, _) in zip(experts, mappings, strict=True):
         _check_complete(base, source, merged, mapping)
+    readers = [Reader(source, mapping) for source, (mapping, _) in zip(experts, mappings, strict=True)]
+    if vocabulary != "error":
+        base, experts = _fit(base, readers, merged, kept, vocabulary)
+    aligned, expert_only = [], {}
+    for source, (mapping, prefix) in zip(experts, mappings, strict=True):
         for name in merged:
             ours, theirs = base.spec(name), source.spec(mapping[name])
             if ours.shape != theirs.shape:
-                raise ShapeMismatchError(
-                    f"{name}: shape {ours.shape} in {base.label}, {theirs.shape} in {source.label}. Merge fine-tunes of one base; to take"
-                    f" this tensor from the base, add it to keep_base: ['{name}']."
-                )
+                raise _shape_mismatch(base, Reader(source, mapping), name)
             if not theirs.dtype.is_floating_point:
                 raise ShapeMismatchError(
                     f"{name}: {ours.dtype} in {base.label}, {theirs.dtype} in {source.label}. Quantised checkpoints cannot be merged; use the"
@@ -89,6 +97,47 @@ def align(base: TensorSource, experts: Sequence[TensorSource], keep_base: Iterab
         used = set(mapping.values()) | {mapping.get(n, n) for n in kept} | {_transform(prefix, n) for n in kept}
         expert_only[source.label] = tuple(n for n in source.names() if n not in used)
     return Alignment(base, tuple(aligned), merged, kept, expert_only)
+
+
+def _fit(
+    base: TensorSource, readers: Sequence[Reader], merged: Sequence[str], kept: Sequence[str], vocabulary: str
+) -> tuple[TensorSource, Sequence[TensorSource]]:
+    """Base and experts with equal rows wherever they differ in the size of the vocabulary only."""
+    uneven = [n for n in merged if any(_differ_in_vocabulary(base, reader, n) for reader in readers)]
+    if not uneven:
+        return base, [reader.source for reader in readers]
+    left = [n for n in kept if is_vocabulary_tensor(base, n) and base.spec(n).shape[0] == base.spec(uneven[0]).shape[0]]
+    if left:
+        raise ConfigError(
+            f"vocabulary: {vocabulary} changes the rows of {uneven[0]!r}, but {left[0]!r} is kept from the base with its"
+            f" {base.spec(left[0]).shape[0]} rows (keep_base). Keep both from the base, or neither."
+        )
+    return fit_vocabulary(base, readers, uneven, vocabulary)
+
+
+def _differ_in_vocabulary(base: TensorSource, reader: Reader, name: str) -> bool:
+    own = reader.names[name]
+    ours, theirs = base.spec(name).shape, reader.source.spec(own).shape
+    return (
+        ours != theirs
+        and ours[1:] == theirs[1:]
+        and is_vocabulary_tensor(base, name)
+        and is_vocabulary_tensor(reader.source, own)
+    )
+
+
+def _shape_mismatch(base: TensorSource, reader: Reader, name: str) -> ShapeMismatchError:
+    ours, theirs = base.spec(name).shape, reader.source.spec(reader.names[name]).shape
+    text = f"{name}: shape {ours} in {base.label}, {theirs} in {reader.source.label}. "
+    if _differ_in_vocabulary(base, reader, name):
+        fewer, more = sorted((ours[0], theirs[0]))
+        text += (
+            f"The vocabularies differ; if token i is the same in both, `vocabulary: crop` merges the first {fewer} tokens,"
+            f" `vocabulary: pad` all {more}."
+        )
+    else:
+        text += f"Merge fine-tunes of one base; to take this tensor from the base, add it to keep_base: ['{name}']."
+    return ShapeMismatchError(text)
 
 
 def _best_mapping(names: Sequence[str], source: TensorSource) -> tuple[dict[str, str], str]:

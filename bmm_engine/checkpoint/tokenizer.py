@@ -1,0 +1,66 @@
+"""Do models speak with one vocabulary? Their tokenizer files tell, without loading a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
+from bmm_engine.checkpoint.layout import contained, read_json_object
+from bmm_engine.checkpoint.source import TensorSource
+from bmm_engine.errors import ConfigError
+
+# Files that fix the tokens' numbers, for tokenizers that are not one tokenizer.json.
+_PLAIN_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
+
+
+def check_same_tokenizer(base: TensorSource, experts: Sequence[TensorSource]) -> None:
+    """Raise ConfigError, naming the first token that differs, unless all checkpoints have the base's vocabulary."""
+    roots = [root_checkpoint(own) for source in (base, *experts) for own in checkpoints_of(source)]
+    known = [(root.label, vocabulary_of(root.path)) for root in roots if root is not None]
+    for label, vocabulary in known:
+        if vocabulary is None:
+            raise ConfigError(
+                f"{label}: has no tokenizer file, so it cannot be told whether its tokens are those of {known[0][0]}."
+            )
+        if vocabulary != known[0][1]:
+            raise ConfigError(
+                f"{label}: its tokenizer is not that of {known[0][0]}{_difference(known[0][1], vocabulary)}. Embeddings are merged row by row, which"
+                " needs the same token in every row: merge models of one tokenizer, or bring them to one first."
+            )
+
+
+def vocabulary_of(directory: Path) -> dict[str, Any] | None:
+    """Token -> number as `tokenizer.json` has it, else file name -> content of what fixes it, else None. Raises CheckpointError."""
+    if not directory.is_dir():
+        return None
+    if (directory / "tokenizer.json").exists():
+        parsed = read_json_object(contained(directory, "tokenizer.json", asked_by=str(directory)))
+        model = parsed.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, list):  # Unigram: [token, score] in order
+            vocabulary = {str(entry[0]): number for number, entry in enumerate(vocabulary)}
+        tokens = dict(vocabulary or {})
+        tokens.update({t["content"]: t["id"] for t in parsed.get("added_tokens") or ()})
+        return tokens
+    files = {
+        name: contained(directory, name, asked_by=str(directory)).read_bytes()
+        for name in _PLAIN_FILES
+        if (directory / name).exists()
+    }
+    if files and (directory / "added_tokens.json").exists():
+        files["added_tokens.json"] = json.dumps(
+            read_json_object(contained(directory, "added_tokens.json", asked_by=str(directory))), sort_keys=True
+        ).encode()
+    return files or None
+
+
+def _difference(first: dict[str, Any] | None, second: dict[str, Any]) -> str:
+    first = first or {}
+    differing = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    numbers = [value.get(differing[0], "none") for value in (first, second)]
+    if any(isinstance(number, bytes) for number in numbers):
+        return f" (its {differing[0]} differs)"
+    return f" ({len(differing)} tokens differ; {differing[0]!r} is {numbers[1]} there, {numbers[0]} here)"
