@@ -1,43 +1,120 @@
-"""Exact order statistics of magnitudes over a whole model, in bounded memory: two passes of 16-bit histograms, no sort."""
+"""Exact order statistics of magnitudes, over a tensor or a whole model, in bounded memory: two passes of 16-bit histograms, no sort."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bmm_engine.ops.select import LOWER_BINS, UPPER_BINS, add_magnitude_histogram, find_rank, magnitude
 
+# A tensor, or (x, minus) for x - minus.
+Values = Tensor | tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class OrderStatistic:
+    """The entry of some rank: its magnitude, its place (1-based) among the entries that share it, and how many those are."""
+
+    value: float
+    place: int
+    equals: int
+
+
+# What a rank below 1 stands for: everything is larger.
+_BELOW_ALL = OrderStatistic(0.0, 0, 0)
+
+
+def order_statistics(
+    passes: Callable[[], Iterable[Sequence[Values]]], ranks: Sequence[Sequence[Callable[[int], int]]]
+) -> list[tuple[OrderStatistic, ...]]:
+    """For each of T parallel streams of tensors, its entries of the ranks `rank(n)` for `rank` in `ranks[t]`.
+
+    Ranks count from 1, the smallest magnitude, in float32; n is the stream's number of entries. A rank below 1, or of nothing, gives the value 0.
+    `passes()` starts a pass and yields T tensors at a time. The first pass finds the upper 16 bits, the second the lower 16 among the entries
+    that share them. NaN counts as infinity, for whoever computes with these entries to refuse.
+    """
+    upper = _histograms(passes(), [[None]] * len(ranks))
+    sizes = [int(counts[0].sum()) for counts in upper]
+    wanted = [[rank(n) for rank in own] for own, n in zip(ranks, sizes, strict=True)]
+    bins = [
+        [find_rank(counts[0], k) if k >= 1 and n else None for k in own]
+        for own, counts, n in zip(wanted, upper, sizes, strict=True)
+    ]
+    chosen = [sorted({found[0] for found in own if found is not None}) for own in bins]
+    lower = _histograms(passes(), chosen)
+    return [
+        tuple(_BELOW_ALL if found is None else _resolved(found, counts[own.index(found[0])]) for found in founds)
+        for founds, own, counts in zip(bins, chosen, lower, strict=True)
+    ]
+
 
 def kth_smallest_magnitudes(
-    passes: Callable[[], Iterable[Sequence[Tensor]]], rank: Callable[[int], int]
+    passes: Callable[[], Iterable[Sequence[Values]]], rank: Sequence[Callable[[int], int]]
 ) -> tuple[float, ...]:
-    """For each of T parallel streams of tensors, its `rank(n)`-th smallest magnitude (1-based; n its number of entries), in float32.
+    """The values alone of `order_statistics` with one rank for each stream."""
+    return tuple(own[0].value for own in order_statistics(passes, [[own] for own in rank]))
 
-    `passes()` starts a pass and yields T tensors at a time. A rank below 1 gives 0 (keep everything). The first pass finds the upper 16 bits,
-    the second the lower 16 among the entries that share them.
+
+def keep_exactly(base: Tensor, expert: Tensor, smallest: int, largest: int) -> tuple[Tensor, float, float]:
+    """(expert, lower, upper): all but so many smallest and largest entries of |expert - base| are those within the bounds, exactly in number.
+
+    Of equal magnitudes (16-bit weights have many) the earlier entry counts as the larger. Where bounds alone cannot tell equals apart, the
+    expert comes back as a copy that has the base's value in those to be dropped.
     """
-    upper = _histograms(passes(), None)
-    ranks = [rank(int(counts.sum())) for counts in upper]
-    chosen = [find_rank(counts, k) if k >= 1 else None for counts, k in zip(upper, ranks, strict=True)]
-    lower = _histograms(passes(), [bin_and_rank and bin_and_rank[0] for bin_and_rank in chosen])
-    values = []
-    for counts, bin_and_rank in zip(lower, chosen, strict=True):
-        if bin_and_rank is None:
-            values.append(0.0)
-        else:
-            values.append(magnitude(bin_and_rank[0], find_rank(counts, bin_and_rank[1])[0]))
-    return tuple(values)
+    n = base.numel()
+    (low, high), *_ = order_statistics(
+        lambda: [[(expert, base)]],
+        [[lambda n: smallest + 1 if smallest else 0, lambda n: n - largest if largest else 0]],
+    )
+    lower, upper = low.value, high.value if largest else math.inf
+    dropped: list[Tensor] = []
+    if lower > 0 and low.place > 1:
+        dropped.append(_equals(base, expert, lower)[low.equals - low.place + 1 :])
+    if largest and high.place < high.equals:
+        dropped.append(_equals(base, expert, upper)[: high.equals - high.place])
+    if dropped and smallest + largest < n:
+        indices = torch.cat(dropped)
+        wide = torch.promote_types(base.dtype, expert.dtype)
+        expert = expert.to(wide, copy=True)
+        expert.view(-1)[indices] = base.reshape(-1)[indices].to(wide)
+    return expert, lower, upper
 
 
-def _histograms(tensors: Iterable[Sequence[Tensor]], chosen: Sequence[int | None] | None) -> list[Tensor]:
-    """Per stream: counts of the upper halves, or, with `chosen`, of the lower halves under its chosen upper one (if any)."""
-    counts: list[Tensor] = []
-    size = UPPER_BINS if chosen is None else LOWER_BINS
+def difference(expert: Tensor, base: Tensor) -> Tensor:
+    """expert - base, in float64 if either is, else in float32."""
+    wide = torch.promote_types(torch.promote_types(expert.dtype, base.dtype), torch.float32)
+    return expert.to(wide) - base.to(wide)
+
+
+def just_above(value: float) -> float:
+    """The float32 after `value` rounded to float32: as an inclusive bound, what `> value` is."""
+    return float(torch.nextafter(torch.tensor(value, dtype=torch.float32), torch.tensor(math.inf)))
+
+
+def _equals(base: Tensor, expert: Tensor, value: float) -> Tensor:
+    return (difference(expert, base).abs().float().view(-1) == value).nonzero().view(-1)
+
+
+def _resolved(found: tuple[int, int], counts: Tensor) -> OrderStatistic:
+    upper, rank = found
+    lower, place = find_rank(counts, rank)
+    value = magnitude(upper, lower)
+    return OrderStatistic(math.inf if math.isnan(value) else value, place, int(counts[lower]))
+
+
+def _histograms(tensors: Iterable[Sequence[Values]], chosen: Sequence[Sequence[int | None]]) -> list[list[Tensor]]:
+    """Per stream, for each of its `chosen`: counts of the upper halves (None), or of the lower halves under that upper one."""
+    counts: list[list[Tensor]] = [
+        [torch.zeros(UPPER_BINS if own is None else LOWER_BINS, dtype=torch.int64) for own in owns] for owns in chosen
+    ]
     for group in tensors:
-        counts = counts or [torch.zeros(size, dtype=torch.int64, device=tensor.device) for tensor in group]
-        for t, tensor in enumerate(group):
-            if chosen is None or chosen[t] is not None:
-                add_magnitude_histogram(counts[t], tensor, None if chosen is None else chosen[t])
-    return [c.cpu() for c in counts]
+        pairs = [item if isinstance(item, tuple) else (item, None) for item in group]
+        counts = [[count.to(x.device) for count in own] for own, (x, _) in zip(counts, pairs, strict=True)]
+        for (x, minus), owns, own_counts in zip(pairs, chosen, counts, strict=True):
+            for own, count in zip(owns, own_counts, strict=True):
+                add_magnitude_histogram(count, x, own, minus=minus)
+    return [[count.cpu() for count in own] for own in counts]

@@ -1,66 +1,124 @@
-"""TIES: trim, elect sign, disjoint merge (arXiv 2306.01708), over the whole model's flat task vectors as its authors do."""
+"""TIES: trim, elect a sign, merge what agrees (arXiv 2306.01708), over the whole model's flat task vectors as its authors do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from bmm_engine.anchors.contract import Stream, anchor
-from bmm_engine.anchors.select import kth_smallest_magnitudes
+from bmm_engine.anchors.contract import Model, anchor
+from bmm_engine.anchors.select import keep_exactly, kth_smallest_magnitudes
+from bmm_engine.anchors.settings import PerExpert, each
+from bmm_engine.anchors.sparse import kept_alone, l1_scale
+from bmm_engine.ops.blend import blend, sign_balance
 
 
 @dataclass(frozen=True)
 class TiesState:
-    """Per task the magnitude below which entries are trimmed; the sign that entries without a majority take (over the whole model)."""
+    """What was decided over the whole model: per task the magnitude below which it is trimmed, and the sign where none is elected."""
 
-    thresholds: tuple[float, ...]
-    majority: float
+    thresholds: tuple[float, ...] | None
+    tie: float
 
 
-def elect(stream: Stream, *, density: float, scaling: float) -> TiesState:
-    """Two things need the whole model: each task's magnitude threshold, and the majority sign."""
-    thresholds = kth_smallest_magnitudes(
-        lambda: ([e - base for e in experts] for _, base, experts in stream()),
-        lambda n: n - int(n * density),
-    )
+@dataclass(frozen=True)
+class Trimmed:
+    """Experts whose task vectors count from the magnitudes `lower` on, times `scales`."""
+
+    experts: Sequence[Tensor]
+    lower: Sequence[float]
+    scales: Sequence[float]
+
+
+def decide(model: Model) -> TiesState:
+    """Two passes for the thresholds, if they are the model's, and one for the majority sign, if that is asked for."""
+    thresholds = None
+    if model.constant("threshold") == "model":
+        thresholds = kth_smallest_magnitudes(
+            lambda: ([(expert, site.base) for expert in site.experts] for site in model.sites()),
+            [partial(_first_kept, share) for share in model.constant("density")],
+        )
+    if model.constant("tie") == "positive":
+        return TiesState(thresholds, 1.0)
     balance = 0
-    for _, base, experts in stream():
-        balance += int(_trimmed_sum(base, experts, thresholds).sign().sum(dtype=torch.float64))
+    for site in model.sites():
+        if len(site.experts) == 1:  # it agrees with itself
+            break
+        density, rescale = site.parameters["density"], site.parameters["rescale"]
+        trimmed = _trim(site.base, site.experts, density, rescale, thresholds)
+        balance += sign_balance(
+            site.base,
+            trimmed.experts,
+            weights=site.parameters["weight"],
+            scales=trimmed.scales,
+            lower=trimmed.lower,
+        )
     return TiesState(thresholds, 1.0 if balance > 0 else -1.0)
 
 
-@anchor(scope="model", reduce=elect, paper="Yadav et al. 2023, arXiv 2306.01708")
+@anchor(
+    scope="model",
+    elementwise=lambda parameters: parameters["threshold"] == "model" and parameters["rescale"] == "none",
+    stored=True,
+    reduce=decide,
+    paper="Yadav et al. 2023, arXiv 2306.01708",
+)
 def ties(
     base: Tensor,
     experts: Sequence[Tensor],
     *,
     state: TiesState,
-    density: Annotated[float, Field(gt=0, le=1)] = 0.2,
+    density: PerExpert[Annotated[float, Field(ge=0, le=1)]] = each(0.2),
+    weight: PerExpert[float] = each(1.0),
     scaling: float = 1.0,
+    threshold: Literal["model", "tensor"] = "model",
+    elect: Literal["sum", "count"] = "sum",
+    tie: Literal["majority", "positive"] = "majority",
+    normalize: bool = True,
+    rescale: Literal["none", "l1"] = "none",
 ) -> Tensor:
-    """Keep each task's top `density` share by magnitude, elect a sign per entry, average the entries that agree: `W_0 + scaling * m`."""
-    sign = _trimmed_sum(base, experts, state.thresholds).sign()
-    sign = torch.where(sign == 0, state.majority, sign)
-    total, count = torch.zeros_like(base), torch.zeros_like(base)
-    for expert, threshold in zip(experts, state.thresholds, strict=True):
-        kept = _trim(expert - base, threshold)
-        agreeing = torch.where(kept.sign() == sign, kept, 0.0)
-        total += agreeing
-        count += agreeing != 0
-    return base + scaling * total / count.clamp_(min=1)
+    """Keep each task's top `density` share by magnitude, elect a sign per entry, average the entries that agree: `W = W_0 + scaling m`.
+
+    `threshold`: the share is of the whole model's entries, those equal to the last one kept too (the authors), or of each tensor's, exactly
+    max(1, int(density n)) of them, the earlier of equals. `elect`: the sign of the sum, or of the number of signs. `tie`: where that is 0, the
+    sign that most sums over the model have (the authors), or plus. `weight`: a factor of each task vector. `normalize`: divide by the weights
+    of those that agree; without it, their sum. `rescale`: "l1" gives what is left of a tensor the L1 norm it had.
+    mergekit's form: threshold: tensor, tie: positive.
+    """
+    trimmed = _trim(base, experts, density, rescale, state.thresholds)
+    return blend(
+        base,
+        trimmed.experts,
+        combine=f"elect_{elect}",
+        weights=weight,
+        scales=trimmed.scales,
+        lower=trimmed.lower,
+        normalize=normalize,
+        tie=state.tie,
+        scaling=scaling,
+    )
 
 
-def _trim(tau: Tensor, threshold: float) -> Tensor:
-    return torch.where(tau.abs().float() >= threshold, tau, 0.0)
+def _first_kept(share: float, n: int) -> int:
+    """The rank of the least magnitude that is kept; the authors count what is cut, and keep that last one too."""
+    return n - int(n * share)
 
 
-def _trimmed_sum(base: Tensor, experts: Sequence[Tensor], thresholds: Sequence[float]) -> Tensor:
-    out = torch.zeros_like(base)
-    for expert, threshold in zip(experts, thresholds, strict=True):
-        out += _trim(expert - base, threshold)
-    return out
+def _trim(
+    base: Tensor, experts: Sequence[Tensor], density: Sequence[float], rescale: str, thresholds: Sequence[float] | None
+) -> Trimmed:
+    kept, lower, scales = [], [], []
+    for t, (expert, share) in enumerate(zip(experts, density, strict=True)):
+        least = 0.0 if thresholds is None else thresholds[t]
+        if thresholds is None and 0 < share < 1:
+            expert, least, _ = keep_exactly(base, expert, base.numel() - max(1, int(share * base.numel())), 0)
+        kept.append(expert)
+        lower.append(least)
+        scales.append(0.0 if share == 0 else 1.0)
+        if rescale == "l1" and 0 < share < 1:
+            scales[t] = l1_scale(base, experts[t], kept_alone(base, expert, t, lower=least))
+    return Trimmed(kept, lower, scales)

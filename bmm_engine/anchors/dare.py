@@ -1,0 +1,160 @@
+"""DARE: drop entries of the task vectors at random and rescale the others (arXiv 2311.03099), before task arithmetic or TIES."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bmm_engine.anchors.contract import Model, Site, anchor
+from bmm_engine.anchors.select import kth_smallest_magnitudes
+from bmm_engine.anchors.settings import PerExpert, each
+from bmm_engine.anchors.sparse import kept_alone, l1_scale, linear_scale
+from bmm_engine.errors import ConfigError
+from bmm_engine.ops.blend import blend, sign_balance
+
+_PAPER = "Yu et al. 2024, arXiv 2311.03099"
+Share = Annotated[float, Field(ge=0, le=1)]
+Rescale = Literal["inverse", "l1", "none"]
+
+
+@dataclass(frozen=True)
+class DareTiesState:
+    """What was decided over the whole model: per task the magnitude below which it is trimmed, and the sign where none is elected."""
+
+    lower: tuple[float, ...] | None
+    tie: float
+
+
+def decide(model: Model) -> DareTiesState:
+    """Two passes for the thresholds, if anything is trimmed, and one for the majority sign, if that is asked for."""
+    trim, lower = model.constant("trim"), None
+    if trim < 1:
+        if model.constant("rescale") == "l1":
+            raise ConfigError(
+                f"anchor 'dare_ties': trim = {trim} is decided by magnitude over the whole model, where rescale = 'l1' gives each tensor another"
+                " factor; set trim: 1, or rescale: inverse or none."
+            )
+        density = model.constant("density")
+        lower = kth_smallest_magnitudes(
+            lambda: (_dropped(site) for site in model.sites()), [lambda n: n - int(n * trim)] * len(density)
+        )
+    if model.constant("tie") == "positive":
+        return DareTiesState(lower, 1.0)
+    balance = 0
+    for site in model.sites():
+        if len(site.experts) == 1:  # it agrees with itself
+            break
+        dropped = _dropped(site)
+        wide = max((tau.dtype for tau in dropped), key=lambda dtype: dtype.itemsize)
+        balance += sign_balance(
+            torch.zeros_like(dropped[0], dtype=wide),
+            dropped,
+            weights=site.parameters["weight"],
+            scales=_scales(site, dropped),
+            lower=lower,
+        )
+    return DareTiesState(lower, 1.0 if balance > 0 else -1.0)
+
+
+@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+def dare_linear(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    site: Site,
+    density: PerExpert[Share] = each(0.5),
+    weight: PerExpert[float] = each(1.0),
+    scaling: float = 1.0,
+    rescale: Rescale = "inverse",
+    normalize: bool = False,
+    seed: int = 0,
+) -> Tensor:
+    """Keep each entry of a task vector with probability `density`, divide it by that, and add: `W = W_0 + scaling sum_t w_t tau~_t`.
+
+    `density`: 1 - p of the paper, which shows p from 0.1 to 0.9. `weight`: w_t. `rescale`: 1 / density (the authors), what restores the
+    tensor's L1 norm (mergekit), or none. `normalize`: divide by the sum of the weights. `seed`: of the random choice.
+    """
+    return blend(
+        base,
+        experts,
+        weights=weight,
+        scales=_scales(site),
+        keep=density,
+        seeds=_seeds(site),
+        first=site.first,
+        scaling=linear_scale(weight, scaling, normalize),
+    )
+
+
+@anchor(
+    scope="model",
+    elementwise=lambda parameters: parameters["rescale"] != "l1",
+    stored=True,
+    reduce=decide,
+    paper=_PAPER,
+)
+def dare_ties(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    site: Site,
+    state: DareTiesState,
+    density: PerExpert[Share] = each(0.5),
+    trim: Annotated[float, Field(gt=0, le=1)] = 0.2,
+    weight: PerExpert[float] = each(1.0),
+    scaling: float = 1.0,
+    rescale: Rescale = "inverse",
+    elect: Literal["sum", "count"] = "sum",
+    tie: Literal["majority", "positive"] = "majority",
+    normalize: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    """TIES on task vectors thinned by DARE: keep entries with probability `density`, trim, elect a sign, average those that agree.
+
+    `trim`: the share of the whole model's entries that TIES keeps, by magnitude, the dropped ones among them; it changes nothing if `density`
+    is less. `density`, `rescale`, `seed`: see dare_linear. `elect`, `tie`, `weight`, `normalize`: see ties.
+    mergekit's form: trim: 1, rescale: l1, tie: positive, normalize: false.
+    """
+    return blend(
+        base,
+        experts,
+        combine=f"elect_{elect}",
+        weights=weight,
+        scales=_scales(site),
+        lower=state.lower,
+        keep=density,
+        seeds=_seeds(site),
+        first=site.first,
+        normalize=normalize,
+        tie=state.tie,
+        scaling=scaling,
+    )
+
+
+def _seeds(site: Site) -> list[int]:
+    return [site.seed(site.parameters["seed"], t) for t in range(len(site.experts))]
+
+
+def _dropped(site: Site) -> list[Tensor]:
+    """The task vectors, with zeros where entries are dropped."""
+    return [
+        kept_alone(site.base, expert, t, keep=density, seed=seed, first=site.first)
+        for t, (expert, density, seed) in enumerate(
+            zip(site.experts, site.parameters["density"], _seeds(site), strict=True)
+        )
+    ]
+
+
+def _scales(site: Site, dropped: Sequence[Tensor] | None = None) -> list[float]:
+    rescale, density = site.parameters["rescale"], site.parameters["density"]
+    if rescale == "none":
+        return [1.0] * len(density)
+    if rescale == "inverse":
+        return [1 / share if share else 0.0 for share in density]
+    dropped = _dropped(site) if dropped is None else dropped
+    return [l1_scale(site.base, expert, kept) for expert, kept in zip(site.experts, dropped, strict=True)]

@@ -1,0 +1,127 @@
+"""DELLA: drop entries at random, the smaller of a row the likelier (arXiv 2406.11617), before TIES or task arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from bmm_engine.anchors.contract import Site, anchor
+from bmm_engine.anchors.settings import PerExpert, each
+from bmm_engine.anchors.sparse import kept_alone, l1_scale, linear_scale, row_ranks
+from bmm_engine.errors import ConfigError
+from bmm_engine.ops.blend import blend
+
+_PAPER = "Deep et al. 2024, arXiv 2406.11617"
+Share = Annotated[float, Field(ge=0, le=1)]
+Rescale = Literal["inverse", "l1", "none"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Who is kept with which probability; the arguments of `blend` of the same names."""
+
+    keep: Sequence[float | tuple[float, float]]
+    ranks: Sequence[Tensor | None]
+    seeds: Sequence[int]
+    scales: Sequence[float]
+
+
+@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+def della(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    site: Site,
+    density: PerExpert[Share] = each(0.5),
+    epsilon: PerExpert[Annotated[float, Field(ge=0)]] = each(0.15),
+    weight: PerExpert[float] = each(1.0),
+    scaling: float = 1.0,
+    rescale: Rescale = "inverse",
+    elect: Literal["sum", "count"] = "sum",
+    normalize: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    """Keep an entry with probability `p = density - epsilon + 2 epsilon r`, r its rank in its row, divide it by p; then elect signs as in TIES.
+
+    r goes from 0 for the smallest magnitude to 1; a vector is one row. Needs 0 < density - epsilon and density + epsilon < 1 (density: 1 keeps
+    all, 0 none). `rescale`: 1 / p (the authors), what restores the tensor's L1 norm (mergekit), or none. `weight`: a factor of each task
+    vector. `elect`: the sign of the sum, or of the number of signs; plus where that is 0. `normalize`: divide by the weights of those that
+    agree. `seed`: of the random choice.
+    """
+    sampling = _sampling(site)
+    return blend(
+        base,
+        experts,
+        combine=f"elect_{elect}",
+        weights=weight,
+        scales=sampling.scales,
+        keep=sampling.keep,
+        ranks=sampling.ranks,
+        seeds=sampling.seeds,
+        first=site.first,
+        inverse=rescale == "inverse",
+        normalize=normalize,
+        scaling=scaling,
+    )
+
+
+@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+def della_linear(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    site: Site,
+    density: PerExpert[Share] = each(0.5),
+    epsilon: PerExpert[Annotated[float, Field(ge=0)]] = each(0.15),
+    weight: PerExpert[float] = each(1.0),
+    scaling: float = 1.0,
+    rescale: Rescale = "inverse",
+    normalize: bool = False,
+    seed: int = 0,
+) -> Tensor:
+    """DELLA without the election: `W = W_0 + scaling sum_t w_t tau~_t`, tau~ thinned by the magnitudes' ranks and rescaled.
+
+    `normalize`: divide by the sum of the weights. The others: see della.
+    """
+    sampling = _sampling(site)
+    return blend(
+        base,
+        experts,
+        weights=weight,
+        scales=sampling.scales,
+        keep=sampling.keep,
+        ranks=sampling.ranks,
+        seeds=sampling.seeds,
+        first=site.first,
+        inverse=rescale == "inverse",
+        scaling=linear_scale(weight, scaling, normalize),
+    )
+
+
+def _sampling(site: Site) -> Sampling:
+    given: Any = site.parameters
+    count = site.base.shape[0] if site.base.dim() > 1 else 1
+    rows = (count, site.base.numel() // max(count, 1))
+    keep: list[float | tuple[float, float]] = []
+    ranks: list[Tensor | None] = []
+    scales: list[float] = []
+    seeds = [site.seed(given["seed"], t) for t in range(len(site.experts))]
+    for t, (expert, density, epsilon) in enumerate(zip(site.experts, given["density"], given["epsilon"], strict=True)):
+        low, high = density - epsilon, density + epsilon
+        sampled = 0 < density < 1
+        if sampled and not (low > 0 and high < 1):
+            raise ConfigError(
+                f"anchor della, tensor {site.name!r}, expert {t}: density {density} and epsilon {epsilon} give probabilities from {low:g} to"
+                f" {high:g}; they must lie within 0 and 1, so epsilon below {min(density, 1 - density):g}."
+            )
+        keep.append((low, high) if sampled else 1.0)
+        ranks.append(row_ranks(site.base, expert, t, rows) if sampled else None)
+        scales.append(1.0 if density else 0.0)
+        if sampled and given["rescale"] == "l1":
+            kept = kept_alone(site.base, expert, t, keep=keep[t], seed=seeds[t], ranks=ranks[t])
+            scales[t] = l1_scale(site.base, expert, kept)
+    return Sampling(keep, ranks, seeds, scales)
