@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.architecture import linear_modules, module_checkpoint_names
+from bmm_engine.architecture import LinearModule, linear_modules, module_checkpoint_names
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
 from bmm_engine.grams import GramAccumulator, GramSet, weight_fingerprint
 from bmm_engine.progress import track
@@ -42,50 +42,53 @@ def collect_grams(
     chosen = linear_modules(model, modules)
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no linear modules to measure; name some with `modules`.")
-    recorder = _Recorder(model, tuple(chosen), backend)
-    device, dtype = _placement(model)
-    seen = 0
-    with _hooked(model, recorder), torch.inference_mode():
+    recorder = Recorder(model, chosen, backend)
+    device, _ = placement(model)
+    with evaluating(model), recorder.hooked(), torch.inference_mode():
         for batch in track(batches, "collecting Grams", show=progress):
-            batch = _to_device(batch, device)
-            recorder.start_batch(_mask_of(batch, mask))
-            _forward(model, batch)
-            recorder.end_batch()
-            seen += 1
-    grams, groups = recorder.finish(seen)
-    return GramSet(
-        grams=grams,
-        modules=groups,
-        fingerprints={name: weight_fingerprint(model.get_submodule(name).weight, dtype) for name in groups},  # type: ignore[arg-type]
-        weights_dtype=str(dtype).removeprefix("torch."),
-        calibration=calibration or f"{seen} batches",
-        aliases={saved: live for live, saved in module_checkpoint_names(model, groups).items() if saved != live},
-        transposed=tuple(name for name, module in chosen.items() if module.transposed),
-    )
+            batch = to_device(batch, device)
+            with recorder.batch(mask_of(batch, mask)):
+                call_model(model, batch)
+    return recorder.finish(calibration)
 
 
-class _Recorder:
+class Recorder:
     """Accumulates each module's rows; modules that read the same tensor object follow the first that read it, their leader."""
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...], backend: str):
+    def __init__(self, model: nn.Module, modules: Mapping[str, LinearModule], backend: str = "auto"):
+        self.model = model
+        self.modules = modules
         self.backend = backend
         self.grams: dict[str, GramAccumulator] = {}
         self.leader: dict[str, str] = {}
-        self.names = {model.get_submodule(name): name for name in names}
-        self.order = names
+        self._names = {model.get_submodule(name): name for name in modules}
+        self._batches = 0
         self._mask: Tensor | None = None
         # What each leader read last. Weak, so that no activation lives longer than the forward pass keeps it.
         self._read: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
 
-    def start_batch(self, mask: Tensor | None) -> None:
-        self._mask = mask
+    @contextmanager
+    def hooked(self, names: Iterable[str] | None = None) -> Iterator[None]:
+        """Listen to the modules called `names`, by default to all."""
+        listened = list(self._names) if names is None else [self.model.get_submodule(name) for name in names]
+        handles = [module.register_forward_pre_hook(self, with_kwargs=True) for module in listened]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def end_batch(self) -> None:
+    @contextmanager
+    def batch(self, mask: Tensor | None) -> Iterator[None]:
+        """One forward pass; rows where `mask` (batch, length) is 0 do not count."""
+        self._mask = mask
+        yield
         self._read.clear()
+        self._batches += 1
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        name = self.names[module]
+        name = self._names[module]
         leader = self._leader_of(name, x)
         if leader != name:
             self._check_follower(name, leader, x)
@@ -132,12 +135,13 @@ class _Recorder:
             " mask=None (all rows count), a function that returns the mask that fits, or leave the module out with `modules`."
         )
 
-    def finish(self, batches: int) -> tuple[dict[str, GramAccumulator], dict[str, str]]:
-        if batches == 0:
+    def finish(self, calibration: str = "") -> GramSet:
+        """Raises `EmptyCalibrationError` and `CollectionError` as `collect_grams` does."""
+        if self._batches == 0:
             raise EmptyCalibrationError(
                 "The calibration set is empty: no batches. Give at least a few dozen samples of the expert's task."
             )
-        missing = [name for name in self.order if name not in self.leader]
+        missing = [name for name in self.modules if name not in self.leader]
         if missing:
             raise CollectionError(
                 f"{len(missing)} linear modules were never called by the calibration batches, the first is {missing[0]!r}. Leave them out"
@@ -148,41 +152,54 @@ class _Recorder:
             raise EmptyCalibrationError(
                 f"{empty[0]}: every calibration row is padding (by the mask). Check the mask and the texts."
             )
-        return self.grams, {name: self.leader[name] for name in self.order}
+        groups = {name: self.leader[name] for name in self.modules}
+        _, dtype = placement(self.model)
+        return GramSet(
+            grams=self.grams,
+            modules=groups,
+            fingerprints={n: weight_fingerprint(self.model.get_submodule(n).weight, dtype) for n in groups},  # type: ignore[arg-type]
+            weights_dtype=str(dtype).removeprefix("torch."),
+            calibration=calibration or f"{self._batches} batches",
+            aliases={
+                saved: live for live, saved in module_checkpoint_names(self.model, groups).items() if saved != live
+            },
+            transposed=tuple(name for name, module in self.modules.items() if module.transposed),
+        )
 
 
 @contextmanager
-def _hooked(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards every module's training flag is as it was."""
     training = [module for module in model.modules() if module.training]
-    handles = [module.register_forward_pre_hook(recorder, with_kwargs=True) for module in recorder.names]
     try:
         model.eval()
         yield
     finally:
-        for handle in handles:
-            handle.remove()
         for module in training:
             module.training = True
 
 
-def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the first floating-point parameter. Raises `ConfigError` without one."""
     first = next((p for p in model.parameters() if p.is_floating_point()), None)
     if first is None:
         raise ConfigError(f"{type(model).__name__} has no floating-point parameters.")
     return first.device, first.dtype
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The tensors of a batch (tensor, mapping or sequence, nested) moved to `device`."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return tuple(_to_device(value, device) for value in batch)
+        return tuple(to_device(value, device) for value in batch)
     return batch
 
 
-def _mask_of(batch: Any, mask: Mask) -> Tensor | None:
+def mask_of(batch: Any, mask: Mask) -> Tensor | None:
+    """The padding mask of a batch, or None. Raises `EmptyCalibrationError` where it hides everything."""
     found = (
         mask(batch)
         if callable(mask)
@@ -197,10 +214,10 @@ def _mask_of(batch: Any, mask: Mask) -> Tensor | None:
     return found
 
 
-def _forward(model: nn.Module, batch: Any) -> None:
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a mapping, a tuple or neither."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple):
-        model(*batch)
-    else:
-        model(batch)
+        return model(**batch)
+    if isinstance(batch, tuple):
+        return model(*batch)
+    return model(batch)

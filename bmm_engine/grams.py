@@ -99,7 +99,8 @@ class GramSet:
     """The Grams of a whole expert: one per group of modules that read the same tensor.
 
     `modules`: module name -> group name (the group's first module). `aliases`: other names of a module (its name in the checkpoint's files).
-    `fingerprints`: module -> hash of its weight in `weights_dtype`, by which a Gram of another model is told.
+    `fingerprints`: module -> hash of its weight in `weights_dtype`, by which a Gram of another model is told. `kind`: "expert" where the rows
+    are those of the expert itself, "sequential" where each block read what merged blocks below it gave; `settings` then says how they were merged.
     """
 
     grams: dict[str, GramAccumulator]
@@ -109,6 +110,8 @@ class GramSet:
     calibration: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()  # modules whose weight is stored (in, out): GPT-2's Conv1D
+    kind: str = "expert"
+    settings: dict[str, Any] = field(default_factory=dict)
     _path: Path | None = None
     _headers: dict[str, tuple[int, int]] = field(
         default_factory=dict
@@ -164,6 +167,11 @@ class GramSet:
 
     def merge(self, other: GramSet) -> GramSet:
         """Add the Grams of another part of the same expert's calibration data. Raises `GramMismatchError` if it is another model's."""
+        if self.kind != "expert" or other.kind != "expert":
+            raise GramMismatchError(
+                f"{self.where} and {other.where} are of the kinds {self.kind!r} and {other.kind!r}: only Grams of an expert's own inputs add, since"
+                " the others depend on what was merged below. Collect them in one walk over all calibration data."
+            )
         if self.modules != other.modules or self.fingerprints != other.fingerprints:
             changed = [m for m in self.modules if self.fingerprints.get(m) != other.fingerprints.get(m)] or list(
                 set(self.modules) ^ set(other.modules)
@@ -183,10 +191,6 @@ class GramSet:
 
         Written under a temporary name and renamed. Raises `OutputWriteError`.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        path = Path(path)
         tensors, rows = {}, {}
         for group in dict.fromkeys(self.modules.values()):
             gram = self.get(group)
@@ -203,22 +207,10 @@ class GramSet:
             "weights_dtype": self.weights_dtype,
             "calibration": self.calibration,
             "transposed": list(self.transposed),
+            "kind": self.kind,
+            "settings": self.settings,
         }
-        staged = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, staged = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-            os.close(handle)
-            save_file(tensors, staged, metadata={FORMAT: json.dumps(record)})
-            os.replace(staged, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputWriteError(
-                f"{path}: the Grams could not be written ({error}). Free some space or choose another path."
-            ) from error
-        finally:
-            if staged is not None and os.path.exists(staged):
-                os.unlink(staged)
-        return path
+        return write_record(Path(path), tensors, FORMAT, record, "Grams")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GramSet:
@@ -261,9 +253,38 @@ class GramSet:
             calibration=record["calibration"],
             aliases=record["aliases"],
             transposed=tuple(record["transposed"]),
+            kind=record.get("kind", "expert"),
+            settings=record.get("settings", {}),
             _path=path,
             _headers=headers,
         )
+
+
+def write_record(
+    path: Path, tensors: Mapping[str, Tensor], format_name: str, record: Mapping[str, Any], what: str
+) -> Path:
+    """Write tensors and, as JSON metadata under `format_name`, their record, under a temporary name that is then renamed.
+
+    Raises `OutputWriteError`.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    staged = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, staged = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+        save_file(dict(tensors), staged, metadata={format_name: json.dumps(record)})
+        os.replace(staged, path)
+    except (OSError, SafetensorError) as error:
+        raise OutputWriteError(
+            f"{path}: the {what} could not be written ({error}). Free some space or choose another path."
+        ) from error
+    finally:
+        if staged is not None and os.path.exists(staged):
+            os.unlink(staged)
+    return path
 
 
 def as_gram_sets(grams: Any) -> list[GramSet]:

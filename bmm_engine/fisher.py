@@ -1,0 +1,398 @@
+"""The diagonal Fisher information of a model's parameters: measured on calibration data, saved and loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bmm_engine.architecture import checkpoint_names
+from bmm_engine.collect import Mask, call_model, evaluating, mask_of, placement, to_device
+from bmm_engine.errors import (
+    CheckpointError,
+    CollectionError,
+    ConfigError,
+    EmptyCalibrationError,
+    GramMismatchError,
+    MissingTensorError,
+)
+from bmm_engine.grams import weight_fingerprint, write_record
+from bmm_engine.progress import track
+
+FORMAT = "bmm-fisher"
+FORMAT_VERSION = 1
+
+Labels = Literal["expected", "sampled", "data"]
+_IGNORED = -100  # the label of positions that do not count, as everywhere in transformers
+
+
+def collect_fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    labels: Labels = "expected",
+    examples: int = 256,
+    seed: int = 0,
+    mask: Mask = "attention_mask",
+    next_token: bool | None = None,
+    calibration: str = "",
+    progress: bool | None = None,
+) -> FisherSet:
+    """`F = E_x E_y (d log p(y | x) / d theta)^2`, entry by entry, for every floating-point parameter (arXiv 2111.09832).
+
+    `batches`: as for `collect_grams`; the first `examples` samples count, each differentiated by itself. The model gives `logits`, or is them:
+    * (batch, classes): classification. `labels`: "expected" takes the exact expectation over y, one backward pass for each class; "sampled"
+      draws y from the model; "data" takes `labels` of the batch (the empirical Fisher). One column is regression: y is normal around it.
+    * (batch, length, vocabulary): `log p` is the sum over a sequence's positions, labels "sampled" or "data". `next_token`: whether a position
+      speaks of the token after it; by default of classes named ...ForCausalLM or ...LMHeadModel, whose own input is then the data. Positions
+      where `mask` is 0 (or, where the batch has labels, those labelled -100) do not count.
+
+    Draws depend on `seed` and the number of the sample alone. Computed in the model's dtype, squared and summed in float32 (float64 for a
+    float64 model). The model is left as it was, its `.grad` included.
+
+    Raises `EmptyCalibrationError`, `CollectionError` (no logits, a gradient that is not finite), `ConfigError`.
+    """
+    if labels not in get_args(Labels):
+        raise ConfigError(f"labels must be one of {', '.join(map(repr, get_args(Labels)))}, not {labels!r}.")
+    if examples < 1:
+        raise ConfigError(f"examples must be at least 1, not {examples}.")
+    parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    device, dtype = placement(model)
+    totals = {
+        name: torch.zeros_like(
+            p, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32, requires_grad=False
+        )
+        for name, p in parameters.items()
+    }
+    likelihood = _Likelihood(model, labels, seed, mask, next_token)
+    seen = 0
+    with evaluating(model), _differentiable(parameters.values()), torch.enable_grad():
+        samples = _samples(batches, examples, device)
+        for number, sample in enumerate(track(samples, "collecting Fisher information", total=examples, show=progress)):
+            terms = likelihood.terms(sample, number)
+            seen += bool(terms)
+            for i, (share, log_p) in enumerate(terms):
+                gradients = torch.autograd.grad(
+                    log_p, list(parameters.values()), retain_graph=i < len(terms) - 1, allow_unused=True
+                )
+                for total, gradient in zip(totals.values(), gradients, strict=True):
+                    if gradient is not None:
+                        gradient = gradient.to(total.dtype)
+                        total.addcmul_(gradient, gradient, value=share)
+    if not seen:
+        raise EmptyCalibrationError(
+            "No sample of the calibration set has anything to predict: it is empty, or all padding. Give a few hundred of the expert's task."
+        )
+    for name, total in totals.items():
+        if not torch.isfinite(total.div_(seen).sum()):
+            raise CollectionError(
+                f"{name}: its Fisher information is NaN or infinite. Check the calibration data, or run the model in float32."
+            )
+    aliases, buffers = _other_names(model, parameters)
+    return FisherSet(
+        fishers=totals,
+        examples=seen,
+        labels=labels,
+        fingerprints={name: weight_fingerprint(p, dtype) for name, p in parameters.items()},
+        weights_dtype=str(dtype).removeprefix("torch."),
+        calibration=calibration or f"{seen} samples",
+        aliases=aliases,
+        buffers=buffers,
+    )
+
+
+@dataclass
+class FisherSet:
+    """The diagonal Fisher information of one expert: for each parameter a tensor of its shape, as the model stores it.
+
+    `aliases`: other names of a parameter (in the checkpoint's files, of tied weights). `buffers`: floating-point tensors of the model that are
+    no parameters and so have none. `fingerprints`: parameter -> hash of its value in `weights_dtype`.
+    """
+
+    fishers: dict[str, Tensor]
+    examples: int
+    labels: str
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    weights_dtype: str = "float32"
+    calibration: str = ""
+    aliases: dict[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+    _path: Path | None = None
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of those still on disk
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.fishers) + list(self._shapes)
+
+    @property
+    def where(self) -> str:
+        return str(self._path) if self._path else f"Fisher information of {self.calibration or 'a live model'}"
+
+    def resolve(self, name: str) -> str | None:
+        """The parameter that `name` (a live name or a name in the checkpoint) means, or None."""
+        own = self.aliases.get(name, name)
+        return own if own in self.fishers or own in self._shapes else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises `MissingTensorError`."""
+        own = self._known(name)
+        return self._shapes[own] if own in self._shapes else tuple(self.fishers[own].shape)
+
+    def get(self, name: str, rows: slice | None = None) -> Tensor:
+        """The information of parameter `name`, or some rows of it, read from disk if the set was loaded. Raises `MissingTensorError`."""
+        own = self._known(name)
+        if own not in self._shapes:
+            return self.fishers[own] if rows is None else self.fishers[own][rows]
+        from safetensors import safe_open
+
+        with safe_open(str(self._path), framework="pt") as file:
+            key = f"fisher.{own}"
+            found: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+        return found
+
+    def check(self, name: str, weight: Tensor, label: str) -> None:
+        """Raise `GramMismatchError` unless it was measured on this very `weight` (as stored) of the expert called `label`."""
+        recorded = self.fingerprints.get(self._known(name))
+        found = weight_fingerprint(weight, getattr(torch, self.weights_dtype))
+        if recorded is not None and found != recorded:
+            raise GramMismatchError(
+                f"{self.where}: measured on another model than {label}: {name!r} has hash {found}, the Fisher information was measured with"
+                f" {recorded}. Collect it again from this expert, and list Fisher files in the order of the experts."
+            )
+
+    def _known(self, name: str) -> str:
+        own = self.resolve(name)
+        if own is None:
+            raise MissingTensorError(
+                f"{self.where}: holds no Fisher information for {name!r}; it has {len(self.names)} parameters, such as"
+                f" {', '.join(self.names[:3])}. Collect it from this expert."
+            )
+        return own
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file: `fisher.NAME` for each parameter, the rest as metadata. Raises `OutputWriteError`."""
+        tensors = {f"fisher.{name}": self.get(name).detach().cpu().contiguous() for name in self.names}
+        record = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "examples": self.examples,
+            "labels": self.labels,
+            "fingerprints": self.fingerprints,
+            "weights_dtype": self.weights_dtype,
+            "calibration": self.calibration,
+            "aliases": self.aliases,
+            "buffers": list(self.buffers),
+        }
+        return write_record(Path(path), tensors, FORMAT, record, "Fisher information")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FisherSet:
+        """Open a saved set: names and shapes now, each tensor when it is asked for. Raises `CheckpointError`."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: no such Fisher file. Make it with `collect_fisher`.")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                shapes = {
+                    name.removeprefix("fisher."): tuple(file.get_slice(name).get_shape())
+                    for name in file.keys()  # noqa: SIM118
+                }
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable Fisher file ({error}). Collect it again.") from error
+        if FORMAT not in metadata:
+            raise CheckpointError(
+                f"{path}: a safetensors file, but not of Fisher information (no {FORMAT!r} metadata). Make one with `collect_fisher`."
+            )
+        record = json.loads(metadata[FORMAT])
+        if record.get("version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: Fisher format version {record.get('version')}, this engine reads {FORMAT_VERSION}. Collect it again."
+            )
+        return cls(
+            fishers={},
+            examples=record["examples"],
+            labels=record["labels"],
+            fingerprints=record["fingerprints"],
+            weights_dtype=record["weights_dtype"],
+            calibration=record["calibration"],
+            aliases=record["aliases"],
+            buffers=tuple(record["buffers"]),
+            _path=path,
+            _shapes=shapes,
+        )
+
+
+class _Likelihood:
+    """What a model says of one sample: terms `(share, log p)` with `F = sum_i share_i (d log p_i)^2`."""
+
+    def __init__(self, model: nn.Module, labels: Labels, seed: int, mask: Mask, next_token: bool | None):
+        self.model, self.labels, self.seed, self.mask = model, labels, seed, mask
+        causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        self.next_token = causal if next_token is None else next_token
+
+    def terms(self, sample: Any, number: int) -> list[tuple[float, Tensor]]:
+        """Of a batch of one sample; none where it has nothing to predict."""
+        given = sample.get("labels") if isinstance(sample, Mapping) else None
+        inputs = {key: v for key, v in sample.items() if key != "labels"} if given is not None else sample
+        output = call_model(self.model, inputs)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[0] != 1:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise CollectionError(
+                f"{type(self.model).__name__}: Fisher information needs logits (batch, classes) or (batch, length, vocabulary) from the model,"
+                f" which gave {found} for one sample. Wrap it in a module that returns logits."
+            )
+        if not torch.isfinite(logits.detach().sum()):
+            raise CollectionError(
+                f"{type(self.model).__name__}: its logits for sample {number} are NaN or infinite. Check the calibration data, or run the model in"
+                " float32."
+            )
+        logits = logits[0] if logits.dtype == torch.float64 else logits[0].float()
+        generator = torch.Generator().manual_seed(_seed(self.seed, number))
+        if logits.dim() == 1:
+            return self._of_a_class(logits, given, generator)
+        return self._of_a_sequence(logits, sample, given, generator)
+
+    def _of_a_class(
+        self, logits: Tensor, given: Tensor | None, generator: torch.Generator
+    ) -> list[tuple[float, Tensor]]:
+        if len(logits) == 1:
+            return self._of_a_number(logits[0], given, generator)
+        log_p = logits.log_softmax(-1)
+        if self.labels == "expected":
+            return [(share, log_p[y]) for y, share in enumerate(log_p.exp().tolist()) if share > 0]
+        if self.labels == "sampled":
+            return [(1.0, log_p[_draw(log_p[None], generator)[0]])]
+        label = int(self._given(given).reshape(-1)[0])
+        if not 0 <= label < len(logits):
+            raise ConfigError(f"labels: {label} is none of the model's {len(logits)} classes.")
+        return [(1.0, log_p[label])]
+
+    def _of_a_number(
+        self, mean: Tensor, given: Tensor | None, generator: torch.Generator
+    ) -> list[tuple[float, Tensor]]:
+        """A normal of variance 1: its score is `(y - mean) d mean`, whose square has the expectation `(d mean)^2`."""
+        if self.labels == "expected":
+            return [(1.0, mean)]
+        if self.labels == "sampled":
+            return [(float(torch.randn((), generator=generator, dtype=torch.float64)) ** 2, mean)]
+        return [(1.0, -0.5 * (self._given(given).reshape(-1)[0].to(mean.dtype) - mean).square())]
+
+    def _of_a_sequence(
+        self, logits: Tensor, sample: Any, given: Tensor | None, generator: torch.Generator
+    ) -> list[tuple[float, Tensor]]:
+        if self.labels == "expected":
+            raise ConfigError(
+                f"{type(self.model).__name__}: labels='expected' would need a backward pass for each of {logits.shape[1]} classes at each"
+                " position of a sequence; use labels='sampled' or 'data'."
+            )
+        targets = given[0] if given is not None else None
+        if targets is None and self.next_token and isinstance(sample, Mapping) and "input_ids" in sample:
+            targets = sample["input_ids"][0]
+        padding = mask_of(sample, self.mask)
+        for what, own in (("the padding mask", None if padding is None else padding[0]), ("labels", targets)):
+            if own is not None and own.shape != logits.shape[:1]:
+                raise CollectionError(
+                    f"{type(self.model).__name__}: logits for {len(logits)} positions, but {what} of shape {tuple(own.shape)}, for a sample."
+                )
+        real = torch.ones(len(logits), dtype=torch.bool, device=logits.device) if padding is None else padding[0] != 0
+        kept = real if given is None else real & (given[0] != _IGNORED)
+        if self.next_token:
+            kept, logits = real[:-1] & kept[1:], logits[:-1]
+            targets = None if targets is None else targets[1:]
+        logits = logits[kept]
+        if not len(logits):
+            return []
+        log_p = logits.log_softmax(-1)
+        drawn = _draw(log_p, generator) if self.labels == "sampled" else None
+        chosen = self._given(targets)[kept] if drawn is None else torch.tensor(drawn, device=log_p.device)
+        return [(1.0, log_p.gather(1, chosen[:, None]).sum())]
+
+    def _given(self, labels: Tensor | None) -> Tensor:
+        if labels is None:
+            raise ConfigError("labels='data' needs `labels` in each batch (a mapping); or use 'expected' or 'sampled'.")
+        return labels
+
+
+def _samples(batches: Iterable[Any], limit: int, device: torch.device) -> Iterator[Any]:
+    """Batches of one sample each, `limit` of them at most."""
+    left = limit
+    for batch in batches:
+        batch = to_device(batch, device)
+        tensors = [t for t in _leaves(batch) if t.dim()]
+        if not tensors:
+            raise CollectionError("A calibration batch holds no tensor whose first dimension could be the samples.")
+        size = len(tensors[0])
+        for i in range(min(size, left)):
+            yield _pick(batch, i, size)
+        left -= min(size, left)
+        if not left:
+            return
+
+
+def _leaves(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch]
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return [leaf for part in parts for leaf in _leaves(part)]
+
+
+def _pick(batch: Any, index: int, size: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[index : index + 1] if batch.dim() and len(batch) == size else batch
+    if isinstance(batch, Mapping):
+        return {key: _pick(value, index, size) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(_pick(value, index, size) for value in batch)
+    return batch
+
+
+def _draw(log_p: Tensor, generator: torch.Generator) -> list[int]:
+    """One label for each row of log-probabilities (n, labels), by inversion on the CPU: the same on every device."""
+    cumulative = log_p.detach().double().cpu().exp().cumsum(-1)
+    heights = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, heights, right=True).clamp_(max=cumulative.shape[1] - 1)
+    return [int(y) for y in found[:, 0]]
+
+
+def _seed(seed: int, number: int) -> int:
+    digest = hashlib.blake2b(f"{seed}\0{number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+@contextmanager
+def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _other_names(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Names of tied weights and names in the checkpoint -> parameter; and the floating-point buffers, by all their names."""
+    own = {id(parameter): name for name, parameter in parameters.items()}
+    saved = checkpoint_names(model)
+    aliases: dict[str, str] = {}
+    buffers: list[str] = []
+    for live, tensor in model.state_dict(keep_vars=True).items():
+        names = dict.fromkeys((live, saved.get(live, live)))
+        if id(tensor) in own:
+            aliases |= {name: own[id(tensor)] for name in names if name != own[id(tensor)]}
+        elif tensor.is_floating_point():
+            buffers.extend(names)
+    return aliases, tuple(buffers)
