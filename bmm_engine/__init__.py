@@ -13,6 +13,10 @@ _PUBLIC = {
     "plan_merge": "bmm_engine.merging",
     "MergeResult": "bmm_engine.merging",
     "collect_grams": "bmm_engine.collect",
+    "collect_fisher": "bmm_engine.fisher",
+    "FisherSet": "bmm_engine.fisher",
+    "collect_sequential": "bmm_engine.sequential",
+    "ContinualMerge": "bmm_engine.continual",
     "GramAccumulator": "bmm_engine.grams",
     "GramSet": "bmm_engine.grams",
     "solve_map": "bmm_engine.solve",
@@ -26,8 +30,12 @@ _PUBLIC = {
     "kth_largest_magnitude": "bmm_engine.ops.select",
     "spectral_path": "bmm_engine.spectral",
     "SpectralPath": "bmm_engine.spectral",
+    "blend": "bmm_engine.ops.blend",
+    "magnitude_ranks": "bmm_engine.ops.ranks",
     "alignment": "bmm_engine.moments",
+    "LowRank": "bmm_engine.lowrank",
     "anchor": "bmm_engine.anchors",
+    "get_anchor": "bmm_engine.anchors",
     "registered_anchors": "bmm_engine.anchors",
     "Checkpoint": "bmm_engine.checkpoint",
     "Recipe": "bmm_engine.recipe",
@@ -38,20 +46,26 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 if TYPE_CHECKING:
-    from bmm_engine.anchors import anchor, registered_anchors
+    from bmm_engine.anchors import anchor, get_anchor, registered_anchors
     from bmm_engine.checkpoint import Checkpoint
     from bmm_engine.collect import collect_grams
+    from bmm_engine.continual import ContinualMerge
     from bmm_engine.errors import BmmError, NumericalWarning
+    from bmm_engine.fisher import FisherSet, collect_fisher
     from bmm_engine.grams import GramAccumulator, GramSet
+    from bmm_engine.lowrank import LowRank
     from bmm_engine.merging import MergeResult, merge, plan_merge
     from bmm_engine.moments import alignment
     from bmm_engine.ops.assemble import assemble
+    from bmm_engine.ops.blend import blend
     from bmm_engine.ops.cross_gram import accumulate_cross_gram
     from bmm_engine.ops.gram import accumulate_gram, accumulate_grams
+    from bmm_engine.ops.ranks import magnitude_ranks
     from bmm_engine.ops.residual import residual
     from bmm_engine.ops.select import kth_largest_magnitude
     from bmm_engine.ops.spectral import apply_spectral
     from bmm_engine.recipe import Recipe
+    from bmm_engine.sequential import collect_sequential
     from bmm_engine.solve import MapSolution, solve_map
     from bmm_engine.spectral import SpectralPath, spectral_path
 

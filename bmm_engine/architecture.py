@@ -139,12 +139,12 @@ def module_checkpoint_names(model: nn.Module, modules: Iterable[str]) -> dict[st
     return saved
 
 
-def load_config(path: Path) -> Any:
-    """The transformers config of a checkpoint directory. Raises `CheckpointError` if transformers cannot read it."""
+def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The transformers config of a checkpoint directory, with some keys replaced. Raises `CheckpointError` if transformers cannot read it."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **(overrides or {}))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: transformers cannot read its config.json ({_first_line(error)}). Give the linear modules in the recipe:"
@@ -162,28 +162,43 @@ def model_class(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def meta_model(path: Path) -> nn.Module:
+def meta_model(path: Path, overrides: Mapping[str, Any] | None = None) -> nn.Module:
     """The architecture of a checkpoint directory on the meta device: shapes and names, no memory."""
     import torch
     import transformers
 
-    config = load_config(path)
+    config = load_config(path, overrides)
     cls = model_class(config)
     with torch.device("meta"):
         return transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
 
 
+def stored_layout(path: Path) -> tuple[dict[str, str], list[str]]:
+    """Of the checkpoint at `path`: live parameter name -> its name in the files, and the weights that are stored as (in, out).
+
+    Raises `CheckpointError` for an architecture that transformers does not know.
+    """
+    model = meta_model(path)
+    names = checkpoint_names(model)
+    flipped = [m.weight for m in linear_modules(model, ["*"]).values() if m.transposed]
+    return names, [names.get(weight, weight) for weight in flipped]
+
+
 def checkpoint_linear_modules(
-    path: Path, stored: Mapping[str, tuple[int, ...]], patterns: Iterable[str] | None = None
+    path: Path,
+    stored: Mapping[str, tuple[int, ...]],
+    patterns: Iterable[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, LinearModule]:
     """The linear modules of the checkpoint at `path`, by the names that its files use; `patterns` as in `linear_modules`.
 
     `stored`: name -> shape of each tensor in the files. A file may carry the base model's prefix where the architecture does not,
-    and the other way round; both are understood. Modules that the files do not hold under one name are left out.
+    and the other way round; both are understood. Modules that the files do not hold under one name are left out. `overrides`: keys of the
+    config that differ from the file's.
 
     Raises `CheckpointError` for an architecture that transformers does not know, `ConfigError` for a pattern without a match.
     """
-    model = meta_model(path)
+    model = meta_model(path, overrides)
     found = linear_modules(model, None if patterns is None else ["*"])
     prefix = getattr(model, "base_model_prefix", "")
     by_file, live_names = {}, {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bmm_engine.align import align
-from bmm_engine.checkpoint import Checkpoint, CheckpointWriter, TensorSource, open_source
+from bmm_engine.checkpoint import CheckpointWriter
 from bmm_engine.errors import ConfigError
+from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet, as_gram_sets
 from bmm_engine.output import Target, output_specs, write_sidecars
 from bmm_engine.plan import MergePlan, MergeSettings, build_plan, find_linear_modules
 from bmm_engine.progress import track
+from bmm_engine.sources import Model, open_expert, open_model
 from bmm_engine.stream import MergeStream, ModuleRecord
-
-Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | TensorSource
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,8 @@ def plan_merge(
     settings: MergeSettings | None = None,
     modules: Iterable[str] | None = None,
     keep_base: Iterable[str] = (),
+    vocabulary: str = "error",
+    fishers: Sequence[FisherSet | str | os.PathLike[str]] = (),
     local_files_only: bool = False,
 ) -> MergePlan:
     """What `merge` would do, from headers alone; nothing is computed or written. Raises as `merge` does."""
@@ -61,16 +62,15 @@ def plan_merge(
     if not experts:
         raise ConfigError("no experts: give at least one fine-tuned model.")
     modules = [modules] if isinstance(modules, str) else list(modules) if modules is not None else None
-    sources = [
-        _open(model, role, local_files_only)
-        for model, role in ((base, "base"), *((e, f"expert {i}") for i, e in enumerate(experts)))
-    ]
-    alignment = align(sources[0], sources[1:], keep_base)
+    root = open_model(base, "base", local_files_only)
+    sources = [open_expert(e, root, f"expert {i}", local_files_only) for i, e in enumerate(experts)]
+    alignment = align(root, sources, keep_base, vocabulary)
     gram_sets = [] if isinstance(grams, str) or grams is None else as_gram_sets(grams)
     # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
-    needs_modules = settings.alpha != math.inf or settings.rule.scope == "module"
+    needs_modules = settings.solves or settings.rule.linear
     linear = find_linear_modules(alignment, base, modules, gram_sets) if needs_modules else {}
-    return build_plan(alignment, linear, settings, gram_sets, modules is not None)
+    fisher_sets = [f if isinstance(f, FisherSet) else FisherSet.load(f) for f in fishers]
+    return build_plan(alignment, linear, settings, gram_sets, modules is not None, fisher_sets)
 
 
 def merge(
@@ -81,13 +81,15 @@ def merge(
     anchor_parameters: Mapping[str, Any] | None = None,
     grams: Sequence[GramSet | str | os.PathLike[str]] | str = "task_vectors",
     hybrid: float | None = None,
-    alpha: float = 0.03,
-    scale: float = 1.0,
+    alpha: Any = 0.03,
+    scale: Any = 1.0,
     task_weights: str | Sequence[float] | None = None,
     fit_bias: bool = False,
     normalization: str = "trace",
     modules: Iterable[str] | None = None,
     keep_base: Iterable[str] = (),
+    vocabulary: str = "error",
+    fishers: Sequence[FisherSet | str | os.PathLike[str]] = (),
     output: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
@@ -99,12 +101,16 @@ def merge(
 ) -> MergeResult:
     """Bayesian Model Merging (arXiv 2605.12843): per linear module `W* = W_a + R A^{-1}`, then `W_0 + scale (W* - W_0)`.
 
-    `base`, `experts`: Hugging Face directories or hub ids, state dicts, or live models, in any mix; all full fine-tunes of one architecture.
+    `base`, `experts`: Hugging Face directories or hub ids, state dicts, or live models, in any mix; all fine-tunes of one architecture. An
+    expert may be a PEFT LoRA adapter of the base, in a directory or on the hub.
     `anchor`: a rule by name, with `anchor_parameters`; it also gives every tensor that is not a linear module (norms, embeddings, heads).
+    With `alpha=math.inf` the result is the rule's own merge.
     `grams`: one GramSet or path per expert (data), or "task_vectors" (data-free). `hybrid`: share g in [0, 1] of the task-vector Gram beside
     the data's. `alpha`: ridge relative to the mean diagonal (inf: the anchor itself; 0: RegMean). `task_weights`: None, "energy", or a number
     per expert. `fit_bias`: solve biases with the weights (data only). `modules`: shell patterns of the linear modules to solve (default: all
-    but heads). `keep_base`: patterns of tensors to copy from the base.
+    but heads). `keep_base`: patterns of tensors to copy from the base. `vocabulary`: where embeddings differ in rows, "error", "crop" or "pad".
+    `fishers`: one FisherSet or path per expert, for the rules that need them. Parameters of the anchor, `alpha` and `scale` may vary over the
+    model (a gradient over depth, filters by name: see `bmm_engine.anchors.settings`).
     `output`: a directory to write (staged, then renamed; never half); without it the tensors come back in memory, on the CPU.
     `dtype`: of the output's float tensors (default: as in the base). Arithmetic is float32 (float64 for the solves), rounded once.
 
@@ -134,12 +140,15 @@ def merge(
         settings=settings,
         modules=modules,
         keep_base=keep_base,
+        vocabulary=vocabulary,
+        fishers=fishers,
         local_files_only=local_files_only,
     )
+    plan.check_statistics()
     specs = output_specs(plan.alignment, dtype)
-    stream = MergeStream(plan)
     if output is None:
         target = Target(specs)
+        stream = MergeStream(plan, target.finish)
         _run(stream, target, progress)
         ordered = {name: target.tensors[name] for name in specs}
         ordered.update({alias: ordered[name] for alias, name in plan.alignment.base.aliases.items() if name in ordered})
@@ -148,7 +157,9 @@ def merge(
     with CheckpointWriter(
         Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite
     ) as writer:
-        _run(stream, Target(specs, writer), progress)
+        target = Target(specs, writer)
+        stream = MergeStream(plan, target.finish)
+        _run(stream, target, progress)
         result = MergeResult(plan, stream.records)
         write_sidecars(writer, plan, result.summary(), recipe, dtype)
         path = writer.commit()
@@ -159,13 +170,6 @@ def _run(stream: MergeStream, target: Target, progress: bool | None) -> None:
     for pieces in track(stream, "merging", total=len(stream), show=progress):
         for piece in pieces:
             target.put(piece)
-
-
-def _open(model: Model, role: str, local_files_only: bool) -> TensorSource:
-    if isinstance(model, (str, os.PathLike)):
-        return Checkpoint.open(os.fspath(model), local_files_only=local_files_only)
-    label = f"the {role} ({type(model).__name__})" if isinstance(model, (nn.Module, Mapping)) else None
-    return open_source(model, label)
 
 
 def _gram_source(grams: Any, hybrid: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bmm_engine.align import Alignment
-from bmm_engine.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, input_record, merge_record, model_card
+from bmm_engine.checkpoint import CheckpointWriter, TensorSpec, input_record, merge_record, model_card
+from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
 from bmm_engine.errors import ConfigError, NonFiniteWeightError
 from bmm_engine.plan import MergePlan
 from bmm_engine.stream import Piece
@@ -20,16 +20,16 @@ from bmm_engine.stream import Piece
 
 @dataclass
 class Target:
-    """Takes finished pieces: casts each once to its final dtype, sees that nothing overflows, writes or keeps it."""
+    """Where finished pieces go: `finish` casts one to its final dtype and sees that nothing overflows, `put` writes or keeps it."""
 
     specs: dict[str, TensorSpec]
     writer: CheckpointWriter | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def put(self, piece: Piece) -> None:
-        """Raises `NonFiniteWeightError` (tensor, count) for values that the dtype cannot hold."""
+    def finish(self, piece: Piece) -> Piece:
+        """The piece in its final dtype, on the CPU. Raises `NonFiniteWeightError` (tensor, count) for values that the dtype cannot hold."""
         spec = self.specs[piece.name]
-        tensor = piece.tensor.to(spec.dtype)
+        tensor = piece.tensor.to("cpu", spec.dtype)
         if spec.dtype.is_floating_point and not torch.isfinite(tensor.sum(dtype=torch.float32)):
             count = int((~torch.isfinite(tensor.float())).sum())
             if count:
@@ -37,6 +37,11 @@ class Target:
                     f"merged tensor {piece.name!r}: {count} values do not fit {spec.dtype} or are NaN. Write a wider dtype (dtype:"
                     " float32), or use a larger alpha."
                 )
+        return replace(piece, tensor=tensor)
+
+    def put(self, piece: Piece) -> None:
+        """Take a finished piece."""
+        spec, tensor = self.specs[piece.name], piece.tensor
         if self.writer is not None:
             self.writer.write(piece.name, tensor, piece.rows)
         elif piece.rows is None:
@@ -79,10 +84,10 @@ def write_sidecars(
     config = base.config
     if config is not None:
         writer.write_json("config.json", _with_dtype(config, parse_dtype(dtype)))
-    if isinstance(base, Checkpoint):
-        writer.copy_sidecars(base)
-    inputs = [input_record("base", base)]
-    inputs += [input_record(f"expert {i + 1}", e.source) for i, e in enumerate(plan.alignment.experts)]
+    if (files := root_checkpoint(base)) is not None:
+        writer.copy_sidecars(files)
+    roles = [("base", base), *((f"expert {i + 1}", e.source) for i, e in enumerate(plan.alignment.experts))]
+    inputs = [input_record(role, own) for role, source in roles for own in checkpoints_of(source)]
     record = merge_record(recipe if recipe is not None else recipe_of(plan), inputs, summary)
     writer.write_json("bmm_merge.json", record)
     architecture = ((config or {}).get("architectures") or [None])[0]
@@ -100,7 +105,7 @@ def recipe_of(plan: MergePlan) -> dict[str, Any]:
         "anchor": {"name": settings.anchor, **(settings.anchor_parameters or {})},
         "gram_source": settings.gram_source,
         "hybrid_share": settings.hybrid_share if settings.gram_source == "hybrid" else None,
-        "alpha": "inf" if settings.alpha == math.inf else settings.alpha,
+        "alpha": settings.alpha,
         "scale": settings.scale,
         "task_weights": settings.task_weights
         if isinstance(settings.task_weights, str)

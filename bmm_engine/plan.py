@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from bmm_engine.align import AlignedExpert, Alignment
-from bmm_engine.anchors import Anchor, get_anchor
+from bmm_engine.anchors import Anchor, DepthMap, Setting, get_anchor
 from bmm_engine.architecture import (
     LinearModule,
     checkpoint_linear_modules,
@@ -18,9 +19,11 @@ from bmm_engine.architecture import (
     matrix_modules,
     select_modules,
 )
-from bmm_engine.checkpoint import Checkpoint
+from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
+from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet
+from bmm_engine.sequential import check_sequential
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class MergeSettings:
     gram_source: str = "task_vectors"  # "data" | "task_vectors" | "hybrid"
     hybrid_share: float = 0.5
     normalization: str = "trace"
-    alpha: float = 0.03
-    scale: float = 1.0
+    alpha: Any = 0.03  # a number, or one that varies over the model: see anchors/settings.py
+    scale: Any = 1.0
     task_weights: str | tuple[float, ...] = "none"
     fit_bias: bool = False
     device: str = "cpu"
@@ -41,10 +44,7 @@ class MergeSettings:
     def __post_init__(self) -> None:
         if self.gram_source not in ("data", "task_vectors", "hybrid"):
             raise ConfigError(f"gram_source must be 'data', 'task_vectors' or 'hybrid', not {self.gram_source!r}.")
-        if not self.alpha >= 0:
-            raise ConfigError(f"alpha must be >= 0 (inf for the anchor itself), not {self.alpha}.")
-        if not math.isfinite(self.scale):
-            raise ConfigError(f"scale must be finite, not {self.scale}.")
+        _ = self.alpha_setting, self.scale_setting  # raise for what is no value
         if isinstance(self.task_weights, str) and self.task_weights not in ("none", "energy"):
             raise ConfigError(
                 f"task_weights must be 'none', 'energy' or one number per expert, not {self.task_weights!r}."
@@ -59,13 +59,52 @@ class MergeSettings:
     def rule(self) -> Anchor:
         return get_anchor(self.anchor)
 
+    @cached_property
+    def alpha_setting(self) -> Setting:
+        return Setting(self.alpha, where="alpha", check=_ridge, default=0.03)
+
+    @cached_property
+    def scale_setting(self) -> Setting:
+        return Setting(self.scale, where="scale", check=_finite, default=1.0)
+
+    @property
+    def solves(self) -> bool:
+        """False where every module comes from the anchor: `alpha` is inf."""
+        return self.alpha != math.inf
+
+    @property
+    def needs_grams(self) -> bool:
+        return self.solves or self.rule.needs_grams
+
+
+def _ridge(value: Any) -> float:
+    number = _number(value)
+    if not number >= 0:
+        raise ValueError("it must be >= 0 (inf for the anchor itself)")
+    return number
+
+
+def _finite(value: Any) -> float:
+    number = _number(value)
+    if not math.isfinite(number):
+        raise ValueError("it must be finite")
+    return number
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except TypeError:
+        raise ValueError("it must be a number") from None
+
 
 @dataclass(frozen=True)
 class ModuleGroup:
-    """Modules that share their input, so one Gram, one factor. With `fit_bias`, all of them have a bias or none has."""
+    """Modules that share their input and ridge, so one Gram, one factor. With `fit_bias`, all of them have a bias or none has."""
 
     members: tuple[LinearModule, ...]
     width: int
+    alpha: float
     with_bias: bool = False
 
     @property
@@ -88,10 +127,32 @@ class MergePlan:
     unmeasured: tuple[str, ...]
     linear: dict[str, LinearModule]
     gram_sets: tuple[GramSet, ...]
+    fishers: tuple[FisherSet, ...] = ()
 
     @property
     def from_base(self) -> tuple[str, ...]:
         return self.alignment.kept
+
+    def check_statistics(self) -> None:
+        """Raise `ConfigError` or `GramMismatchError` unless what the anchor needs beside the weights is there, and is of its kind."""
+        settings, rule, count = self.settings, self.settings.rule, len(self.alignment.experts)
+        if rule.needs == "fishers" and len(self.fishers) != count:
+            raise ConfigError(
+                f"anchor {rule.name!r} needs the Fisher information of every expert: {len(self.fishers)} given for {count} experts. Measure it"
+                " (`bmm collect --fisher`, or `collect_fisher`) and list one file for each, in the same order."
+            )
+        if rule.needs_grams and settings.gram_source == "task_vectors":
+            raise ConfigError(
+                f"anchor {rule.name!r} needs measured Grams: give `calibration` or `grams` for every expert. (What it would be without data is"
+                " the anchor 'wudi'.)"
+            )
+        if rule.needs == "sequential_grams":
+            check_sequential(self.gram_sets, rule.name, settings.anchor_parameters or {})
+        elif sequential := [g for g in self.gram_sets if g.kind != "expert"]:
+            raise GramMismatchError(
+                f"{sequential[0].where}: its Grams are of the kind {sequential[0].kind!r}, measured while experts were merged; only the anchor"
+                f" {sequential[0].settings.get('rule')!r} takes them. Collect plain ones with `bmm collect`."
+            )
 
     @property
     def module_count(self) -> int:
@@ -108,9 +169,12 @@ def find_linear_modules(
     unknown: CheckpointError | None = None
     if isinstance(model, nn.Module):
         return _merged(linear_modules(model, modules), merged)
-    if isinstance(base, Checkpoint) and base.config is not None:
+    root = root_checkpoint(base)
+    if root is not None and base.config is not None:
+        # What a view (stacked layers, another vocabulary) says otherwise than the file.
+        overrides = {key: value for key, value in base.config.items() if value != (root.config or {}).get(key)}
         try:
-            return _merged(checkpoint_linear_modules(base.path, stored, modules), merged)
+            return _merged(checkpoint_linear_modules(root.path, stored, modules, overrides), merged)
         except (
             CheckpointError
         ) as error:  # not an architecture of transformers: the Grams or the patterns may still name the modules
@@ -135,13 +199,15 @@ def build_plan(
     settings: MergeSettings,
     gram_sets: Sequence[GramSet],
     explicit: bool,
+    fishers: Sequence[FisherSet] = (),
 ) -> MergePlan:
     """Group the modules and check every Gram's width. `explicit`: the user named the modules, so a missing Gram is an error.
 
     Raises `GramMismatchError`, `ConfigError`.
     """
     experts = alignment.experts
-    uses_data = settings.gram_source in ("data", "hybrid") and settings.alpha != math.inf
+    settings.rule.check_experts(len(experts))
+    uses_data = settings.gram_source in ("data", "hybrid") and settings.needs_grams
     if not isinstance(settings.task_weights, str) and len(settings.task_weights) != len(experts):
         raise ConfigError(
             f"task_weights has {len(settings.task_weights)} numbers for {len(experts)} experts; give one for each."
@@ -151,7 +217,7 @@ def build_plan(
             f"{len(gram_sets)} Gram sets for {len(experts)} experts; give one for each, in the same order (see `bmm collect`)."
         )
     unmeasured: list[str] = []
-    solved = dict(linear) if settings.alpha != math.inf else {}
+    measured = dict(linear)
     if uses_data:
         for name in linear:
             lacking = [g for g, e in zip(gram_sets, experts, strict=True) if _find(g, e, name) is None]
@@ -159,10 +225,10 @@ def build_plan(
                 lacking[0].group(name)  # raises, with the names it has
             if lacking:
                 unmeasured.append(name)
-                del solved[name]
-        if not solved and linear:
+                del measured[name]
+        if not measured and linear:
             gram_sets[0].group(next(iter(linear)))
-        for name, module in solved.items():
+        for name, module in measured.items():
             for grams, expert in zip(gram_sets, experts, strict=True):
                 width = grams.width(resolve_module(grams, expert, name))
                 if width != module.in_features:
@@ -170,14 +236,20 @@ def build_plan(
                         f"{grams.where}: the Gram of {name!r} has width {width}, the module reads {module.in_features} features. It was measured"
                         " on another model; collect it again from this expert."
                     )
-    groups = _groups(solved, settings, gram_sets, experts, set(alignment.merged))
+    depth = DepthMap(alignment.base.names())
+    alphas = {name: settings.alpha_setting.at(m.weight, depth(m.weight), len(experts)) for name, m in measured.items()}
+    solved = {name: m for name, m in measured.items() if alphas[name] != math.inf}
+    groups = _groups(solved, alphas, settings, gram_sets, experts, set(alignment.merged))
     taken = {t for g in groups for t in g.tensors}
     from_anchor = tuple(n for n in alignment.merged if n not in taken)
-    return MergePlan(alignment, settings, groups, from_anchor, tuple(unmeasured), linear, tuple(gram_sets))
+    return MergePlan(
+        alignment, settings, groups, from_anchor, tuple(unmeasured), linear, tuple(gram_sets), tuple(fishers)
+    )
 
 
 def _groups(
     solved: dict[str, LinearModule],
+    alphas: dict[str, float],
     settings: MergeSettings,
     gram_sets: Sequence[GramSet],
     experts: Sequence[AlignedExpert],
@@ -189,10 +261,10 @@ def _groups(
         with_bias = settings.fit_bias and module.bias in merged
         if settings.gram_source == "data":
             shared = tuple(g.group(resolve_module(g, e, name)) for g, e in zip(gram_sets, experts, strict=True))
-            members.setdefault((shared, with_bias), []).append(module)
+            members.setdefault((shared, alphas[name], with_bias), []).append(module)
         else:
-            members[(name, with_bias)] = [module]
-    return tuple(ModuleGroup(tuple(own), own[0].in_features, key[1]) for key, own in members.items())
+            members[(name, alphas[name], with_bias)] = [module]
+    return tuple(ModuleGroup(tuple(own), own[0].in_features, *key[1:]) for key, own in members.items())
 
 
 def resolve_module(grams: GramSet, expert: AlignedExpert, name: str) -> str:

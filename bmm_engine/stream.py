@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bmm_engine.align import float_dtype
+from bmm_engine.anchors import DepthMap, Site
 from bmm_engine.architecture import LinearModule
-from bmm_engine.errors import GramMismatchError
+from bmm_engine.errors import GramMismatchError, NonFiniteWeightError
 from bmm_engine.grams import GramAccumulator, GramSet, weight_fingerprint
+from bmm_engine.lowrank import LowRank
 from bmm_engine.memory import release_free_memory
 from bmm_engine.moments import DenseMoment, Moment, TaskVectorMoment, hybrid_moment
+from bmm_engine.ordering import canonical_order
+from bmm_engine.parallel import in_order, one_thread
 from bmm_engine.plan import MergePlan, ModuleGroup, resolve_module
 from bmm_engine.solve import Factor, check_finite, energy_weights, factorize, solve_with_factor, task_energy
 
+T = TypeVar("T")
+
 # Elementwise rules work on slabs of this many elements, so that a large embedding never exists T + 2 times in float32.
-SLAB_ELEMENTS = 8 * 2**20
+SLAB_ELEMENTS = 4 * 2**20
 # A Gram up to this size stays in memory while its group is solved; a larger one is read again for each use.
 KEPT_GRAM_BYTES = 64 * 2**20
 # Factorisations of one width are batched up to this many bytes: on a GPU the batch is what keeps it busy, on a CPU it would only cost memory.
@@ -49,19 +56,56 @@ class ModuleRecord:
 
 
 class MergeStream:
-    """Iterate to get every tensor of the merged model, in pieces; `records` fills as modules are solved."""
+    """Iterate to get every tensor of the merged model, in pieces; `records` fills as modules are solved.
 
-    def __init__(self, plan: MergePlan):
+    `finish`: what is done to each piece as soon as it is there (the cast to its final dtype), by the thread that made it. It is the `Model`
+    that the rule's reduction sees.
+    """
+
+    def __init__(self, plan: MergePlan, finish: Callable[[Piece], Piece] = lambda piece: piece):
         self.plan = plan
+        self.finish = finish
         self.settings = plan.settings
         self.base = plan.alignment.base
-        self.experts = plan.alignment.experts
         self.rule = plan.settings.rule
-        self.parameters = self.rule.parameters(plan.settings.anchor_parameters)
+        self.depth = DepthMap(self.base.names())
         self.device = torch.device(plan.settings.device)
         self.dtype = float_dtype(self.base.spec(n).dtype for n in plan.alignment.merged)
         self.records: list[ModuleRecord] = []
+        self.state: Any = None
+        self.workers = torch.get_num_threads()
+        self._parameters = self.rule.parameters(plan.settings.anchor_parameters)
         self._linear_by_weight = {m.weight: m for m in plan.linear.values()}
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The experts' indices as the rule gets them: by their contents where it is symmetric, so that not a bit depends on their listing."""
+        experts, names = self.plan.alignment.experts, self.plan.alignment.merged
+        listed = tuple(range(len(experts)))
+        if not self.rule.symmetric or len(experts) == 1 or not names:
+            return listed
+        given = self.settings.task_weights
+        weights = given if isinstance(given, tuple) else (given,) * len(experts)
+        own = self._parameters.at(names[0], self.depth(names[0]), len(experts)).values()
+        per_expert = [value for value in own if isinstance(value, tuple) and len(value) == len(experts)]
+        return canonical_order(
+            self.base, experts, names, [(weights[t], *(value[t] for value in per_expert)) for t in listed]
+        )
+
+    @cached_property
+    def experts(self) -> tuple[Any, ...]:
+        return self._ordered(self.plan.alignment.experts)
+
+    @cached_property
+    def gram_sets(self) -> tuple[GramSet, ...]:
+        return self._ordered(self.plan.gram_sets)
+
+    @cached_property
+    def fishers(self) -> tuple[Any, ...]:
+        return self._ordered(self.plan.fishers)
+
+    def _ordered(self, values: Sequence[T]) -> tuple[T, ...]:
+        return tuple(values[t] for t in self.order) if values else ()
 
     def __len__(self) -> int:
         """Steps for a progress bar: modules, and slabs of the other tensors."""
@@ -71,19 +115,54 @@ class MergeStream:
         if self.plan.groups:
             self._check_first_grams(self.plan.groups[0])
         if self.rule.reduce is not None:
-            self.parameters["state"] = self.rule.reduce(self._whole_model, **self.parameters)
+            with one_thread():
+                self.state = self.rule.reduce(self)
         for batch in self._batches():
             yield from self._solve_batch(batch)
             release_free_memory()
-        for name in self.plan.from_anchor:
-            for rows in self._slabs(name):
-                yield [Piece(name, self._anchor_tensor(name, rows).cpu(), rows)]
-        for name in self.plan.from_base:
-            for rows in self._slabs(name):
-                yield [Piece(name, self.base.load(name, rows), rows)]
+        tasks = (
+            (self._bytes(name, rows), self._other_piece(name, rows))
+            for name in self._others()
+            for rows in self._slabs(name)
+        )
+        for piece in self._at_once(tasks):
+            yield [piece]
 
     def _others(self) -> tuple[str, ...]:
         return self.plan.from_anchor + self.plan.from_base
+
+    # The model as a reduction sees it
+
+    def sites(self) -> Iterator[Site]:
+        return self.map(lambda site: site)
+
+    def map(self, function: Callable[[Site], T]) -> Iterator[T]:
+        def work(name: str, rows: slice | None) -> Callable[[], T]:
+            return lambda: function(self._site(name, rows))
+
+        parts = ((name, rows) for name in self.plan.alignment.merged for rows in self._slabs(name))
+        return self._at_once((self._bytes(name, rows), work(name, rows)) for name, rows in parts)
+
+    def constant(self, parameter: str) -> Any:
+        names, count = self.plan.alignment.merged, len(self.experts)
+        value = self._parameters.constant(parameter, names, self.depth, count)
+        return self._ordered(value) if self._parameters.settings[parameter].per_expert else value
+
+    def _at_once(self, tasks: Iterator[tuple[int, Callable[[], T]]]) -> Iterator[T]:
+        """On a CPU as many at once as torch may use threads; on a GPU one, so that reading and writing overlap with it."""
+        return in_order(tasks, workers=self.workers if self.device.type == "cpu" else 1)
+
+    def _bytes(self, name: str, rows: slice | None) -> int:
+        """About what the work on a tensor, or on some rows of it, holds at a time."""
+        spec = self.base.spec(name)
+        elements = math.prod(spec.shape) if rows is None else math.prod(spec.shape[1:]) * (rows.stop - rows.start)
+        if name in self.plan.from_base:
+            return elements * spec.dtype.itemsize
+        if self._is_linear(name):
+            return 8 * elements * (len(self.plan.alignment.experts) + 4)  # factorisations are float64
+        return elements * (
+            4 + sum(4 if not self.rule.stored else s.spec(name).dtype.itemsize for s in (self.base, *self.experts))
+        )
 
     # Reading
 
@@ -98,54 +177,129 @@ class MergeStream:
         weight = weight.mT.contiguous() if module.transposed else weight
         return torch.cat([weight, self._load(source, module.bias)[:, None]], 1) if with_bias else weight
 
-    def _slabs(self, name: str) -> Iterator[slice | None]:
-        shape = self.base.spec(name).shape
-        linear = self.rule.scope == "module" and name in self._linear_by_weight
-        size = math.prod(shape)
-        if (
-            linear
-            or len(shape) < 2
-            or size <= SLAB_ELEMENTS
-            or not (self.rule.elementwise or self.rule.scope == "module")
-        ):
-            yield None
-            return
-        step = max(1, SLAB_ELEMENTS * shape[0] // size)
-        for start in range(0, shape[0], step):
-            yield slice(start, min(start + step, shape[0]))
+    def _is_linear(self, name: str) -> bool:
+        """Is it the weight of a linear module, for a rule that treats those apart?"""
+        return self.rule.linear and name in self._linear_by_weight
 
-    def _whole_model(self) -> Iterable[tuple[str, Tensor, Sequence[Tensor]]]:
-        for name in self.plan.alignment.merged:
-            for rows in self._slabs(name):
-                yield name, self._load(self.base, name, rows), [self._load(e, name, rows) for e in self.experts]
+    def _slabs(self, name: str) -> Iterator[slice | None]:
+        whole = name in self.plan.from_anchor and not self._takes_parts(name)
+        return iter([None]) if whole or self._is_linear(name) else row_slabs(self.base.spec(name).shape)
+
+    def _takes_parts(self, name: str) -> bool:
+        return self.rule.scope == "module" or self.rule.takes_parts(self._at(name))
+
+    def _at(self, name: str) -> dict[str, Any]:
+        """The rule's parameters for one tensor, those of the experts in their order."""
+        found = self._parameters.at(name, self.depth(name), len(self.experts))
+        settings = self._parameters.settings
+        return {key: self._ordered(value) if settings[key].per_expert else value for key, value in found.items()}
+
+    def _site(self, name: str, rows: slice | None) -> Site:
+        """A tensor as the rule gets it: of a linear module oriented, of others as they are stored."""
+        if self._is_linear(name):
+            module = self._linear_by_weight[name]
+            return self._module_site(
+                module,
+                self._oriented(self.base, module, False),
+                [self._oriented(e, module, False) for e in self.experts],
+            )
+        if self.rule.stored:
+            base, *experts = (source.load(name, rows).to(self.device) for source in (self.base, *self.experts))
+        else:
+            base, *experts = (self._load(source, name, rows) for source in (self.base, *self.experts))
+        shape = tuple(self.base.spec(name).shape)
+        first = 0 if rows is None else rows.start * math.prod(shape[1:])
+        fishers = self._fishers_at(name, rows)
+        return Site(name, base, experts, self._at(name), shape, first, fishers=fishers)
+
+    def _module_site(
+        self, module: LinearModule, base: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment] = ()
+    ) -> Site:
+        """The site of a module's weight (out, in), already read."""
+        grams = moments
+        if self.rule.needs_grams and not moments and module.name not in self.plan.unmeasured:
+            grams = _OpenGroup(self, ModuleGroup((module,), module.in_features, math.inf)).moments
+        fishers = self._fishers_at(module.weight)
+        return Site(
+            module.weight,
+            base,
+            experts,
+            self._at(module.weight),
+            tuple(base.shape),
+            linear=True,
+            grams=grams if self.rule.needs_grams else (),
+            fishers=[f.mT.contiguous() for f in fishers] if module.transposed else fishers,
+            low_rank=[self._low_rank(e, module) for e in self.experts],
+        )
+
+    def _low_rank(self, expert: Any, module: LinearModule) -> LowRank | None:
+        """The expert's task vector as a product, where its source knows it as one."""
+        known = getattr(expert.source, "low_rank", None)
+        product = known(expert.mapping[module.weight]) if known is not None else None
+        return product if product is None else product.to(self.device, self.dtype)
+
+    def _fishers_at(self, name: str, rows: slice | None = None) -> list[Tensor]:
+        """The Fisher information of the experts' tensors, as they are stored; none for a tensor that has none (a buffer)."""
+        found: list[Tensor] = []
+        for fisher, expert in zip(self.fishers, self.experts if self.fishers else (), strict=True):
+            own = next((n for n in (expert.mapping[name], name) if fisher.resolve(n) is not None), expert.mapping[name])
+            if own in fisher.buffers:
+                return []
+            if rows is None:
+                fisher.check(own, expert.load(name), expert.label)
+            found.append(fisher.get(own, rows).to(self.device, self.dtype))
+        return found
 
     # The anchor
 
-    def _anchor_tensor(self, name: str, rows: slice | None) -> Tensor:
-        """A tensor that is not solved, as the anchor has it (in its stored orientation)."""
-        module = self._linear_by_weight.get(name)
-        if self.rule.scope == "module" and module is not None:
-            base = self._oriented(self.base, module, False)
-            merged = self.rule.rule(base, [self._oriented(e, module, False) for e in self.experts], **self.parameters)
-            return merged.mT.contiguous() if module.transposed else merged
-        base, experts = self._load(self.base, name, rows), [self._load(e, name, rows) for e in self.experts]
-        return (
-            self._other(base, experts)
-            if self.rule.scope == "module"
-            else self.rule.rule(base, experts, **self.parameters)
+    def _other_piece(self, name: str, rows: slice | None) -> Callable[[], Piece]:
+        def work() -> Piece:
+            if name in self.plan.from_base:
+                return self.finish(Piece(name, self.base.load(name, rows), rows))
+            merged = self._anchor(self._site(name, rows))
+            if self._is_linear(name) and self._linear_by_weight[name].transposed:
+                merged = merged.mT
+            return self.finish(Piece(name, merged.contiguous(), rows))
+
+        return work
+
+    def _anchor(self, site: Site) -> Tensor:
+        if self.rule.scope == "module" and not (site.linear and (site.grams or not self.rule.needs_grams)):
+            scaling = {"mean": 1.0, "scaled": site.parameters.get("scaling", 1.0), "base": 0.0}[self.rule.others]
+            return scaled_mean(site.base, site.experts, scaling)
+        try:
+            return self.rule.apply(site, self.state)
+        except NonFiniteWeightError as error:
+            if error.index is None:
+                raise
+            label = (self.base, *self.experts)[error.index].label
+            check_finite((site.base, *site.experts)[error.index], f"{label}, tensor {site.name!r}")
+            raise
+
+    def _anchor_module(
+        self, module: LinearModule, base: Tensor, experts: Sequence[Tensor], group: _OpenGroup
+    ) -> Tensor:
+        """The anchor's weight (out, in) of a module that is solved, or [W | b] (out, in + 1)."""
+        with_bias = group.group.with_bias
+        weight, weights = (
+            (base[:, :-1].contiguous(), [e[:, :-1].contiguous() for e in experts]) if with_bias else (base, experts)
         )
+        with one_thread():
+            if self.rule.linear:
+                merged = self._anchor(self._module_site(module, weight, weights, () if with_bias else group.moments))
+            else:  # as it is stored: what depends on rows, or on where an entry lies, is the same as without a solve
+                merged = self._anchor(self._plain_site(module.weight, module.transposed, weight, weights))
+                merged = merged.mT.contiguous() if module.transposed else merged
+            if not with_bias:
+                return merged
+            bias = self._anchor(self._plain_site(module.bias, False, base[:, -1], [e[:, -1] for e in experts]))
+        return torch.cat([merged, bias[:, None]], 1)
 
-    def _other(self, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        """What a rule for matrices leaves open takes the mean of the experts."""
-        return torch.stack([e - base for e in experts]).mean(0).add_(base)
-
-    def _anchor_module(self, base: Tensor, experts: Sequence[Tensor], with_bias: bool) -> Tensor:
-        if not with_bias:
-            return self.rule.rule(base, experts, **self.parameters)
-        weight = self.rule.rule(base[:, :-1].contiguous(), [e[:, :-1].contiguous() for e in experts], **self.parameters)
-        biases = base[:, -1].contiguous(), [e[:, -1].contiguous() for e in experts]
-        bias = self._other(*biases) if self.rule.scope == "module" else self.rule.rule(*biases, **self.parameters)
-        return torch.cat([weight, bias[:, None]], 1)
+    def _plain_site(self, name: str, transposed: bool, base: Tensor, experts: Sequence[Tensor]) -> Site:
+        """The site of a whole tensor that has been read, turned to how it is stored."""
+        base, *experts = ((t.mT if transposed else t).contiguous() for t in (base, *experts))
+        fishers = self._fishers_at(name)
+        return Site(name, base, experts, self._at(name), tuple(base.shape), fishers=fishers)
 
     # The solve
 
@@ -155,7 +309,7 @@ class MergeStream:
         for group in self.plan.groups:
             width = group.width + group.with_bias
             full = (len(batch) + 1) * 8 * width**2 > budget
-            if batch and (full or batch[0].width + batch[0].with_bias != width):
+            if batch and (full or (batch[0].width + batch[0].with_bias, batch[0].alpha) != (width, group.alpha)):
                 yield batch
                 batch = []
             batch.append(group)
@@ -168,7 +322,7 @@ class MergeStream:
         factors = factorize(
             [g.moments for g in opened],
             betas,
-            alpha=self.settings.alpha,
+            alpha=batch[0].alpha,
             names=[g.group.name for g in opened],
             device=self.device,
         )
@@ -179,20 +333,23 @@ class MergeStream:
     def _solve_module(self, group: _OpenGroup, module: LinearModule, factor: Factor) -> list[Piece]:
         with_bias = group.group.with_bias
         base, experts = group.weights(module)
-        anchor = self._anchor_module(base, experts, with_bias)
+        anchor = self._anchor_module(module, base, experts, group)
         solved = solve_with_factor(anchor, experts, group.moments, factor)
         moved = float((anchor - base).norm())
         shift = float((solved - anchor).norm()) / moved if moved else 0.0
         shape = (module.out_features, module.in_features)
-        self.records.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, factor.task_weights, shift))
-        merged = solved if self.settings.scale == 1 else base + self.settings.scale * (solved - base)
-        return self._pieces(module, merged, with_bias)
+        listed = dict(zip(self.order, factor.task_weights, strict=True))
+        weights = tuple(listed[t] for t in range(len(listed)))
+        self.records.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, weights, shift))
+        scale = self.settings.scale_setting.at(module.weight, self.depth(module.weight), len(self.experts))
+        merged = solved if scale == 1 else base + scale * (solved - base)
+        return [self.finish(piece) for piece in self._pieces(module, merged, with_bias)]
 
     def _pieces(self, module: LinearModule, merged: Tensor, with_bias: bool) -> list[Piece]:
         weight = merged[:, :-1] if with_bias else merged
         weight = weight.mT if module.transposed else weight
-        pieces = [Piece(module.weight, weight.contiguous().cpu())]
-        return [*pieces, Piece(module.bias, merged[:, -1].contiguous().cpu())] if with_bias else pieces
+        pieces = [Piece(module.weight, weight.contiguous())]
+        return [*pieces, Piece(module.bias, merged[:, -1].contiguous())] if with_bias else pieces
 
     # Grams
 
@@ -200,13 +357,13 @@ class MergeStream:
         """A Gram of another model shows at its first module: find out before hours of work."""
         if self.settings.gram_source == "task_vectors":
             return
-        for t in range(len(self.experts)):
+        for t in sorted(range(len(self.order)), key=self.order.__getitem__):
             for module in group.members:
                 self.check_fingerprint(t, module)
 
     def check_fingerprint(self, t: int, module: LinearModule) -> None:
         """Raise `GramMismatchError` unless the Gram set of expert `t` was measured on this very weight."""
-        grams, expert = self.plan.gram_sets[t], self.experts[t]
+        grams, expert = self.gram_sets[t], self.experts[t]
         own = resolve_module(grams, expert, module.name)
         recorded = grams.fingerprints.get(own)
         if recorded is None:
@@ -246,7 +403,7 @@ class _OpenGroup:
         if given == "none":
             return (1.0,) * len(self.moments)
         if not isinstance(given, str):
-            return tuple(given)
+            return self.stream._ordered(given)
         energies = [0.0] * len(self.moments)
         for module in self.group.members:
             base, experts = self.weights(module)
@@ -258,15 +415,18 @@ class _OpenGroup:
         settings = self.stream.settings
         if settings.gram_source == "data":
             return self._data_moment(t)
-        base, experts = self.weights(self.group.members[0])
-        task_vector = experts[t] - base
+        module = self.group.members[0]
+        product = None if self.group.with_bias else self.stream._low_rank(self.stream.experts[t], module)
+        if product is None:
+            base, experts = self.weights(module)
+        task_vector = experts[t] - base if product is None else product
         if settings.gram_source == "task_vectors":
             return TaskVectorMoment(task_vector, settings.normalization)
         return hybrid_moment(self._data_moment(t), task_vector, settings.hybrid_share)
 
     def _data_moment(self, t: int) -> Moment:
         stream, group = self.stream, self.group
-        grams = stream.plan.gram_sets[t]
+        grams = stream.gram_sets[t]
         for module in group.members:
             stream.check_fingerprint(t, module)
         own = resolve_module(grams, stream.experts[t], group.name)
@@ -277,6 +437,25 @@ class _OpenGroup:
 
         kept = load() if 4 * width * width <= KEPT_GRAM_BYTES else None
         return DenseMoment(load if kept is None else kept, grams.rows(own), width=width, module=group.name)
+
+
+def row_slabs(shape: Sequence[int]) -> Iterator[slice | None]:
+    """The runs of rows of about `SLAB_ELEMENTS` that make up a tensor; None where it is all one."""
+    size = math.prod(shape)
+    if len(shape) < 2 or size <= SLAB_ELEMENTS:
+        yield None
+        return
+    step = max(1, SLAB_ELEMENTS * shape[0] // size)
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def scaled_mean(base: Tensor, experts: Sequence[Tensor], scaling: float) -> Tensor:
+    """What a rule for matrices leaves open: `W_0 + a mean_t (W_t - W_0)`."""
+    out = torch.zeros_like(base)
+    for expert in experts if scaling else ():
+        out += expert - base
+    return out.mul_(scaling / len(experts)).add_(base)
 
 
 def _total(grams: GramSet, module: str, with_bias: bool) -> Tensor:
