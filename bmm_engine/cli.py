@@ -44,7 +44,7 @@ def _options(
 
 @app.command()
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="The YAML recipe.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help="The YAML recipe, or a mergekit configuration.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.", show_default=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT.")] = False,
     anchor: Annotated[str | None, typer.Option(help="Replace the recipe's anchor.", show_default=False)] = None,
@@ -61,7 +61,9 @@ def merge(
     from bmm_engine.pipeline import run_recipe
     from bmm_engine.recipe import Recipe
 
-    loaded = Recipe.load(recipe, anchor=anchor, alpha=alpha, scale=scale, dtype=dtype, device=device)
+    loaded = Recipe.load(
+        recipe, local_files_only=offline, anchor=anchor, alpha=alpha, scale=scale, dtype=dtype, device=device
+    )
     result = run_recipe(
         loaded,
         output,
@@ -111,52 +113,72 @@ def collect(
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 128,
     field: Annotated[str, typer.Option(help="The text column of .jsonl, .csv and .tsv.")] = "text",
     dtype: Annotated[str, typer.Option(help="The model runs in float32, bfloat16 or float16.")] = "float32",
+    fisher: Annotated[bool, typer.Option("--fisher", help="Measure Fisher information instead of Grams.")] = False,
+    labels: Annotated[str, typer.Option(help="For --fisher: expected, or sampled (language models).")] = "expected",
+    base: Annotated[
+        str | None, typer.Option(help="The base of a LoRA adapter that is to be measured.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the Grams of an expert on its calibration data, once for all merges."""
+    """Measure an expert on its calibration data, once for all merges: its Grams, or its Fisher information."""
     from bmm_engine.calibration import read_calibration
-    from bmm_engine.pipeline import collect_from_checkpoint, gram_sets
-    from bmm_engine.recipe import CalibrationRecipe, Recipe
+    from bmm_engine.measure import Models, collect_from_checkpoint, fisher_from_checkpoint, fisher_sets, gram_sets
+    from bmm_engine.recipe import Recipe
 
+    what = "fisher" if fisher else "grams"
+    report, progress = _reporter(as_json), _progress(as_json)
+    sets: list[Any]
     if source.endswith((".yaml", ".yml")):
-        loaded = Recipe.load(source)
-        unsaved = [e.model for e in loaded.experts if e.grams is None]
-        if unsaved:
-            raise ConfigError(
-                f"{source}: expert {unsaved[0]!r} has no `grams` to save to; give every expert a path there."
-            )
-        sets = gram_sets(loaded, report=_reporter(as_json), local_files_only=offline, progress=_progress(as_json))
-        files = [str(e.grams) for e in loaded.experts]
+        loaded = Recipe.load(source, local_files_only=offline)
+        paths = [getattr(e, what) for e in loaded.experts]
+        if None in paths:
+            label = loaded.experts[paths.index(None)].label
+            raise ConfigError(f"{source}: expert {label!r} has no `{what}` to save to; give every expert a path there.")
+        if fisher:
+            sets = fisher_sets(loaded, Models(offline), report=report, progress=progress)
+        else:
+            from bmm_engine.anchors import get_anchor
+
+            walk = get_anchor(loaded.anchor.name).needs == "sequential_grams"
+            sets = gram_sets(loaded, Models(offline), report=report, sequential=walk, progress=progress)
+        files = [str(path) for path in paths]
     else:
         if data is None or output is None:
             raise ConfigError(
-                "bmm collect CHECKPOINT DATA -o GRAMS.safetensors: the data and the output file are needed."
+                "bmm collect CHECKPOINT DATA -o FILE.safetensors: the data and the output file are needed."
             )
-        raw = {"samples": samples, "batch_size": batch_size, "max_length": max_length, "field": field, "dtype": dtype}
-        options = Recipe.parse({"base": source, "experts": [source], "calibration": raw}, "bmm collect").calibration
-        assert isinstance(options, CalibrationRecipe)
-        grams = collect_from_checkpoint(
-            source,
-            read_calibration(data, samples=samples, field=field),
-            options,
-            modules=modules or None,
-            device=device,
-            local_files_only=offline,
-            progress=_progress(as_json),
-        )
-        sets, files = [grams], [str(grams.save(output))]
-    summaries = [
-        {"file": file, "modules": len(s.modules), "grams": len(set(s.modules.values())), "calibration": s.calibration}
-        for file, s in zip(files, sets, strict=True)
-    ]
+        raw = {"samples": samples, "batch_size": batch_size, "max_length": max_length, "field": field}
+        raw |= {"dtype": dtype, "fisher_labels": labels}
+        recipe = Recipe.parse({"base": base or source, "experts": [source], "calibration": raw}, "bmm collect")
+        models, own = Models(offline), read_calibration(data, samples=samples, field=field)
+        model = models.source(source) if base is None else models.expert(recipe, recipe.experts[0])
+        options: dict[str, Any] = {"device": device, "progress": progress}
+        if fisher:
+            sets = [fisher_from_checkpoint(model, own, recipe.calibration, **options)]
+        else:
+            sets = [collect_from_checkpoint(model, own, recipe.calibration, modules=modules or None, **options)]
+        files = [str(sets[0].save(output))]
+    summaries = [_measured(s, file) for file, s in zip(files, sets, strict=True)]
     if as_json:
         return _print_json(summaries)
     for summary in summaries:
-        _console().print(
-            f"[bold]{summary['file']}[/bold]: {summary['grams']} Grams for {summary['modules']} modules, from {summary['calibration']}."
-        )
+        _console().print(f"[bold]{summary['file']}[/bold]: {summary['what']}, from {summary['calibration']}.")
+
+
+def _measured(found: Any, file: str) -> dict[str, Any]:
+    """What a file of Grams or Fisher information holds."""
+    if hasattr(found, "grams"):
+        grams = len(set(found.modules.values()))
+        counts = {
+            "modules": len(found.modules),
+            "grams": grams,
+            "what": f"{grams} Grams for {len(found.modules)} modules",
+        }
+    else:
+        counts = {"parameters": len(found.names), "what": f"Fisher information of {len(found.names)} parameters"}
+    return {"file": file, **counts, "calibration": found.calibration}
 
 
 @app.command()
@@ -173,7 +195,7 @@ def inspect(
     from bmm_engine.recipe import Recipe
 
     if source.endswith((".yaml", ".yml")):
-        loaded = Recipe.load(source)
+        loaded = Recipe.load(source, local_files_only=offline)
         plan = plan_recipe(loaded, local_files_only=offline)
         description = describe_plan(plan, loaded.gram_source or plan.settings.gram_source)
     else:
@@ -184,24 +206,50 @@ def inspect(
 
 
 @app.command()
-def anchors(as_json: Json = False) -> None:
-    """List the merging rules that can serve as the anchor."""
-    from rich.table import Table
+def anchors(
+    name: Annotated[str | None, typer.Argument(help="One rule, in full.", show_default=False)] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the merging rules with their parameters and papers, or explain one."""
+    from bmm_engine.anchors import get_anchor, table
 
-    from bmm_engine.anchors import registered_anchors
-
-    rows: list[dict[str, Any]] = [
-        {"name": a.name, "scope": a.scope, "parameters": a.parameters(), "summary": a.summary, "paper": a.paper}
-        for a in registered_anchors().values()
-    ]
+    if markdown:
+        sys.stdout.write(table.markdown() + "\n")
+        return
+    rows = [row for row in table.rows() if name is None or row["name"] == get_anchor(name).name]
     if as_json:
         return _print_json(rows)
-    table = Table("name", "scope", "parameters", "paper")
+    console = _console(min_width=150)
+    if name is not None:
+        return _explain_anchor(console, get_anchor(name))
+    from rich.table import Table
+
+    shown = Table(
+        "name", "scope", "parameters", "paper", caption="* may differ between experts; `bmm anchors NAME` explains one"
+    )
     for row in rows:
-        table.add_row(
-            row["name"], row["scope"], ", ".join(f"{k}={v}" for k, v in row["parameters"].items()), row["paper"]
+        parameters = ", ".join(table.parameter_text(p) for p in row["parameters"])
+        shown.add_row(
+            row["name"], row["scope"] + (f", needs {row['needs']}" if row["needs"] else ""), parameters, row["paper"]
         )
-    _console().print(table)
+    console.print(shown)
+
+
+def _explain_anchor(console: Any, rule: Any) -> None:
+    import inspect
+
+    from rich.markup import escape
+    from rich.table import Table
+
+    from bmm_engine.anchors.table import plain
+
+    text = escape(inspect.getdoc(rule.rule) or "")
+    console.print(f"[bold]{rule.name}[/bold], {rule.scope} scope: {escape(rule.paper)}\n\n{text}\n", highlight=False)
+    parameters = Table("parameter", "type", "default", "for each expert")
+    for p in rule.schema:
+        parameters.add_row(p["name"], p["type"], plain(p["default"]), "yes" if p["per_expert"] else "no")
+    console.print(parameters)
 
 
 @app.command()

@@ -4,26 +4,81 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from bmm_engine import mergekit
+from bmm_engine.anchors import Setting, get_anchor
 from bmm_engine.errors import ConfigError
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, (dict, BaseModel)):
+        return "<slices>" if "slices" in value or isinstance(value, StackRecipe) else "<model>"
+    return "<path>"
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ExpertRecipe(_Strict):
-    """One fine-tune. `grams`: its Gram file, read if it exists, else made from `calibration` and kept there."""
+class ModelRecipe(_Strict):
+    """A model that takes more than a path to name: a revision on the hub, a PEFT adapter on top."""
 
     model: str
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+
+class SliceRecipe(ModelRecipe):
+    """The layers `start <= j < stop` of a model."""
+
+    layers: tuple[int, int]
+
+
+class StackRecipe(_Strict):
+    """A model stacked from layers of others, one slice after another (see `checkpoint/compose.py`)."""
+
+    slices: list[SliceRecipe] = Field(min_length=1)
+
+
+# A path or hub id, or one of the two above. A tag in angle brackets never shows in messages.
+ModelReference = Annotated[
+    Annotated[str, Tag("<path>")] | Annotated[ModelRecipe, Tag("<model>")] | Annotated[StackRecipe, Tag("<slices>")],
+    Discriminator(_form),
+]
+
+
+class ExpertRecipe(_Strict):
+    """One fine-tune. `grams`: its Gram file, read if it exists, else made from `calibration` and kept there. `fisher`: the same for its
+    Fisher information. `parameters`: its own values of the anchor's per-expert parameters; a plain list is a gradient over depth here."""
+
+    model: ModelReference
     name: str = ""
     grams: str | None = None
     calibration: str | None = None
+    fisher: str | None = None
+    parameters: dict[str, Any] = {}
+
+    @property
+    def label(self) -> str:
+        """What to call the expert: its name, else the last part of its path."""
+        return self.name or _last_part(self.model)
 
 
 class AnchorRecipe(BaseModel):
@@ -45,25 +100,72 @@ class CalibrationRecipe(_Strict):
     max_length: int = Field(128, ge=1, description="tokens per text")
     field: str = "text"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    fisher_labels: Literal["expected", "sampled"] = Field(
+        "expected",
+        description="labels for Fisher information: the exact expectation, or drawn from the model (language models)",
+    )
+
+
+def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], Any]:
+    """Validates a number, or one that varies over the model (the forms of `anchors/settings.py`)."""
+
+    def number(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError("it must be a number")
+        try:
+            found = float(value)
+        except ValueError:
+            raise ValueError("it must be a number") from None
+        if complaint := check(found):
+            raise ValueError(complaint)
+        return found
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: v if k == "filter" else numbers(v) for k, v in value.items()}
+        return [numbers(v) for v in value] if isinstance(value, (list, tuple)) else number(value)
+
+    def validate(value: Any) -> Any:
+        if not isinstance(value, (list, tuple, dict)):
+            return number(value)
+        Setting(value, where=key, check=number, default=0.0)  # raises for what is no value
+        return numbers(value)
+
+    return validate
+
+
+Varying = float | list[Any] | dict[str, Any]
+Ridge = Annotated[
+    Varying,
+    PlainValidator(_over_the_model("alpha", lambda v: "" if v >= 0 else "it must be >= 0 (inf for the anchor itself)")),
+]
+Scale = Annotated[
+    Varying, PlainValidator(_over_the_model("scale", lambda v: "" if math.isfinite(v) else "it must be finite"))
+]
 
 
 class Recipe(_Strict):
-    """Everything that decides a merge; paths are relative to the recipe's file."""
+    """Everything that decides a merge; paths are relative to the recipe's file.
 
-    base: str
+    `alpha` and `scale` may vary over the model: a gradient over depth, or a list of {filter, value}. `vocabulary`: embeddings of different
+    numbers of rows are an error, or cropped to the fewest, or padded to the most. `same_tokenizer`: refuse models whose tokenizer has
+    another vocabulary than the base's.
+    """
+
+    base: ModelReference
     experts: list[ExpertRecipe] = Field(min_length=1)
     anchor: AnchorRecipe = AnchorRecipe(name="average")
     gram_source: Literal["data", "task_vectors", "hybrid"] | None = None
     hybrid_share: float = Field(0.5, ge=0, le=1)
     normalization: Literal["trace", "none"] = "trace"
-    alpha: float = Field(
-        0.03, ge=0, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself"
-    )
-    scale: float = 1.0
+    alpha: Ridge = Field(0.03, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
+    scale: Scale = 1.0
     task_weights: Literal["none", "energy"] | list[float] = "none"
     fit_bias: bool = False
     modules: list[str] | None = None
     keep_base: list[str] = []
+    vocabulary: Literal["error", "crop", "pad"] = "error"
+    same_tokenizer: bool = False
     calibration: CalibrationRecipe = CalibrationRecipe()
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     max_shard_size: str | int = "5GB"
@@ -72,9 +174,12 @@ class Recipe(_Strict):
     @field_validator("experts", mode="before")
     @classmethod
     def _plain_paths(cls, value: Any) -> Any:
-        return (
-            [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
-        )
+        if not isinstance(value, list):
+            return value
+        return [
+            {"model": item} if isinstance(item, str) or (isinstance(item, dict) and set(item) == {"slices"}) else item
+            for item in value
+        ]
 
     @field_validator("anchor", mode="before")
     @classmethod
@@ -91,25 +196,64 @@ class Recipe(_Strict):
         measured = [e.grams is not None or e.calibration is not None for e in self.experts]
         if self.gram_source is None:
             if any(measured) and not all(measured):
-                lacking = self.experts[measured.index(False)].model
+                lacking = self.experts[measured.index(False)].label
                 raise ValueError(
                     f"expert {lacking!r} has neither `grams` nor `calibration`, others have; give all of them one, or none"
                 )
             self.gram_source = "data" if all(measured) else "task_vectors"
         elif self.gram_source != "task_vectors" and not all(measured) and self.alpha != math.inf:
-            lacking = self.experts[measured.index(False)].model
+            lacking = self.experts[measured.index(False)].label
             raise ValueError(
                 f"gram_source {self.gram_source!r} needs `grams` or `calibration` for every expert; {lacking!r} has none"
             )
+        for expert in self.experts:
+            if expert.calibration is not None and isinstance(expert.model, StackRecipe):
+                raise ValueError(
+                    f"expert {expert.label!r}: `calibration` runs the model, so it needs a checkpoint of its own; name its Grams with `grams`"
+                )
         return self
 
+    @model_validator(mode="after")
+    def _check_anchor(self) -> Recipe:
+        rule = get_anchor(self.anchor.name)
+        rule.check_experts(len(self.experts))
+        rule.parameters(self.anchor_parameters).at("", 0.0, len(self.experts))
+        lacking = [e.label for e in self.experts if e.fisher is None and e.calibration is None]
+        if lacking and rule.needs == "fishers":
+            raise ConfigError(
+                f"expert {lacking[0]!r} has no `fisher`, which anchor {rule.name!r} needs; give every expert its file, or `calibration` to make it."
+            )
+        return self
+
+    @property
+    def anchor_parameters(self) -> dict[str, Any]:
+        """The anchor's parameters, with the experts' own values in them; raises `ConfigError` for those that are not per expert."""
+        rule = get_anchor(self.anchor.name)
+        schema = {p["name"]: p for p in rule.schema}
+        given = {_singular(key, schema): value for key, value in self.anchor.parameters.items()}
+        own = [{_singular(key, schema): value for key, value in e.parameters.items()} for e in self.experts]
+        for expert, parameters in zip(self.experts, own, strict=True):
+            for key in parameters:
+                if key not in schema:
+                    rule.parameters({key: None})  # raises, with the nearest name
+                if not schema[key]["per_expert"]:
+                    raise ConfigError(
+                        f"expert {expert.label!r}: parameters.{key}: anchor {rule.name!r} has one {key} for all experts; give it under `anchor`."
+                    )
+        for key in {key for parameters in own for key in parameters}:
+            common = given.get(key, schema[key]["default"])
+            given[key] = [_value_of(p, key, _share(common, t, len(own))) for t, p in enumerate(own)]
+        return given
+
     def expert_name(self, index: int) -> str:
-        expert = self.experts[index]
-        return expert.name or Path(expert.model).name
+        return self.experts[index].label
 
     @classmethod
-    def load(cls, path: str | Path, **overrides: Any) -> Recipe:
-        """Read a recipe file; `overrides` replace top-level keys. Raises `ConfigError` naming the file and key."""
+    def load(cls, path: str | Path, *, local_files_only: bool = False, **overrides: Any) -> Recipe:
+        """Read a recipe, or a mergekit configuration, which is translated (see `bmm_engine/mergekit.py`); `overrides` replace top-level keys.
+
+        Raises `ConfigError` naming the file and key. `local_files_only`: to translate, never ask the hub.
+        """
         path = Path(path)
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -121,6 +265,8 @@ class Recipe(_Strict):
             raise ConfigError(
                 f"{path}: a recipe is a mapping with at least `base` and `experts`; this file holds a {type(raw).__name__}."
             )
+        if mergekit.is_configuration(raw):
+            raw = mergekit.translate(raw, path, local_files_only=local_files_only)
         raw.update({key: value for key, value in overrides.items() if value is not None})
         recipe = cls.parse(raw, str(path))
         return recipe._resolved(path.parent)
@@ -135,43 +281,111 @@ class Recipe(_Strict):
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values, without what is unset: what `bmm_merge.json` records."""
-        values = self.model_dump(exclude_none=True)
-        if self.alpha == math.inf:
-            values["alpha"] = "inf"
-        return values
+        return _without_infinity(self.model_dump(exclude_none=True))
 
     def _resolved(self, folder: Path) -> Recipe:
-        def local(value: str | None) -> str | None:
+        def local(value: str) -> str:
             """Relative to the recipe where that exists; a hub id or a path of the working directory stays as it is."""
-            return str(folder / value) if value is not None and (folder / value).exists() else value
+            return str(folder / value) if (folder / value).exists() else value
 
         def beside(value: str | None) -> str | None:
             return None if value is None else str(folder / value)
 
+        def located(model: Any) -> Any:
+            if isinstance(model, str):
+                return local(model)
+            if isinstance(model, StackRecipe):
+                return StackRecipe(slices=[located(part) for part in model.slices])
+            adapter = None if model.adapter is None else local(model.adapter)
+            return model.model_copy(update={"model": local(model.model), "adapter": adapter})
+
         experts = [
             e.model_copy(
-                update={"model": local(e.model), "grams": beside(e.grams), "calibration": beside(e.calibration)}
+                update={
+                    "model": located(e.model),
+                    "grams": beside(e.grams),
+                    "calibration": beside(e.calibration),
+                    "fisher": beside(e.fisher),
+                }
             )
             for e in self.experts
         ]
-        return self.model_copy(update={"base": local(self.base), "experts": experts})
+        return self.model_copy(update={"base": located(self.base), "experts": experts})
 
 
-_MODELS: dict[str, type[BaseModel]] = {"experts": ExpertRecipe, "calibration": CalibrationRecipe}
+def _last_part(model: Any) -> str:
+    if isinstance(model, str):
+        return Path(model).name
+    if isinstance(model, StackRecipe):
+        return " + ".join(f"{_last_part(part)}[{part.layers[0]}:{part.layers[1]}]" for part in model.slices)
+    return Path(model.model).name + (f"+{Path(model.adapter).name}" if model.adapter else "")
+
+
+def _singular(key: str, schema: Mapping[str, Any]) -> str:
+    """A per-expert parameter may be named in the plural: weights."""
+    single = key.removesuffix("s")
+    return single if key not in schema and single in schema and schema[single]["per_expert"] else key
+
+
+def _is_filters(raw: Any) -> bool:
+    return isinstance(raw, (list, tuple)) and bool(raw) and all(isinstance(c, Mapping) and "value" in c for c in raw)
+
+
+def _share(raw: Any, expert: int, experts: int) -> Any:
+    """One expert's part of a per-expert value, in the forms of `anchors/settings.py`."""
+    if _is_filters(raw):
+        return [{**case, "value": _share(case["value"], expert, experts)} for case in raw]
+    if isinstance(raw, (list, tuple)):
+        if len(raw) != experts:
+            raise ConfigError(
+                f"anchor: {list(raw)!r} has {len(raw)} values for {experts} experts; give one for each, or one for all. (A gradient over depth is"
+                " written {gradient: [...]} here.)"
+            )
+        return raw[expert]
+    return raw
+
+
+def _value_of(parameters: Mapping[str, Any], key: str, common: Any) -> Any:
+    """An expert's own value, `common` where it has none, or none that matches."""
+    if parameters.get(key) is None:
+        return common
+    raw = parameters[key]
+    if isinstance(raw, Mapping) and "value" in raw:
+        raw = [raw]
+    if _is_filters(raw):
+        return [*raw, {"value": common}]
+    return {"gradient": list(raw)} if isinstance(raw, (list, tuple)) else raw
+
+
+def _without_infinity(value: Any) -> Any:
+    """As JSON can hold it: infinity as text, which a recipe understands too."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinity(item) for item in value]
+    return "inf" if value == math.inf else value
 
 
 def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "recipe"
+    steps = [str(part) for part in error["loc"] if not str(part).startswith("<")]
+    where = ".".join(steps) or "recipe"
     if error["type"] == "extra_forbidden":
-        key = str(error["loc"][-1])
-        model = _MODELS.get(str(error["loc"][0]), Recipe) if len(error["loc"]) > 1 else Recipe
-        close = difflib.get_close_matches(key, model.model_fields, 1, 0.5)
+        model = _model_at([str(part) for part in error["loc"]])
+        close = difflib.get_close_matches(steps[-1], model.model_fields, 1, 0.5)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(model.model_fields)}."
         return f"unknown key {where!r}; {hint}"
     if error["type"] == "missing":
         return f"the key {where!r} is missing."
-    return (
-        f"{where} = {error['input']!r}: {error['msg'].removeprefix('Value error, ')}."
-        if error["loc"]
-        else f"{error['msg'].removeprefix('Value error, ')}."
-    )
+    text = error["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{where} = {error['input']!r}: {text}." if error["loc"] else f"{text}."
+
+
+def _model_at(loc: list[str]) -> type[BaseModel]:
+    """The type whose key the last part of a location is."""
+    if "<slices>" in loc:
+        return StackRecipe if loc[-2] == "<slices>" else SliceRecipe
+    if "<model>" in loc:
+        return ModelRecipe
+    if len(loc) > 1 and loc[0] == "calibration":
+        return CalibrationRecipe
+    return ExpertRecipe if len(loc) > 1 and loc[0] == "experts" else Recipe

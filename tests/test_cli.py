@@ -119,7 +119,13 @@ def test_collect_a_checkpoint_and_a_recipe(project, monkeypatch, capsys):
     )
     assert code == 0, err
     assert json.loads(out) == [
-        {"file": "g.safetensors", "modules": 2, "grams": 2, "calibration": json.loads(out)[0]["calibration"]}
+        {
+            "file": "g.safetensors",
+            "modules": 2,
+            "grams": 2,
+            "what": "2 Grams for 2 modules",
+            "calibration": json.loads(out)[0]["calibration"],
+        }
     ]
     assert "7 samples" in GramSet.load("g.safetensors").calibration
     code, _, err = bmm(monkeypatch, capsys, "collect", "recipe.yaml")
@@ -174,7 +180,7 @@ def test_a_taken_output_is_refused_before_any_model_runs(project, monkeypatch, c
     def never(*args, **kwargs):
         raise AssertionError("a model ran")
 
-    monkeypatch.setattr("bmm_engine.pipeline.collect_from_checkpoint", never)
+    monkeypatch.setattr("bmm_engine.measure.collect_from_checkpoint", never)
     code, _, err = bmm(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "merged")
     assert code == 2
     assert "merged" in err

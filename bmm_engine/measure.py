@@ -1,0 +1,253 @@
+"""What the experts of a recipe are measured for on their calibration data: Grams, Grams of a sequential walk, Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bmm_engine.architecture import checkpoint_names, load_config, model_class
+from bmm_engine.calibration import CalibrationData, read_calibration
+from bmm_engine.checkpoint import AdapterSource, Checkpoint, TensorSource, open_adapter
+from bmm_engine.checkpoint.compose import LayerRange, StackedSource
+from bmm_engine.errors import CheckpointError, ConfigError
+from bmm_engine.fisher import FisherSet, collect_fisher
+from bmm_engine.grams import GramSet
+from bmm_engine.progress import quiet_transformers
+from bmm_engine.recipe import CalibrationRecipe, ExpertRecipe, ModelRecipe, Recipe, StackRecipe
+from bmm_engine.sources import adapter_options, open_expert
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Report = Callable[[str], None]
+
+
+class Models:
+    """Opens the models that a recipe names, each checkpoint once."""
+
+    def __init__(self, local_files_only: bool = False):
+        self.local_files_only = local_files_only
+        self._open: dict[tuple[str | None, ...], TensorSource] = {}
+
+    def get(self, model: str | ModelRecipe | StackRecipe) -> str | TensorSource:
+        """A model for `merge`: a path or hub id as it is, anything else as a source. Raises what opening it raises."""
+        return model if isinstance(model, str) else self.source(model)
+
+    def source(self, model: str | ModelRecipe | StackRecipe) -> TensorSource:
+        """A full model, or one with its adapter."""
+        if isinstance(model, StackRecipe):
+            return StackedSource([LayerRange(self.source(part), *part.layers) for part in model.slices])
+        if isinstance(model, str):
+            model = ModelRecipe(model=model)
+        key = (model.model, model.revision, model.adapter, model.adapter_revision)
+        if key not in self._open:
+            self._open[key] = self._opened(model)
+        return self._open[key]
+
+    def expert(self, recipe: Recipe, expert: ExpertRecipe) -> TensorSource:
+        """An expert, which may be an adapter of the recipe's base."""
+        if not isinstance(expert.model, str):
+            return self.source(expert.model)
+        return open_expert(expert.model, self.source(recipe.base), expert.label, self.local_files_only)
+
+    def _opened(self, model: ModelRecipe) -> TensorSource:
+        if model.adapter is None:
+            return Checkpoint.open(model.model, revision=model.revision, local_files_only=self.local_files_only)
+        base = self.source(ModelRecipe(model=model.model, revision=model.revision))
+        return open_adapter(
+            model.adapter,
+            base,
+            revision=model.adapter_revision,
+            local_files_only=self.local_files_only,
+            **adapter_options(base),
+        )
+
+
+def live_model(
+    source: TensorSource, *, cls: Any = None, dtype: str = "float32", device: str = "cpu"
+) -> tuple[nn.Module, Path]:
+    """A checkpoint, or an adapter on one, as a live model of its own architecture (or of the class `cls`); and where its tokenizer lies.
+
+    Raises `CheckpointError` for what transformers cannot load.
+    """
+    import torch
+
+    root = source.base if isinstance(source, AdapterSource) else source
+    if not isinstance(root, Checkpoint):
+        raise CheckpointError(
+            f"{source.label}: cannot be run, since it is no checkpoint of its own; save it as one, or name statistics measured before."
+        )
+    cls = cls or model_class(load_config(root.path))
+    try:
+        with quiet_transformers():
+            live = cls.from_pretrained(root.path, dtype=getattr(torch, dtype), local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{root.path}: transformers cannot load it as {cls.__name__}: {error}") from error
+    if isinstance(source, AdapterSource):
+        with torch.no_grad():
+            for name, tensor in source.live_tensors(checkpoint_names(live)):
+                live.get_parameter(name).copy_(tensor)
+    return live.to(device), root.path
+
+
+def collect_from_checkpoint(
+    model: str | TensorSource,
+    data: CalibrationData,
+    options: CalibrationRecipe,
+    *,
+    modules: list[str] | None = None,
+    device: str = "cpu",
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> GramSet:
+    """Load a checkpoint (path, hub id or source) with its own architecture and measure its Grams on `data`.
+
+    Raises `CheckpointError` for what transformers cannot load, and whatever `collect_grams` raises.
+    """
+    from bmm_engine.collect import collect_grams
+
+    source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
+    live, path = live_model(source, dtype=options.dtype, device=device)
+    _without_logits(live)
+    return collect_grams(
+        live, _batches(data, path, options), modules=modules, calibration=data.describe(), progress=progress
+    )
+
+
+def fisher_from_checkpoint(
+    model: str | TensorSource,
+    data: CalibrationData,
+    options: CalibrationRecipe,
+    *,
+    device: str = "cpu",
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> FisherSet:
+    """The same for the diagonal Fisher information, with labels as `options.fisher_labels` says. Raises as `collect_fisher`."""
+    source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
+    live, path = live_model(source, dtype=options.dtype, device=device)
+    return collect_fisher(
+        live,
+        _batches(data, path, options),
+        labels=options.fisher_labels,
+        examples=options.samples,
+        calibration=data.describe(),
+        progress=progress,
+    )
+
+
+def gram_sets(
+    recipe: Recipe, models: Models, *, report: Report, sequential: bool = False, progress: bool | None = None
+) -> list[GramSet]:
+    """Each expert's Grams: from its file where it exists, else collected (and saved there if the recipe names a file).
+
+    `sequential`: those of a walk that merges on the way, by the recipe's own anchor, which belong together: unless all files exist, all are
+    measured.
+    """
+    files = [e.grams for e in recipe.experts]
+    data = _missing_data(recipe, files, "Gram", together=sequential)
+    if sequential and data:
+        return _walk(recipe, models, [data[i] for i in range(len(files))], report, progress)
+    sets = []
+    for i, expert in enumerate(recipe.experts):
+        if i not in data:
+            sets.append(GramSet.load(str(expert.grams)))
+            report(f"{expert.label}: Grams from {expert.grams}")
+            continue
+        grams = collect_from_checkpoint(
+            models.expert(recipe, expert),
+            data[i],
+            recipe.calibration,
+            modules=recipe.modules,
+            device=recipe.device,
+            progress=progress,
+        )
+        if expert.grams is not None:
+            grams.save(expert.grams)
+        report(f"{expert.label}: Grams of {len(grams.modules)} modules collected from {data[i].describe()}")
+        sets.append(grams)
+    return sets
+
+
+def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: bool | None = None) -> list[FisherSet]:
+    """Each expert's Fisher information: from its file where it exists, else collected (and saved there if the recipe names a file)."""
+    data = _missing_data(recipe, [e.fisher for e in recipe.experts], "Fisher")
+    sets = []
+    for i, expert in enumerate(recipe.experts):
+        if i not in data:
+            sets.append(FisherSet.load(str(expert.fisher)))
+            report(f"{expert.label}: Fisher information from {expert.fisher}")
+            continue
+        source = models.expert(recipe, expert)
+        found = fisher_from_checkpoint(source, data[i], recipe.calibration, device=recipe.device, progress=progress)
+        if expert.fisher is not None:
+            found.save(expert.fisher)
+        report(f"{expert.label}: Fisher information of {found.examples} samples collected from {data[i].describe()}")
+        sets.append(found)
+    return sets
+
+
+def _missing_data(
+    recipe: Recipe, files: Sequence[str | None], what: str, together: bool = False
+) -> dict[int, CalibrationData]:
+    """Expert -> its calibration data, for those whose file does not exist. Read before the first model runs: a wrong path is found at once."""
+    wanted = [i for i, file in enumerate(files) if file is None or not Path(file).exists()]
+    if together and wanted:
+        wanted = list(range(len(files)))
+    found = {}
+    for i in wanted:
+        expert = recipe.experts[i]
+        if expert.calibration is None:
+            raise ConfigError(
+                f"expert {expert.label!r}: its {what} file {files[i]!r} does not exist, and no `calibration` says how to make it. Collect it"
+                " first (`bmm collect`), or name its calibration data."
+            )
+        options = recipe.calibration
+        found[i] = read_calibration(Path(expert.calibration), samples=options.samples, field=options.field)
+    return found
+
+
+def _walk(
+    recipe: Recipe, models: Models, data: list[CalibrationData], report: Report, progress: bool | None
+) -> list[GramSet]:
+    from bmm_engine.sequential import collect_sequential
+
+    options = recipe.calibration
+    base, _ = live_model(models.source(recipe.base), dtype=options.dtype, device=recipe.device)
+    experts, batches = [], []
+    for expert, own in zip(recipe.experts, data, strict=True):
+        source = models.expert(recipe, expert)
+        # As the base's class: a bare encoder as the base has experts without their heads.
+        live, path = live_model(source, cls=type(base), dtype=options.dtype, device=recipe.device)
+        experts.append(live)
+        batches.append(_batches(own, path, options))
+    for live in (base, *experts):
+        _without_logits(live)
+    sets = collect_sequential(
+        base,
+        experts,
+        batches,
+        anchor=recipe.anchor.name,
+        modules=recipe.modules,
+        calibration=[own.describe() for own in data],
+        progress=progress,
+        **recipe.anchor_parameters,
+    )
+    for expert, grams in zip(recipe.experts, sets, strict=True):
+        if expert.grams is not None:
+            grams.save(expert.grams)
+        report(f"{expert.label}: Grams of {len(grams.modules)} modules collected while merging")
+    return sets
+
+
+def _batches(data: CalibrationData, path: Path, options: CalibrationRecipe) -> list[Any]:
+    return list(data.batches(path, batch_size=options.batch_size, max_length=options.max_length))
+
+
+def _without_logits(live: Any) -> None:
+    """Logits over a whole vocabulary are large, and for Grams nobody reads them."""
+    import torch
+
+    if live.get_output_embeddings() is not None:
+        live.set_output_embeddings(torch.nn.Identity())
