@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from bench import peak, report, scaling
+from bench import anchors, peak, report, scaling
 from bench.harness import Case, Plan, measure
 from bench.report import Row, note
 
-OPS = ("gram", "cross_gram", "assemble", "residual", "spectral", "select", "cholesky", "regmean")
-NAMES = ("peak", *OPS, "scaling")
+OPS = ("gram", "cross_gram", "assemble", "residual", "spectral", "select", "blend", "ranks", "cholesky", "regmean")
+NAMES = ("peak", *OPS, "scaling", "anchors")
+
+ROUNDS = 9
 
 _EPILOG = "`python -m bench table FILE...` prints the rows of JSON files as one markdown table."
 
@@ -61,6 +63,10 @@ class _Runs:
             yield from peak.rows(self.device)
         elif name == "scaling":
             yield from self._scaling()
+        elif name == "anchors":
+            for rule, measured in anchors.plans(self.options):
+                if self.options.shapes in rule:
+                    yield from self._unless_wrong(f"{name} {rule}", measured)
         else:
             plans: Iterator[Plan] = importlib.import_module(f"bench.{name}").cases(self.device)
             for shape, build in plans:
@@ -68,13 +74,13 @@ class _Runs:
                     yield from self._unless_wrong(f"{name} {shape}", partial(self._measure, build))
 
     def _measure(self, build: Callable[[], Case]) -> list[Row]:
-        return measure(build(), self.options.rounds)
+        return measure(build(), self.options.rounds or ROUNDS)
 
     def _scaling(self) -> Iterator[Row]:
         found: list[scaling.Curve] = []
 
         def measured(axis: scaling.Axis) -> list[Row]:
-            found.append(scaling.measure_axis(axis, self.options.rounds))
+            found.append(scaling.measure_axis(axis, self.options.rounds or ROUNDS))
             print(found[-1].verdict(), flush=True)
             return found[-1].rows
 
@@ -102,11 +108,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     parser.add_argument("--shapes", default="", metavar="SUBSTRING", help="only shapes that hold this")
     parser.add_argument(
-        "--rounds", type=_rounds, default=9, metavar="N", help="samples of each variant (default 9), fewer of slow ones"
+        "--rounds",
+        type=_rounds,
+        metavar="N",
+        help=f"samples of each variant (default {ROUNDS}, fewer of slow ones; {anchors.ROUNDS} of `anchors`)",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table in markdown")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="where `scaling` draws its curves")
+    anchors.add_options(parser)
     options = parser.parse_args(arguments)
+    anchors.check_options(parser, options)
     if options.plot and "scaling" not in options.names:
         parser.error("--plot is for the bench `scaling`")
     return options

@@ -45,11 +45,17 @@ class Row:
         float | None
     )  # of what bounds the op: fp32, fp64 or bf16 arithmetic, or copy bandwidth (`python -m bench peak`)
     gbytes_per_s: float | None  # bytes that must be read and written, once each
-    peak_mib: float | None  # memory one call takes beyond what was held before
-    error: float | None  # max |ours - truth| / max |truth| in float64; of a solve, its normwise backward error
+    peak_mib: (
+        float | None
+    )  # memory one call takes beyond what was held before; of a whole merge, the high-water mark of its process
+    # max |ours - truth| / max |truth| in float64; of a solve, its normwise backward error; of a merge, ||ours - truth|| / ||truth - base||
+    error: float | None
     rival_error: float | None
     commit: str  # with a plus: of a changed working tree
     versions: dict[str, str] = field(default_factory=versions)
+    rival_mib: float | None = None
+    private_mib: float | None = None  # of a whole merge: without pages of mapped files, which the system can take back
+    rival_private_mib: float | None = None
 
 
 @cache
@@ -105,15 +111,18 @@ _COLUMNS = {
     "gbytes_per_s": "GB/s",
     "peak_share": "of peak",
     "peak_mib": "MiB",
+    "rival_mib": "rival, MiB",
     "error": "error",
     "rival_error": "rival's error",
 }
+_WHERE_MEASURED = ("rival_mib",)  # columns left out of a table that has nothing in them
 _SPREADS = {"ours_ms": "ours_spread", "rival_ms": "rival_spread"}
 
 
 def table(rows: Sequence[Row], *, markdown: bool = False) -> str:
     """All rows as one table under a line that names machines, commits and versions."""
-    shown = dict(_COLUMNS)
+    empty = {column for column in _WHERE_MEASURED if all(getattr(row, column) is None for row in rows)}
+    shown = {column: title for column, title in _COLUMNS.items() if column not in empty}
     if len({row.hardware for row in rows}) > 1:
         shown["hardware"] = "hardware"
     lines = [list(shown.values())] + [[_cell(row, column) for column in shown] for row in rows]

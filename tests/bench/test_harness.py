@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 KEYS = {
     *("op", "backend", "device", "hardware", "dtype", "shape", "rival"),
     *("ours_ms", "ours_spread", "rival_ms", "rival_spread", "ratio", "tflops", "peak_share", "gbytes_per_s"),
-    *("peak_mib", "error", "rival_error", "commit", "versions"),
+    *("peak_mib", "error", "rival_error", "commit", "versions", "rival_mib", "private_mib", "rival_private_mib"),
 }
 
 
@@ -34,7 +34,7 @@ def test_rows_are_complete(name, tmp_path):
         assert row.peak_share > 0
         assert row.error < (1e-4 if name == "regmean float32" else 1e-6)
         assert row.rival_error < 0.1  # the rival does the same work, if in less exact arithmetic
-        assert (row.tflops is None) == (row.op == "select")
+        assert (row.tflops is None) == (row.op in ("select", "ranks"))
         assert row.op == name.split()[0].rstrip(",")
     report.write_json(rows, tmp_path / "rows.json")
     written = json.loads((tmp_path / "rows.json").read_text())
@@ -59,7 +59,9 @@ def test_a_wrong_result_stops_before_timing(name, monkeypatch):
 
 
 @pytest.mark.usefixtures("known_peaks")
-@pytest.mark.parametrize("name", sorted(SMALL.keys() - {"select", "cholesky", "regmean float64", "regmean float32"}))
+@pytest.mark.parametrize(
+    "name", sorted(SMALL.keys() - {"select", "ranks", "cholesky", "regmean float64", "regmean float32"})
+)
 def test_an_op_that_does_nothing_stops_before_timing(name, monkeypatch):
     """What writes in place has no right result left over from before."""
     case = SMALL[name](CPU)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-from bench import memory
+from bench import llama, memory
 
 
 def test_memory_of_a_merge_is_measured_and_within_its_bound(tmp_path):
-    shapes = memory.llama_shapes(layers=1, hidden=64, intermediate=160, vocabulary=300, key_value=32)
+    shapes = llama.llama_shapes(layers=1, hidden=64, intermediate=160, vocabulary=300, key_value=32)
     report = memory.run(tmp_path, experts=2, heads=4, shard="100KB", shapes=shapes)
     assert report["modules"] == 7
     assert 50 < report["peak_mib"] < report["bound_mib"]
