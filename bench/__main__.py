@@ -15,7 +15,19 @@ from bench import anchors, peak, report, scaling
 from bench.harness import Case, Plan, measure
 from bench.report import Row, note
 
-OPS = ("gram", "cross_gram", "assemble", "residual", "spectral", "select", "blend", "ranks", "cholesky", "regmean")
+OPS = (
+    "gram",
+    "cross_gram",
+    "assemble",
+    "residual",
+    "spectral",
+    "select",
+    "blend",
+    "ranks",
+    "cholesky",
+    "regmean",
+    "wudi",
+)
 NAMES = ("peak", *OPS, "scaling", "anchors")
 
 ROUNDS = 9

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from bmm_engine.align import align
-from bmm_engine.checkpoint import CheckpointWriter
+from bmm_engine.checkpoint import CheckpointWriter, InputRecords
 from bmm_engine.errors import ConfigError
 from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet, as_gram_sets
-from bmm_engine.output import Target, output_specs, write_sidecars
+from bmm_engine.output import Target, inputs_of, output_specs, write_sidecars
 from bmm_engine.plan import MergePlan, MergeSettings, build_plan, find_linear_modules
 from bmm_engine.progress import track
 from bmm_engine.sources import Model, open_expert, open_model
@@ -154,14 +154,13 @@ def merge(
         ordered.update({alias: ordered[name] for alias, name in plan.alignment.base.aliases.items() if name in ordered})
         return MergeResult(plan, stream.records, tensors=ordered)
     # Sharding and the output path are refused before any work.
-    with CheckpointWriter(
-        Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite
-    ) as writer:
+    writer = CheckpointWriter(Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite)
+    with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
         target = Target(specs, writer)
         stream = MergeStream(plan, target.finish)
         _run(stream, target, progress)
         result = MergeResult(plan, stream.records)
-        write_sidecars(writer, plan, result.summary(), recipe, dtype)
+        write_sidecars(writer, plan, inputs.result(), result.summary(), recipe, dtype)
         path = writer.commit()
     return replace(result, path=path)
 

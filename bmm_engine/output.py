@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.align import Alignment
-from bmm_engine.checkpoint import CheckpointWriter, TensorSpec, input_record, merge_record, model_card
+from bmm_engine.checkpoint import CheckpointWriter, TensorSource, TensorSpec, merge_record, model_card
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
 from bmm_engine.errors import ConfigError, NonFiniteWeightError
 from bmm_engine.plan import MergePlan
@@ -72,9 +72,17 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def inputs_of(plan: MergePlan) -> list[tuple[str, TensorSource]]:
+    """(role, source) of all files that a merge reads."""
+    alignment = plan.alignment
+    roles = [("base", alignment.base), *((f"expert {i + 1}", e.source) for i, e in enumerate(alignment.experts))]
+    return [(role, own) for role, source in roles for own in checkpoints_of(source)]
+
+
 def write_sidecars(
     writer: CheckpointWriter,
     plan: MergePlan,
+    inputs: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
     recipe: Mapping[str, Any] | None,
     dtype: torch.dtype | str | None,
@@ -86,8 +94,6 @@ def write_sidecars(
         writer.write_json("config.json", _with_dtype(config, parse_dtype(dtype)))
     if (files := root_checkpoint(base)) is not None:
         writer.copy_sidecars(files)
-    roles = [("base", base), *((f"expert {i + 1}", e.source) for i, e in enumerate(plan.alignment.experts))]
-    inputs = [input_record(role, own) for role, source in roles for own in checkpoints_of(source)]
     record = merge_record(recipe if recipe is not None else recipe_of(plan), inputs, summary)
     writer.write_json("bmm_merge.json", record)
     architecture = ((config or {}).get("architectures") or [None])[0]

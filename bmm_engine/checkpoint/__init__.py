@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from bmm_engine.checkpoint.adapter import AdapterSource, is_adapter, open_adapter
-from bmm_engine.checkpoint.provenance import RECORD_FILENAME, input_record, is_merge_directory, merge_record, model_card
+from bmm_engine.checkpoint.provenance import (
+    RECORD_FILENAME,
+    InputRecords,
+    input_record,
+    is_merge_directory,
+    merge_record,
+    model_card,
+)
 from bmm_engine.checkpoint.reader import Checkpoint, open_source
 from bmm_engine.checkpoint.shards import parse_size
 from bmm_engine.checkpoint.source import StateDictSource, TensorSource, TensorSpec
@@ -14,6 +21,7 @@ __all__ = [
     "AdapterSource",
     "Checkpoint",
     "CheckpointWriter",
+    "InputRecords",
     "StateDictSource",
     "TensorSource",
     "TensorSpec",

@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -170,9 +171,9 @@ class AdapterSource(TensorSource):
         """Base name of the adapter's weight file -> its size in bytes."""
         return {self._file.path.name: self._file.path.stat().st_size}
 
-    def sha256(self) -> dict[str, str]:
-        """Base name -> hex SHA-256 of the adapter's two files."""
-        return {path.name: file_sha256(path) for path in (self._file.path, self.settings.path)}
+    def sha256(self, stop: Event | None = None) -> dict[str, str]:
+        """Base name -> hex SHA-256 of the adapter's two files. `stop`: as in `file_sha256`."""
+        return {path.name: file_sha256(path, stop) for path in (self._file.path, self.settings.path)}
 
     # Reading
 

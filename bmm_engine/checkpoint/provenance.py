@@ -7,9 +7,11 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -33,10 +35,11 @@ def is_merge_directory(path: Path) -> bool:
     return isinstance(record, dict) and record.get("format") == RECORD_FORMAT
 
 
-def input_record(role: str, source: TensorSource) -> dict[str, Any]:
+def input_record(role: str, source: TensorSource, stop: Event | None = None) -> dict[str, Any]:
     """One entry of `inputs`: role ("base", "expert 'math'"), where it came from, and SHA-256 and size of its files.
 
     Reads every file of a Checkpoint once; of an adapter its own files, and it names the base. A source in memory has no files.
+    Raises InterruptedError once `stop` is set.
     """
     if not isinstance(source, (Checkpoint, AdapterSource)):
         return {"role": role, "source": source.label, "files": {}}
@@ -46,12 +49,39 @@ def input_record(role: str, source: TensorSource) -> dict[str, Any]:
         record["revision"] = source.revision
     if isinstance(source, AdapterSource):
         record["adapter_of"] = source.base.label
-    hashes = source.sha256()
+    hashes = source.sha256(stop)
     record["files"] = {
         name: {"sha256": digest, "bytes": sizes.get(name) or (source.path / name).stat().st_size}
         for name, digest in hashes.items()
     }
     return record
+
+
+class InputRecords:
+    """The records of a merge's inputs, hashed on threads of their own while the merge is at work; use as a context manager.
+
+    A source that is listed several times is hashed once. Left without `result`, whatever the reason, nothing is waited for.
+    """
+
+    def __init__(self, inputs: Sequence[tuple[str, TensorSource]], threads: int):
+        self._inputs = inputs
+        self._stop = Event()
+        self._pool = ThreadPoolExecutor(max(1, min(threads, len(inputs))), "bmm-hash")
+        self._hashed: dict[int, Future[dict[str, Any]]] = {}
+
+    def __enter__(self) -> InputRecords:
+        for role, source in self._inputs:
+            if id(source) not in self._hashed:
+                self._hashed[id(source)] = self._pool.submit(input_record, role, source, self._stop)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def result(self) -> list[dict[str, Any]]:
+        """A record for each input, in their order. Raises CheckpointError for a file that cannot be read."""
+        return [{**self._hashed[id(source)].result(), "role": role} for role, source in self._inputs]
 
 
 def merge_record(

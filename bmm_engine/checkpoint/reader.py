@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -123,12 +124,12 @@ class Checkpoint(TensorSource):
         """Base name of each weight file -> its size in bytes."""
         return {file.path.name: file.path.stat().st_size for file in self._files}
 
-    def sha256(self) -> dict[str, str]:
-        """Base name -> hex SHA-256 of each weight file and of config.json, read in blocks."""
+    def sha256(self, stop: Event | None = None) -> dict[str, str]:
+        """Base name -> hex SHA-256 of each weight file and of config.json, read in blocks. `stop`: as in `file_sha256`."""
         paths = [file.path for file in self._files]
         if self._config is not None:
             paths.append(self.path / "config.json")
-        return {path.name: file_sha256(path) for path in paths}
+        return {path.name: file_sha256(path, stop) for path in paths}
 
     def _resolve(self, name: str) -> str:
         if name in self._holder:
@@ -222,13 +223,17 @@ def _check_consistent(layout: Layout, files: list[WeightFile]) -> None:
             )
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
+def file_sha256(path: Path, stop: Event | None = None) -> str:
+    """Hex SHA-256 of a file, read in blocks. Raises InterruptedError once `stop` is set: nobody waits for the result then."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while block := file.read(_HASH_BLOCK_BYTES):
                 digest.update(block)
+                if stop is not None and stop.is_set():
+                    raise InterruptedError
+    except InterruptedError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()

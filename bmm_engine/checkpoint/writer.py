@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +20,8 @@ from bmm_engine.checkpoint.sidecars import sidecar_files
 from bmm_engine.checkpoint.source import TensorSpec, row_span
 from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.errors import CheckpointError, ConfigError, MissingTensorError, OutputWriteError, ShapeMismatchError
+
+_FLUSH_BYTES = 64 * 2**20
 
 
 class CheckpointWriter:
@@ -46,6 +49,9 @@ class CheckpointWriter:
         # Row ranges per tensor, sorted and disjoint; a scalar counts as one row.
         self._written: dict[str, list[tuple[int, int]]] = {}
         self._descriptors: dict[str, int] = {}
+        self._flusher: ThreadPoolExecutor | None = None
+        self._flushing: list[Future[None]] = []
+        self._unflushed = 0
         self._open = False
         self._stage = StagedDirectory(
             destination, overwrite=overwrite, needed_bytes=sum(shard.nbytes for shard in self._shards)
@@ -103,7 +109,19 @@ class CheckpointWriter:
         view = byte_view(tensor.detach().to("cpu").contiguous())
         with self._writing():
             _write_at(self._descriptors[shard.file], view, shard.offsets[name] + first * row_bytes)
+            self._unflushed += len(view)
+            if self._unflushed >= _FLUSH_BYTES:
+                self._flush(self._descriptors[shard.file])
         self._written[name] = spans
+
+    def _flush(self, descriptor: int) -> None:
+        """Have the disk begin on what was written, beside the work that goes on, so that `commit` need not wait for all of it."""
+        self._flusher = self._flusher or ThreadPoolExecutor(1, "bmm-flush")
+        self._flushing = [
+            *(f for f in self._flushing if not f.done() or f.result()),
+            self._flusher.submit(os.fdatasync, descriptor),
+        ]
+        self._unflushed = 0
 
     def write_json(self, filename: str, obj: object) -> None:
         """Store `obj` as a JSON file beside the weights. Raises ConfigError for what JSON lacks (infinity, objects)."""
@@ -165,6 +183,8 @@ class CheckpointWriter:
                 _write_file(
                     self._stage.out / INDEX_FILENAME, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
                 )
+            for flushed in self._flushing:
+                flushed.result()
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
         self._close_files()
@@ -212,6 +232,8 @@ class CheckpointWriter:
         self._stage.discard()
 
     def _close_files(self) -> None:
+        if self._flusher is not None:
+            self._flusher.shutdown(wait=True, cancel_futures=True)  # it holds descriptors
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
