@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,25 +11,14 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Site, anchor
-from bmm_engine.anchors.select import keep_exactly
+from bmm_engine.anchors.select import exact_bounds
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import kept_alone, l1_scale, linear_scale, row_ranks
-from bmm_engine.ops.blend import blend
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1, row_ranks
 
 _PAPER = "Davari and Belilovsky 2024, arXiv 2312.06795"
 Share = Annotated[float, Field(ge=0, le=1)]
 Extent = Literal["tensor", "row"]
 Rescale = Literal["none", "l1"]
-
-
-@dataclass(frozen=True)
-class Crumbs:
-    """Experts whose task vectors count between the magnitudes `lower` and `upper`, times `scales`."""
-
-    experts: Sequence[Tensor]
-    lower: Sequence[float | None]
-    upper: Sequence[float | None]
-    scales: Sequence[float]
 
 
 def _by_rows(parameters: Mapping[str, Any]) -> bool:
@@ -58,16 +47,8 @@ def breadcrumbs(
     `normalize`: divide by the sum of the weights.
     mergekit's form: gamma: 0.01, scaling: 1, and its density is 1 unless given.
     """
-    crumbs = _crumbs(site)
-    return blend(
-        base,
-        crumbs.experts,
-        weights=weight,
-        scales=crumbs.scales,
-        lower=crumbs.lower,
-        upper=crumbs.upper,
-        scaling=linear_scale(weight, scaling, normalize),
-    )
+    middle, masks = _crumbs(site)
+    return blend_masked(middle, masks, weights=weight, scaling=linear_scale(weight, scaling, normalize))
 
 
 @anchor(scope="tensor", elementwise=_by_rows, stored=True, paper=f"{_PAPER}; Yadav et al. 2023, arXiv 2306.01708")
@@ -90,45 +71,30 @@ def breadcrumbs_ties(
     `normalize`: divide by the weights of those that agree, as TIES does; mergekit's form is without. `elect`: see ties. The others: see
     breadcrumbs.
     """
-    crumbs = _crumbs(site)
-    return blend(
-        base,
-        crumbs.experts,
-        combine=f"elect_{elect}",
-        weights=weight,
-        scales=crumbs.scales,
-        lower=crumbs.lower,
-        upper=crumbs.upper,
-        normalize=normalize,
-        scaling=scaling,
-    )
+    middle, masks = _crumbs(site)
+    options = {"weights": weight, "normalize": normalize, "scaling": scaling}
+    return blend_masked(middle, masks, combine=f"elect_{elect}", **options)
 
 
-def _crumbs(site: Site) -> Crumbs:
-    """What is left of each expert, by the site's parameters."""
+def _crumbs(site: Site) -> tuple[Site, Masks]:
+    """What is left of each expert, by the site's parameters: experts, whose rows may have lost entries already, and masks of them."""
     given = site.parameters
-    experts: list[Tensor] = []
-    lower: list[float | None] = []
-    upper: list[float | None] = []
-    scales: list[float] = []
+    masks, experts = Masks.all_of(len(site.experts)), list(site.experts)
+    n = site.base.numel()
     for t, (expert, density, gamma) in enumerate(zip(site.experts, given["density"], given["gamma"], strict=True)):
-        kept, least, most, scale = expert, None, None, 1.0
-        n = site.base.numel()
         if density < 1 and given["extent"] == "row":
-            kept = _middle_of_rows(site.base, expert, t, density, gamma) if site.base.dim() else expert
+            experts[t] = _middle_of_rows(site.base, expert, t, density, gamma) if site.base.dim() else expert
         elif density < 1:
             smallest, largest = _split(n, density, gamma)
             if smallest + largest == n:
-                scale = 0.0
+                masks.scales[t] = 0.0
             else:
-                kept, least, most = keep_exactly(site.base, expert, smallest, largest)
-        if density < 1 and given["rescale"] == "l1" and scale:
-            scale = l1_scale(site.base, expert, kept_alone(site.base, kept, t, lower=least, upper=most))
-        experts.append(kept)
-        lower.append(least)
-        upper.append(most)
-        scales.append(scale)
-    return Crumbs(experts, lower, upper, scales)
+                masks.lower[t], masks.upper[t], masks.dropped[t] = exact_bounds(site.base, expert, smallest, largest)
+    middle = replace(site, experts=experts)
+    if given["rescale"] == "l1":
+        thinned = [density < 1 and scale > 0 for density, scale in zip(given["density"], masks.scales, strict=True)]
+        restore_l1(middle, masks, thinned, whole=site.experts)
+    return middle, masks
 
 
 def _split(n: int, density: float, gamma: float) -> tuple[int, int]:
@@ -142,7 +108,7 @@ def _middle_of_rows(base: Tensor, expert: Tensor, t: int, density: float, gamma:
     """The expert with the base's values in what is dropped of each row (of the last dimension)."""
     n = base.shape[-1]
     smallest, largest = _split(n, density, gamma)
-    ranks = row_ranks(base, expert, t, (base.numel() // max(n, 1), n))
+    ranks = row_ranks(base, expert, t, n)
     places = (ranks.double() * (n - 1)).round()
     wide = torch.promote_types(base.dtype, expert.dtype)
     return torch.where((places >= smallest) & (places < n - largest), expert.to(wide), base.to(wide))

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
-from bmm_engine.anchors.select import kth_smallest_magnitudes
+from bmm_engine.anchors.select import difference, kth_smallest_magnitudes
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import kept_alone, l1_scale, linear_scale
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, not_finite, restore_l1
 from bmm_engine.errors import ConfigError
 from bmm_engine.ops.blend import blend, sign_balance
 
@@ -41,7 +41,8 @@ def decide(model: Model) -> DareTiesState:
             )
         density = model.constant("density")
         lower = kth_smallest_magnitudes(
-            lambda: (_dropped(site) for site in model.sites()), [lambda n: n - int(n * trim)] * len(density)
+            lambda: (_dropped(site, _thinned(site)) for site in model.sites()),
+            [lambda n: n - int(n * trim)] * len(density),
         )
     if model.constant("tie") == "positive":
         return DareTiesState(lower, 1.0)
@@ -49,13 +50,14 @@ def decide(model: Model) -> DareTiesState:
     for site in model.sites():
         if len(site.experts) == 1:  # it agrees with itself
             break
-        dropped = _dropped(site)
+        masks = _thinned(site)
+        dropped = _dropped(site, masks)
         wide = max((tau.dtype for tau in dropped), key=lambda dtype: dtype.itemsize)
         balance += sign_balance(
             torch.zeros_like(dropped[0], dtype=wide),
             dropped,
             weights=site.parameters["weight"],
-            scales=_scales(site, dropped),
+            scales=masks.scales,
             lower=lower,
         )
     return DareTiesState(lower, 1.0 if balance > 0 else -1.0)
@@ -79,16 +81,7 @@ def dare_linear(
     `density`: 1 - p of the paper, which shows p from 0.1 to 0.9. `weight`: w_t. `rescale`: 1 / density (the authors), what restores the
     tensor's L1 norm (mergekit), or none. `normalize`: divide by the sum of the weights. `seed`: of the random choice.
     """
-    return blend(
-        base,
-        experts,
-        weights=weight,
-        scales=_scales(site),
-        keep=density,
-        seeds=_seeds(site),
-        first=site.first,
-        scaling=linear_scale(weight, scaling, normalize),
-    )
+    return blend_masked(site, _thinned(site), weights=weight, scaling=linear_scale(weight, scaling, normalize))
 
 
 @anchor(
@@ -120,41 +113,39 @@ def dare_ties(
     is less. `density`, `rescale`, `seed`: see dare_linear. `elect`, `tie`, `weight`, `normalize`: see ties.
     mergekit's form: trim: 1, rescale: l1, tie: positive, normalize: false.
     """
-    return blend(
-        base,
-        experts,
+    masks = _thinned(site)
+    if state.lower is not None:
+        masks.lower[:] = state.lower
+    return blend_masked(
+        site,
+        masks,
         combine=f"elect_{elect}",
         weights=weight,
-        scales=_scales(site),
-        lower=state.lower,
-        keep=density,
-        seeds=_seeds(site),
-        first=site.first,
         normalize=normalize,
         tie=state.tie,
         scaling=scaling,
     )
 
 
-def _seeds(site: Site) -> list[int]:
-    return [site.seed(site.parameters["seed"], t) for t in range(len(site.experts))]
-
-
-def _dropped(site: Site) -> list[Tensor]:
-    """The task vectors, with zeros where entries are dropped."""
-    return [
-        kept_alone(site.base, expert, t, keep=density, seed=seed, first=site.first)
-        for t, (expert, density, seed) in enumerate(
-            zip(site.experts, site.parameters["density"], _seeds(site), strict=True)
-        )
-    ]
-
-
-def _scales(site: Site, dropped: Sequence[Tensor] | None = None) -> list[float]:
-    rescale, density = site.parameters["rescale"], site.parameters["density"]
-    if rescale == "none":
-        return [1.0] * len(density)
+def _thinned(site: Site) -> Masks:
+    masks = Masks.all_of(len(site.experts))
+    density, rescale = site.parameters["density"], site.parameters["rescale"]
+    masks.keep[:] = density
+    masks.seeds[:] = [site.seed(site.parameters["seed"], t) for t in range(len(density))]
     if rescale == "inverse":
-        return [1 / share if share else 0.0 for share in density]
-    dropped = _dropped(site) if dropped is None else dropped
-    return [l1_scale(site.base, expert, kept) for expert, kept in zip(site.experts, dropped, strict=True)]
+        masks.scales[:] = [1 / share if share else 0.0 for share in density]
+    if rescale == "l1":
+        restore_l1(site, masks, [True] * len(density))
+    return masks
+
+
+def _dropped(site: Site, masks: Masks) -> list[Tensor]:
+    """The task vectors, with zeros where entries are dropped; in float32, or float64 where the models are."""
+    found = []
+    for t, expert in enumerate(site.experts):
+        tau = difference(expert, site.base)
+        if not bool(tau.isfinite().all()):
+            raise not_finite(site.base, t)
+        chance, seeds = [masks.keep[t]], [masks.seeds[t]]
+        found.append(blend(torch.zeros_like(tau), [tau], keep=chance, seeds=seeds, first=site.first))
+    return found

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Site, anchor
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import kept_alone, l1_scale, linear_scale, row_ranks
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1
 from bmm_engine.errors import ConfigError
-from bmm_engine.ops.blend import blend
 
 _PAPER = "Deep et al. 2024, arXiv 2406.11617"
 Share = Annotated[float, Field(ge=0, le=1)]
 Rescale = Literal["inverse", "l1", "none"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Who is kept with which probability; the arguments of `blend` of the same names."""
-
-    keep: Sequence[float | tuple[float, float]]
-    ranks: Sequence[Tensor | None]
-    seeds: Sequence[int]
-    scales: Sequence[float]
 
 
 @anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
@@ -52,17 +40,11 @@ def della(
     vector. `elect`: the sign of the sum, or of the number of signs; plus where that is 0. `normalize`: divide by the weights of those that
     agree. `seed`: of the random choice.
     """
-    sampling = _sampling(site)
-    return blend(
-        base,
-        experts,
+    return blend_masked(
+        site,
+        _thinned(site),
         combine=f"elect_{elect}",
         weights=weight,
-        scales=sampling.scales,
-        keep=sampling.keep,
-        ranks=sampling.ranks,
-        seeds=sampling.seeds,
-        first=site.first,
         inverse=rescale == "inverse",
         normalize=normalize,
         scaling=scaling,
@@ -87,30 +69,15 @@ def della_linear(
 
     `normalize`: divide by the sum of the weights. The others: see della.
     """
-    sampling = _sampling(site)
-    return blend(
-        base,
-        experts,
-        weights=weight,
-        scales=sampling.scales,
-        keep=sampling.keep,
-        ranks=sampling.ranks,
-        seeds=sampling.seeds,
-        first=site.first,
-        inverse=rescale == "inverse",
-        scaling=linear_scale(weight, scaling, normalize),
-    )
+    scale = linear_scale(weight, scaling, normalize)
+    return blend_masked(site, _thinned(site), weights=weight, inverse=rescale == "inverse", scaling=scale)
 
 
-def _sampling(site: Site) -> Sampling:
-    given: Any = site.parameters
-    count = site.base.shape[0] if site.base.dim() > 1 else 1
-    rows = (count, site.base.numel() // max(count, 1))
-    keep: list[float | tuple[float, float]] = []
-    ranks: list[Tensor | None] = []
-    scales: list[float] = []
-    seeds = [site.seed(given["seed"], t) for t in range(len(site.experts))]
-    for t, (expert, density, epsilon) in enumerate(zip(site.experts, given["density"], given["epsilon"], strict=True)):
+def _thinned(site: Site) -> Masks:
+    given = site.parameters
+    masks = Masks.all_of(len(site.experts))
+    masks.seeds[:] = [site.seed(given["seed"], t) for t in range(len(site.experts))]
+    for t, (density, epsilon) in enumerate(zip(given["density"], given["epsilon"], strict=True)):
         low, high = density - epsilon, density + epsilon
         sampled = 0 < density < 1
         if sampled and not (low > 0 and high < 1):
@@ -118,10 +85,8 @@ def _sampling(site: Site) -> Sampling:
                 f"anchor della, tensor {site.name!r}, expert {t}: density {density} and epsilon {epsilon} give probabilities from {low:g} to"
                 f" {high:g}; they must lie within 0 and 1, so epsilon below {min(density, 1 - density):g}."
             )
-        keep.append((low, high) if sampled else 1.0)
-        ranks.append(row_ranks(site.base, expert, t, rows) if sampled else None)
-        scales.append(1.0 if density else 0.0)
-        if sampled and given["rescale"] == "l1":
-            kept = kept_alone(site.base, expert, t, keep=keep[t], seed=seeds[t], ranks=ranks[t])
-            scales[t] = l1_scale(site.base, expert, kept)
-    return Sampling(keep, ranks, seeds, scales)
+        masks.keep[t] = (low, high) if sampled else 1.0
+        masks.scales[t] = 1.0 if density else 0.0
+    if given["rescale"] == "l1":
+        restore_l1(site, masks, [0 < density < 1 for density in given["density"]])
+    return masks

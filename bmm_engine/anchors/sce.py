@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -10,13 +11,23 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import anchor
-from bmm_engine.anchors.select import keep_exactly
+from bmm_engine.anchors.select import difference, exact_bounds
+from bmm_engine.anchors.sparse import not_finite
 
-# Worked on at a time in float64.
-_CHUNK = 1 << 20
+# Elements worked on at a time.
+_PIECE = 1 << 18
 
 
-@anchor(scope="tensor", paper="Wan et al. 2024, arXiv 2408.07990")
+@dataclass(frozen=True)
+class _Selection:
+    """Entries that count: those whose `deviation` over the tasks is at least `least`, less some of the equals; all without a deviation."""
+
+    deviation: Tensor | None = None
+    least: float = 0.0
+    dropped: Tensor | None = None
+
+
+@anchor(scope="tensor", stored=True, paper="Wan et al. 2024, arXiv 2408.07990")
 def sce(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -31,41 +42,67 @@ def sce(
     `epsilon`: the least denominator; where the sum of mean tau_s^2 is below it, the weights are equal. mergekit has 1e-6, which task vectors of
     a usual fine-tuning (1e-4 an entry) do not reach; 0 is the formula itself.
     """
-    taus = [expert - base for expert in experts]
-    if select_topk < 1:
-        selected = _most_varying(taus, select_topk)
-        taus = [torch.where(selected, tau, 0.0) for tau in taus]
-    total = torch.zeros_like(base)
-    for tau in taus:
-        total += tau
-    positive = total >= 0
-    energies = [sum(float(piece.double().square().sum()) for piece in tau.reshape(-1).split(_CHUNK)) for tau in taus]
+    selection = _most_varying(base, experts, select_topk) if select_topk < 1 else _Selection()
+    energies = [0.0] * len(experts)
+    for _, taus in _pieces(base, experts, selection):
+        for t, tau in enumerate(taus):
+            energies[t] += float(tau.square().sum(dtype=torch.float64))
     energy = sum(energies)
     weights = (
         [e / energy for e in energies]
         if energy > 0 and energy / base.numel() >= epsilon
-        else [1 / len(taus)] * len(taus)
+        else [1 / len(experts)] * len(experts)
     )
-    merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in (base, *experts)) else torch.float32
+    out = base.to(wide, copy=True).contiguous()
+    flat = out.view(-1)
+    for start, taus in _pieces(base, experts, selection):
+        flat[start : start + len(taus[0])] += scaling * _merged(taus, weights, epsilon)
+    return out
+
+
+def _merged(taus: Sequence[Tensor], weights: Sequence[float], epsilon: float) -> Tensor:
+    total = torch.zeros_like(taus[0])
+    for tau in taus:
+        total += tau
+    positive = total >= 0
+    merged, divisor = torch.zeros_like(taus[0]), torch.zeros_like(taus[0])
     for tau, weight in zip(taus, weights, strict=True):
         agrees = torch.where(positive, tau > 0, tau < 0)
         merged += torch.where(agrees, weight * tau, 0.0)
         divisor += weight * agrees
     divisor = divisor.clamp_(min=epsilon)
-    return base + scaling * torch.where(divisor > 0, merged / divisor, 0.0)
+    return torch.where(divisor > 0, merged / divisor, 0.0)
 
 
-def _most_varying(taus: Sequence[Tensor], share: float) -> Tensor:
+def _pieces(base: Tensor, experts: Sequence[Tensor], selection: _Selection) -> Iterator[tuple[int, list[Tensor]]]:
+    """(start, task vectors) of each piece, with zeros where entries do not count. Raises `NonFiniteWeightError`."""
+    flat_base, flats = base.reshape(-1), [expert.reshape(-1) for expert in experts]
+    for start in range(0, len(flat_base), _PIECE):
+        own = flat_base[start : start + _PIECE]
+        taus = [difference(expert[start : start + _PIECE], own) for expert in flats]
+        for t, tau in enumerate(taus):
+            if not bool(tau.isfinite().all()):
+                raise not_finite(own, t)
+        if selection.deviation is not None:
+            counts = selection.deviation[start : start + _PIECE] >= selection.least
+            if selection.dropped is not None:
+                bounds = torch.tensor([start, start + len(own)], device=own.device)
+                first, last = torch.searchsorted(selection.dropped, bounds).tolist()
+                counts[selection.dropped[first:last] - start] = False
+            taus = [torch.where(counts, tau, 0.0) for tau in taus]
+        yield start, taus
+
+
+def _most_varying(base: Tensor, experts: Sequence[Tensor], share: float) -> _Selection:
     """Where the variance over the tasks is among the `share` largest of those above 0, exactly so many, the earlier of equals."""
-    deviation = torch.empty_like(taus[0], dtype=torch.float32, memory_format=torch.contiguous_format)
-    for piece, *parts in zip(
-        deviation.view(-1).split(_CHUNK), *(tau.reshape(-1).split(_CHUNK) for tau in taus), strict=True
-    ):
-        stacked = torch.stack(parts).double()
+    deviation = torch.empty(base.numel(), dtype=torch.float32, device=base.device)
+    for start, taus in _pieces(base, experts, _Selection()):
+        stacked = torch.stack(taus).double()
         # In the order of the variance, and in float32's range where tau is.
-        piece.copy_((stacked - stacked.mean(0)).square_().mean(0).sqrt_())
+        deviation[start : start + len(taus[0])] = (stacked - stacked.mean(0)).square_().mean(0).sqrt_()
     kept = int(int(deviation.count_nonzero()) * share)
     if kept == 0:
-        return torch.zeros_like(deviation, dtype=torch.bool)
-    left, least, _ = keep_exactly(torch.zeros_like(deviation), deviation, deviation.numel() - kept, 0)
-    return left >= least
+        return _Selection(deviation, float("inf"))
+    least, _, dropped = exact_bounds(torch.zeros_like(deviation), deviation, len(deviation) - kept, 0)
+    return _Selection(deviation, least, dropped)

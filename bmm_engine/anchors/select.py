@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bmm_engine.ops.select import LOWER_BINS, UPPER_BINS, add_magnitude_histogram, find_rank, magnitude
 
+_PIECE = 1 << 20
+
 # A tensor, or (x, minus) for x - minus.
 Values = Tensor | tuple[Tensor, Tensor]
 
@@ -59,11 +61,11 @@ def kth_smallest_magnitudes(
     return tuple(own[0].value for own in order_statistics(passes, [[own] for own in rank]))
 
 
-def keep_exactly(base: Tensor, expert: Tensor, smallest: int, largest: int) -> tuple[Tensor, float, float]:
-    """(expert, lower, upper): all but so many smallest and largest entries of |expert - base| are those within the bounds, exactly in number.
+def exact_bounds(base: Tensor, expert: Tensor, smallest: int, largest: int) -> tuple[float, float, Tensor | None]:
+    """(lower, upper, dropped): all but so many smallest and largest entries of |expert - base| are those within the bounds that are not dropped.
 
-    Of equal magnitudes (16-bit weights have many) the earlier entry counts as the larger. Where bounds alone cannot tell equals apart, the
-    expert comes back as a copy that has the base's value in those to be dropped.
+    Of equal magnitudes (16-bit weights have many) the earlier entry counts as the larger. Where bounds alone cannot tell equals apart, `dropped`
+    holds the flat indices of those to leave out, sorted; else it is None.
     """
     n = base.numel()
     (low, high), *_ = order_statistics(
@@ -76,12 +78,9 @@ def keep_exactly(base: Tensor, expert: Tensor, smallest: int, largest: int) -> t
         dropped.append(_equals(base, expert, lower)[low.equals - low.place + 1 :])
     if largest and high.place < high.equals:
         dropped.append(_equals(base, expert, upper)[: high.equals - high.place])
-    if dropped and smallest + largest < n:
-        indices = torch.cat(dropped)
-        wide = torch.promote_types(base.dtype, expert.dtype)
-        expert = expert.to(wide, copy=True)
-        expert.view(-1)[indices] = base.reshape(-1)[indices].to(wide)
-    return expert, lower, upper
+    if not dropped or smallest + largest >= n:
+        return lower, upper, None
+    return lower, upper, torch.cat(dropped).sort().values
 
 
 def difference(expert: Tensor, base: Tensor) -> Tensor:
@@ -96,7 +95,17 @@ def just_above(value: float) -> float:
 
 
 def _equals(base: Tensor, expert: Tensor, value: float) -> Tensor:
-    return (difference(expert, base).abs().float().view(-1) == value).nonzero().view(-1)
+    """Flat indices of the entries of that magnitude, found a piece at a time."""
+    found = [
+        (difference(own, other).abs().float() == value).nonzero().view(-1) + start
+        for start, own, other in zip(
+            range(0, base.numel(), _PIECE),
+            expert.reshape(-1).split(_PIECE),
+            base.reshape(-1).split(_PIECE),
+            strict=True,
+        )
+    ]
+    return torch.cat(found)
 
 
 def _resolved(found: tuple[int, int], counts: Tensor) -> OrderStatistic:

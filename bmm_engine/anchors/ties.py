@@ -10,11 +10,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from bmm_engine.anchors.contract import Model, anchor
-from bmm_engine.anchors.select import keep_exactly, kth_smallest_magnitudes
+from bmm_engine.anchors.contract import Model, Site, anchor
+from bmm_engine.anchors.select import exact_bounds, kth_smallest_magnitudes
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import kept_alone, l1_scale
-from bmm_engine.ops.blend import blend, sign_balance
+from bmm_engine.anchors.sparse import Masks, balance_masked, blend_masked, restore_l1
 
 
 @dataclass(frozen=True)
@@ -23,15 +22,6 @@ class TiesState:
 
     thresholds: tuple[float, ...] | None
     tie: float
-
-
-@dataclass(frozen=True)
-class Trimmed:
-    """Experts whose task vectors count from the magnitudes `lower` on, times `scales`."""
-
-    experts: Sequence[Tensor]
-    lower: Sequence[float]
-    scales: Sequence[float]
 
 
 def decide(model: Model) -> TiesState:
@@ -48,15 +38,7 @@ def decide(model: Model) -> TiesState:
     for site in model.sites():
         if len(site.experts) == 1:  # it agrees with itself
             break
-        density, rescale = site.parameters["density"], site.parameters["rescale"]
-        trimmed = _trim(site.base, site.experts, density, rescale, thresholds)
-        balance += sign_balance(
-            site.base,
-            trimmed.experts,
-            weights=site.parameters["weight"],
-            scales=trimmed.scales,
-            lower=trimmed.lower,
-        )
+        balance += balance_masked(site, _trim(site, thresholds), site.parameters["weight"])
     return TiesState(thresholds, 1.0 if balance > 0 else -1.0)
 
 
@@ -71,6 +53,7 @@ def ties(
     base: Tensor,
     experts: Sequence[Tensor],
     *,
+    site: Site,
     state: TiesState,
     density: PerExpert[Annotated[float, Field(ge=0, le=1)]] = each(0.2),
     weight: PerExpert[float] = each(1.0),
@@ -89,14 +72,11 @@ def ties(
     of those that agree; without it, their sum. `rescale`: "l1" gives what is left of a tensor the L1 norm it had.
     mergekit's form: threshold: tensor, tie: positive.
     """
-    trimmed = _trim(base, experts, density, rescale, state.thresholds)
-    return blend(
-        base,
-        trimmed.experts,
+    return blend_masked(
+        site,
+        _trim(site, state.thresholds),
         combine=f"elect_{elect}",
         weights=weight,
-        scales=trimmed.scales,
-        lower=trimmed.lower,
         normalize=normalize,
         tie=state.tie,
         scaling=scaling,
@@ -108,17 +88,15 @@ def _first_kept(share: float, n: int) -> int:
     return n - int(n * share)
 
 
-def _trim(
-    base: Tensor, experts: Sequence[Tensor], density: Sequence[float], rescale: str, thresholds: Sequence[float] | None
-) -> Trimmed:
-    kept, lower, scales = [], [], []
-    for t, (expert, share) in enumerate(zip(experts, density, strict=True)):
-        least = 0.0 if thresholds is None else thresholds[t]
-        if thresholds is None and 0 < share < 1:
-            expert, least, _ = keep_exactly(base, expert, base.numel() - max(1, int(share * base.numel())), 0)
-        kept.append(expert)
-        lower.append(least)
-        scales.append(0.0 if share == 0 else 1.0)
-        if rescale == "l1" and 0 < share < 1:
-            scales[t] = l1_scale(base, experts[t], kept_alone(base, expert, t, lower=least))
-    return Trimmed(kept, lower, scales)
+def _trim(site: Site, thresholds: Sequence[float] | None) -> Masks:
+    masks = Masks.all_of(len(site.experts))
+    n = site.base.numel()
+    for t, (expert, share) in enumerate(zip(site.experts, site.parameters["density"], strict=True)):
+        if thresholds is not None:
+            masks.lower[t] = thresholds[t]
+        elif 0 < share < 1:
+            masks.lower[t], _, masks.dropped[t] = exact_bounds(site.base, expert, n - max(1, int(share * n)), 0)
+        masks.scales[t] = 0.0 if share == 0 else 1.0
+    if site.parameters["rescale"] == "l1":
+        restore_l1(site, masks, [0 < share < 1 for share in site.parameters["density"]])
+    return masks

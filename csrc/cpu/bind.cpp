@@ -99,6 +99,17 @@ std::pair<Index, Index> sign_balance(const Elements& base, const std::vector<Ble
     return {result.not_finite, result.balance};
 }
 
+std::pair<Index, std::vector<std::pair<double, double>>> magnitude_sums(const Elements& base,
+                                                                        const std::vector<BlendExpert>& experts,
+                                                                        std::uint64_t first, Index count, int threads,
+                                                                        const std::string& isa) {
+    const std::vector<bmm::BlendExpert> checked = blend_experts(experts);
+    const bmm::DType base_dtype = bmm::dtype_from_code(base.second);
+    const py::gil_scoped_release release;
+    bmm::MagnitudeSums result = bmm::magnitude_sums(data_of(base), base_dtype, checked, first, count, threads, isa);
+    return {result.not_finite, std::move(result.sums)};
+}
+
 void residual(const Matrix& anchor, const std::vector<Matrix>& experts, const std::vector<Matrix>& grams,
               const std::vector<double>& weights, const Matrix& r, int threads, const std::string& isa) {
     const bmm::View anchor_view = view(anchor);
@@ -149,6 +160,7 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("assemble", &assemble);
     module.def("blend", &blend);
     module.def("sign_balance", &sign_balance);
+    module.def("magnitude_sums", &magnitude_sums);
     module.def("residual", &residual);
     module.def("spectral", &spectral);
     module.def("magnitude_histogram", &magnitude_histogram, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),

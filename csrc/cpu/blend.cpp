@@ -54,10 +54,32 @@ struct Pass {
     const BlendRule& rule;
     std::atomic<std::int64_t>& not_finite;
 
+    // The sum of the magnitudes of expert t's differences, which are left in a.d.
+    double difference(std::size_t t, std::int64_t begin, std::int64_t count, Arrays<T>& a) const {
+        const BlendExpert& expert = experts[t];
+        note(steps.subtract(at(expert.data, expert.dtype, begin), expert.dtype, a.base, count, a.d), t + 1);
+        return steps.magnitudes(a.d, count);
+    }
+
     void note(bool finite, std::int64_t input) const {
         if (finite) return;
         std::int64_t lowest = not_finite.load(std::memory_order_relaxed);
         while (input < lowest && !not_finite.compare_exchange_weak(lowest, input, std::memory_order_relaxed)) {
+        }
+    }
+
+    static bool is_masked(const BlendExpert& expert) {
+        return expert.random || expert.lower > 0 || expert.upper < std::numeric_limits<float>::infinity();
+    }
+
+    // a.d = 0 where the expert is not kept; `kept` counts where it is, unless null.
+    void mask(const BlendExpert& expert, std::int64_t begin, std::int64_t count, Arrays<T>& a, T* kept) const {
+        if (expert.random) steps.uniform(expert.seed, rule.first + begin, count, a.uniform);
+        if (is_masked(expert) || kept) {
+            const Keep keep = {expert.lower, expert.upper,      expert.random ? a.uniform : nullptr,
+                               expert.keep,  expert.keep_width, expert.ranks ? expert.ranks + begin : nullptr,
+                               rule.inverse};
+            steps.mask(keep, count, a.d, kept);
         }
     }
 
@@ -85,20 +107,13 @@ struct Pass {
             const void* source = at(expert.data, expert.dtype, begin);
             prefetch(expert.data, expert.dtype, begin, count);
             const T factor = static_cast<T>(expert.factor);
-            const bool masked =
-                expert.random || expert.lower > 0 || expert.upper < std::numeric_limits<float>::infinity();
+            const bool masked = is_masked(expert);
             if (rule.combine == Combine::sum && !masked) {
                 note(steps.add(source, expert.dtype, a.base, factor, count, a.total), t + 1);
                 continue;
             }
             note(steps.subtract(source, expert.dtype, a.base, count, a.d), t + 1);
-            if (expert.random) steps.uniform(expert.seed, rule.first + begin, count, a.uniform);
-            if (masked || averages) {
-                const Keep keep = {expert.lower, expert.upper,      expert.random ? a.uniform : nullptr,
-                                   expert.keep,  expert.keep_width, expert.ranks ? expert.ranks + begin : nullptr,
-                                   rule.inverse};
-                steps.mask(keep, count, a.d, averages ? a.kept : nullptr);
-            }
+            mask(expert, begin, count, a, averages ? a.kept : nullptr);
             switch (rule.combine) {
                 case Combine::sum: steps.sum(a.d, factor, count, a.total); break;
                 case Combine::elect_sum:
@@ -195,6 +210,42 @@ SignBalance run_balance(const void* base, DType base_dtype, const std::vector<Bl
     return {found(not_finite), balance};
 }
 
+template <class T>
+MagnitudeSums run_magnitudes(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts,
+                             std::uint64_t first, std::int64_t count, int threads, const Isa& isa) {
+    const BlendSteps<T>& steps = steps_of<T>(*isa.blend);
+    const BlendRule rule = {Combine::sum, false, false, true, 0, 1, first};
+    std::atomic<std::int64_t> not_finite{kAllFinite};
+    const Pass<T> pass{steps, base, base_dtype, experts, rule, not_finite};
+    const std::int64_t items = (count + kItemElements - 1) / kItemElements;
+    // Each item's sums have places of their own, and are added up in the items' order.
+    std::vector<std::pair<double, double>> parts(items * experts.size());
+    if (count < kSerialElements) threads = 1;
+    parallel(static_cast<int>(std::min<std::int64_t>(threads, items)), [&](Team& team, int) {
+        Arrays<T> a;
+        team.share(items, [&](std::int64_t item) {
+            const std::int64_t end = std::min(count, (item + 1) * kItemElements);
+            for (std::int64_t begin = item * kItemElements; begin < end; begin += kSpan<T>) {
+                const std::int64_t some = std::min(kSpan<T>, end - begin);
+                pass.note(steps.load(at(base, base_dtype, begin), base_dtype, some, a.base), 0);
+                for (std::size_t t = 0; t < experts.size(); ++t) {
+                    auto& [whole, kept] = parts[item * experts.size() + t];
+                    whole += pass.difference(t, begin, some, a);
+                    pass.mask(experts[t], begin, some, a, nullptr);
+                    kept += steps.magnitudes(a.d, some);
+                }
+            }
+        });
+    });
+    MagnitudeSums result = {found(not_finite), std::vector<std::pair<double, double>>(experts.size())};
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+        auto& [whole, kept] = result.sums[i % experts.size()];
+        whole += parts[i].first;
+        kept += parts[i].second;
+    }
+    return result;
+}
+
 }  // namespace
 
 std::int64_t blend(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts, const BlendRule& rule,
@@ -205,6 +256,15 @@ std::int64_t blend(const void* base, DType base_dtype, const std::vector<BlendEx
     return in_double(base_dtype, experts)
                ? run<double>(base, base_dtype, experts, rule, count, out, out_dtype, threads, find_isa(isa))
                : run<float>(base, base_dtype, experts, rule, count, out, out_dtype, threads, find_isa(isa));
+}
+
+MagnitudeSums magnitude_sums(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts,
+                             std::uint64_t first, std::int64_t count, int threads, const std::string& isa) {
+    check(base, experts, count, threads);
+    if (count == 0) return {-1, std::vector<std::pair<double, double>>(experts.size())};
+    return in_double(base_dtype, experts)
+               ? run_magnitudes<double>(base, base_dtype, experts, first, count, threads, find_isa(isa))
+               : run_magnitudes<float>(base, base_dtype, experts, first, count, threads, find_isa(isa));
 }
 
 SignBalance sign_balance(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts,

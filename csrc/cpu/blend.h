@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/dtype.h"
@@ -56,5 +57,15 @@ struct SignBalance {
 // The sum over all elements of the sign of the experts' summed contributions.
 SignBalance sign_balance(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts,
                          std::int64_t count, int threads, const std::string& isa);
+
+struct MagnitudeSums {
+    std::int64_t not_finite;                      // as blend returns it
+    std::vector<std::pair<double, double>> sums;  // of each expert: over all elements, and over those that are kept
+};
+
+// The sums of the magnitudes of the experts' differences from the base, in an order that does not depend on the
+// threads.
+MagnitudeSums magnitude_sums(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts,
+                             std::uint64_t first, std::int64_t count, int threads, const std::string& isa);
 
 }  // namespace bmm

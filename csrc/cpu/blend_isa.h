@@ -64,6 +64,9 @@ struct BlendSteps {
     // The sum of the signs of total.
     std::int64_t (*balance)(const T* total, std::int64_t count);
 
+    // The sum of the magnitudes.
+    double (*magnitudes)(const T* values, std::int64_t count);
+
     // out = base + scaling * total, rounded to its dtype.
     void (*store)(const T* base, const T* total, T scaling, std::int64_t count, void* out, DType dtype);
 };

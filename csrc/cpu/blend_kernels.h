@@ -225,6 +225,21 @@ std::int64_t balance(const T* total, std::int64_t count) {
     return signs;
 }
 
+// In lanes of its own, which are added in one order: a compiler may not reorder a sum, but can keep these apart.
+template <class T>
+double magnitudes(const T* __restrict values, std::int64_t count) {
+    constexpr int lanes = 16;
+    double sums[lanes] = {};
+    std::int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) {
+        for (int lane = 0; lane < lanes; ++lane) sums[lane] += magnitude(values[i + lane]);
+    }
+    for (int lane = 0; i < count; ++i, ++lane) sums[lane] += magnitude(values[i]);
+    double total = 0;
+    for (int lane = 0; lane < lanes; ++lane) total += sums[lane];
+    return total;
+}
+
 template <class T>
 void store_blend(const T* __restrict base, const T* __restrict total, T scaling, std::int64_t count, void* out,
                  DType dtype) {
@@ -235,9 +250,9 @@ void store_blend(const T* __restrict base, const T* __restrict total, T scaling,
 }
 
 template <class T>
-constexpr BlendSteps<T> blend_steps = {load_span<T>, subtract<T>, add_difference<T>, uniform,       mask<T>,
-                                       sum<T>,       elect<T>,    largest<T>,        sum_unique<T>, elected<T>,
-                                       mean<T>,      vote<T>,     veto<T>,           balance<T>,    store_blend<T>};
+constexpr BlendSteps<T> blend_steps = {load_span<T>, subtract<T>, add_difference<T>, uniform,       mask<T>, sum<T>,
+                                       elect<T>,     largest<T>,  sum_unique<T>,     elected<T>,    mean<T>, vote<T>,
+                                       veto<T>,      balance<T>,  magnitudes<T>,     store_blend<T>};
 
 constexpr BlendIsa make_blend_isa() { return {blend_steps<float>, blend_steps<double>}; }
 

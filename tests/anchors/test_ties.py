@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bmm_engine.anchors import get_anchor
-from bmm_engine.anchors.select import just_above, keep_exactly, kth_smallest_magnitudes, order_statistics
+from bmm_engine.anchors.select import exact_bounds, just_above, kth_smallest_magnitudes, order_statistics
 from bmm_engine.errors import ConfigError
 from tests.anchors.models import Tensors, error, family, flat_taus, merge, model_family, taus, unflat
 
@@ -146,18 +146,21 @@ def test_order_statistics_are_exact_over_parts(rank):
 
 
 @pytest.mark.parametrize(("smallest", "largest"), [(0, 0), (5, 0), (0, 3), (5, 3), (7, 4), (11, 0), (0, 11), (6, 5)])
-def test_keep_exactly_so_many_of_equals(smallest, largest):
+def test_bounds_and_indices_leave_exactly_so_many_of_equals(smallest, largest):
     base = torch.tensor([1.0, 2.0, 3.0, 0.0] * 3, dtype=torch.bfloat16)
     delta = torch.tensor([1.0, -1.0, 2.0, 1.0, 1.0, -2.0, 2.0, 1.0, 2.0, 4.0, -1.0, 1.0], dtype=torch.bfloat16)
     expert = base + delta
-    copy = expert.clone()
-    kept, lower, upper = keep_exactly(base, expert, smallest, largest)
-    magnitude = (kept - base).float().abs()
+    lower, upper, dropped = exact_bounds(base, expert, smallest, largest)
+    magnitude = delta.float().abs()
+    kept = (magnitude >= lower) & (magnitude <= upper)
+    if dropped is not None:
+        assert dropped.tolist() == sorted(dropped.tolist())
+        kept[dropped] = False
     order = delta.float().abs().sort(descending=True, stable=True).indices
     expected = torch.zeros(12, dtype=torch.bool)
     expected[order[largest : 12 - smallest]] = True
-    assert torch.equal((magnitude >= lower) & (magnitude <= upper) & (magnitude > 0), expected)
-    assert torch.equal(expert, copy)
+    if smallest + largest < 12:  # else nothing is left, and the bounds need not say so
+        assert torch.equal(kept, expected)
 
 
 def test_a_nan_is_for_the_blend_to_refuse():

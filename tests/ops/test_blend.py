@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bmm_engine.errors import BackendError, ConfigError, NonFiniteWeightError, ShapeMismatchError
-from bmm_engine.ops.blend import blend, reference, sign_balance
+from bmm_engine.ops.blend import blend, magnitude_sums, reference, sign_balance
 from bmm_engine.ops.blend.rule import COMBINES
 from tests.numerics import assert_as_good_as_torch
 from tests.ops.backends import each_backend, needs_cpu
@@ -383,3 +383,29 @@ def test_errors_name_the_values(options, error, match):
 
 def test_every_rule_is_tested():
     assert {rule["combine"] for rule in RULES} == set(COMBINES)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, F64])
+@pytest.mark.parametrize("n", [0, 1, 1000, 200_003])
+def test_sums_of_magnitudes_before_and_after_masking(backend, dtype, n):
+    generator = torch.Generator().manual_seed(n)
+    base, *experts = (torch.randn(n, generator=generator).to(dtype) for _ in range(3))
+    options = {"lower": [0.5, None], "upper": [2.0, None], "keep": [None, 0.6], "seeds": [0, 9], "first": 77}
+    found = magnitude_sums(base, experts, **options, backend=backend)
+    zero = torch.zeros(n, dtype=F64 if dtype == F64 else torch.float32)
+    for t, (whole, kept) in enumerate(found):
+        d = experts[t].to(zero.dtype) - base.to(zero.dtype)
+        own = {key: value if key == "first" else value[t : t + 1] for key, value in options.items()}
+        left = blend(zero, [d], **own, backend="torch")
+        assert whole == pytest.approx(float(d.double().abs().sum()), rel=1e-12)
+        assert kept == pytest.approx(float(left.double().abs().sum()), rel=1e-12)
+    if n:
+        assert 0 <= found[0][1] <= found[0][0]
+        for threads in (1, 2) if backend == "cpu" else ():  # the kernel's order is the same on any threads
+            torch.set_num_threads(threads)
+            assert magnitude_sums(base, experts, **options, backend=backend) == found
+        experts[1][-1] = math.nan
+        with pytest.raises(NonFiniteWeightError) as caught:
+            magnitude_sums(base, experts, backend=backend)
+        assert caught.value.index == 2

@@ -157,6 +157,37 @@ def sign_balance(
     return int(balance)
 
 
+@accepts_dlpack
+def magnitude_sums(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    lower: Bounds = None,
+    upper: Bounds = None,
+    keep: Keep = None,
+    seeds: Sequence[int] | None = None,
+    ranks: Sequence[Tensor | None] | None = None,
+    first: int = 0,
+    backend: str = "auto",
+) -> list[tuple[float, float]]:
+    """Per expert the sum of |d| over all elements, and over those that are kept: the L1 norms before and after masking.
+
+    In float64; the CPU kernel adds in an order that does not depend on the number of threads. Arguments, d and errors are those of `blend`.
+    """
+    _check_tensors(base, experts, None)
+    if first < 0:
+        raise ConfigError(f"first must be >= 0, and is {first}")
+    parts = _parts(base, len(experts), None, None, lower, upper, keep, seeds, ranks, None, None)
+    tensors = [base, *experts, *(part.ranks for part in parts if part.ranks is not None)]
+    implementation = _dispatch.select("blend", IMPLEMENTATIONS, backend, base.device, tensors)
+    if not base.numel():
+        return [(0.0, 0.0)] * len(experts)
+    not_finite, sums = implementation.magnitude_sums(base, experts, parts, first)
+    if not_finite is not None:
+        _fail([base, *experts], not_finite, None)
+    return list(sums)
+
+
 def _check_tensors(base: Tensor, experts: Sequence[Tensor], out: Tensor | None) -> None:
     if not experts:
         raise ConfigError("a blend needs at least one expert")

@@ -51,6 +51,15 @@ def sign_balance(
     return None if not_finite < 0 else not_finite, balance
 
 
+def magnitude_sums(
+    base: Tensor, experts: Sequence[Tensor], parts: Sequence[Part], first: int, isa: str = ""
+) -> tuple[int | None, list[tuple[float, float]]]:
+    not_finite, sums = _native.cpu().magnitude_sums(
+        _native.elements(base), _parts(experts, parts), first % 2**64, base.numel(), torch.get_num_threads(), isa
+    )
+    return None if not_finite < 0 else not_finite, sums
+
+
 def _parts(experts: Sequence[Tensor], parts: Sequence[Part]) -> list[tuple[Any, ...]]:
     """The members of bmm::BlendExpert (csrc/cpu/blend.h) in their order."""
     return [

@@ -47,6 +47,20 @@ def sign_balance(base: Tensor, experts: Sequence[Tensor], parts: Sequence[Part])
     return _first_not_finite(flags), int(balance)
 
 
+def magnitude_sums(
+    base: Tensor, experts: Sequence[Tensor], parts: Sequence[Part], first: int
+) -> tuple[int | None, list[tuple[float, float]]]:
+    """(as `blend` returns it, per expert the sums of |d| over all elements and over those that are kept, in float64)."""
+    flags, sums = [], [(0.0, 0.0)] * len(experts)
+    for start, b, xs, ranks, finite in _chunks(base, experts, parts):
+        flags.append(finite)
+        for t, (x, part, rank) in enumerate(zip(xs, parts, ranks, strict=True)):
+            kept, _ = _kept(x - b, part, rank, first + start)
+            found = [float(d.abs().sum(dtype=torch.float64)) for d in (x - b, kept)]
+            sums[t] = sums[t][0] + found[0], sums[t][1] + found[1]
+    return _first_not_finite(flags), sums
+
+
 def uniform(seed: int, first: int, count: int, device: torch.device) -> Tensor:
     """(count,) float32: the number in [0, 1) that `seed` has for each element from `first` on.
 
