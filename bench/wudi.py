@@ -48,7 +48,7 @@ def case(device: torch.device, shape: str, outputs: int, width: int, count: int,
         dtype=torch.float32,
         shape=shape,
         backends=("torch",),
-        ours=lambda _: wudi(base, experts),
+        ours=lambda _: wudi(base, experts, solver="closed_form"),
         rivals={
             f"Adam by autograd, {steps} steps": lambda: base + _authors(base, experts, steps),
             f"ours, solver=adam, {steps} steps": lambda: wudi(base, experts, solver="adam", steps=steps),

@@ -24,6 +24,7 @@ SETTINGS = {
     "sce": {"select_topk": 0.5},
     "doge_ta": {"steps": 5},
     "nearswap": {"t": 0.01},
+    "wudi": {"steps": 20},
 }
 # One expert, or equal experts, is that expert (at a scaling of 1 where there is one).
 RETURNS_THE_EXPERT = {
@@ -41,7 +42,7 @@ RETURNS_THE_EXPERT = {
     "regmean_plusplus": {},
     "fisher": {},
     "tsv_m": {},
-    "wudi": {},
+    "wudi": {"solver": "closed_form"},
     "opcm": {},
     "localize_and_stitch": {"density": 1.0},
     "breadcrumbs": {"density": 1.0, "scaling": 1.0},
