@@ -5,31 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from bmm_engine.align import float_dtype
-from bmm_engine.anchors import DepthMap, Site
+from bmm_engine.anchors import Site
 from bmm_engine.architecture import LinearModule
-from bmm_engine.errors import GramMismatchError, NonFiniteWeightError
-from bmm_engine.grams import GramAccumulator, GramSet, weight_fingerprint
-from bmm_engine.lowrank import LowRank
+from bmm_engine.errors import NonFiniteWeightError
+from bmm_engine.groups import OpenGroup
+from bmm_engine.inputs import Inputs
 from bmm_engine.memory import release_free_memory
-from bmm_engine.moments import DenseMoment, Moment, TaskVectorMoment, hybrid_moment
-from bmm_engine.ordering import canonical_order
+from bmm_engine.moments import Moment
 from bmm_engine.parallel import in_order, one_thread
-from bmm_engine.plan import MergePlan, ModuleGroup, resolve_module
-from bmm_engine.solve import Factor, check_finite, energy_weights, factorize, solve_with_factor, task_energy
+from bmm_engine.plan import MergePlan, ModuleGroup
+from bmm_engine.solve import Factor, check_finite, factorize, solve_with_factor
 
 T = TypeVar("T")
 
 # Elementwise rules work on slabs of this many elements, so that a large embedding never exists T + 2 times in float32.
 SLAB_ELEMENTS = 4 * 2**20
-# A Gram up to this size stays in memory while its group is solved; a larger one is read again for each use.
-KEPT_GRAM_BYTES = 64 * 2**20
 # Factorisations of one width are batched up to this many bytes: on a GPU the batch is what keeps it busy, on a CPU it would only cost memory.
 BATCH_BYTES = {"cuda": 2**30}
 
@@ -65,47 +60,14 @@ class MergeStream:
     def __init__(self, plan: MergePlan, finish: Callable[[Piece], Piece] = lambda piece: piece):
         self.plan = plan
         self.finish = finish
+        self.inputs = Inputs(plan)
         self.settings = plan.settings
         self.base = plan.alignment.base
         self.rule = plan.settings.rule
-        self.depth = DepthMap(self.base.names())
-        self.device = torch.device(plan.settings.device)
-        self.dtype = float_dtype(self.base.spec(n).dtype for n in plan.alignment.merged)
         self.records: list[ModuleRecord] = []
         self.state: Any = None
         self.workers = torch.get_num_threads()
-        self._parameters = self.rule.parameters(plan.settings.anchor_parameters)
         self._linear_by_weight = {m.weight: m for m in plan.linear.values()}
-
-    @cached_property
-    def order(self) -> tuple[int, ...]:
-        """The experts' indices as the rule gets them: by their contents where it is symmetric, so that not a bit depends on their listing."""
-        experts, names = self.plan.alignment.experts, self.plan.alignment.merged
-        listed = tuple(range(len(experts)))
-        if not self.rule.symmetric or len(experts) == 1 or not names:
-            return listed
-        given = self.settings.task_weights
-        weights = given if isinstance(given, tuple) else (given,) * len(experts)
-        own = self._parameters.at(names[0], self.depth(names[0]), len(experts)).values()
-        per_expert = [value for value in own if isinstance(value, tuple) and len(value) == len(experts)]
-        return canonical_order(
-            self.base, experts, names, [(weights[t], *(value[t] for value in per_expert)) for t in listed]
-        )
-
-    @cached_property
-    def experts(self) -> tuple[Any, ...]:
-        return self._ordered(self.plan.alignment.experts)
-
-    @cached_property
-    def gram_sets(self) -> tuple[GramSet, ...]:
-        return self._ordered(self.plan.gram_sets)
-
-    @cached_property
-    def fishers(self) -> tuple[Any, ...]:
-        return self._ordered(self.plan.fishers)
-
-    def _ordered(self, values: Sequence[T]) -> tuple[T, ...]:
-        return tuple(values[t] for t in self.order) if values else ()
 
     def __len__(self) -> int:
         """Steps for a progress bar: modules, and slabs of the other tensors."""
@@ -113,7 +75,7 @@ class MergeStream:
 
     def __iter__(self) -> Iterator[list[Piece]]:
         if self.plan.groups:
-            self._check_first_grams(self.plan.groups[0])
+            self.inputs.check_first_grams(self.plan.groups[0])
         if self.rule.reduce is not None:
             with one_thread():
                 self.state = self.rule.reduce(self)
@@ -144,13 +106,13 @@ class MergeStream:
         return self._at_once((self._bytes(name, rows), work(name, rows)) for name, rows in parts)
 
     def constant(self, parameter: str) -> Any:
-        names, count = self.plan.alignment.merged, len(self.experts)
-        value = self._parameters.constant(parameter, names, self.depth, count)
-        return self._ordered(value) if self._parameters.settings[parameter].per_expert else value
+        names, count = self.plan.alignment.merged, len(self.inputs.experts)
+        value = self.inputs.parameters.constant(parameter, names, self.inputs.depth, count)
+        return self.inputs.ordered(value) if self.inputs.parameters.settings[parameter].per_expert else value
 
     def _at_once(self, tasks: Iterator[tuple[int, Callable[[], T]]]) -> Iterator[T]:
         """On a CPU as many at once as torch may use threads; on a GPU one, so that reading and writing overlap with it."""
-        return in_order(tasks, workers=self.workers if self.device.type == "cpu" else 1)
+        return in_order(tasks, workers=self.workers if self.inputs.device.type == "cpu" else 1)
 
     def _bytes(self, name: str, rows: slice | None) -> int:
         """About what the work on a tensor, or on some rows of it, holds at a time."""
@@ -161,21 +123,9 @@ class MergeStream:
         if self._is_linear(name):
             return 8 * elements * (len(self.plan.alignment.experts) + 4)  # factorisations are float64
         return elements * (
-            4 + sum(4 if not self.rule.stored else s.spec(name).dtype.itemsize for s in (self.base, *self.experts))
+            4
+            + sum(4 if not self.rule.stored else s.spec(name).dtype.itemsize for s in (self.base, *self.inputs.experts))
         )
-
-    # Reading
-
-    def _load(self, source: Any, name: str, rows: slice | None = None) -> Tensor:
-        tensor = source.load(name, rows).to(self.device, self.dtype)
-        check_finite(tensor, f"{source.label}, tensor {name!r}")
-        return tensor
-
-    def _oriented(self, source: Any, module: LinearModule, with_bias: bool) -> Tensor:
-        """The weight as (out, in), or [W | b] as (out, in + 1)."""
-        weight = self._load(source, module.weight)
-        weight = weight.mT.contiguous() if module.transposed else weight
-        return torch.cat([weight, self._load(source, module.bias)[:, None]], 1) if with_bias else weight
 
     def _is_linear(self, name: str) -> bool:
         """Is it the weight of a linear module, for a rule that treats those apart?"""
@@ -186,13 +136,7 @@ class MergeStream:
         return iter([None]) if whole or self._is_linear(name) else row_slabs(self.base.spec(name).shape)
 
     def _takes_parts(self, name: str) -> bool:
-        return self.rule.scope == "module" or self.rule.takes_parts(self._at(name))
-
-    def _at(self, name: str) -> dict[str, Any]:
-        """The rule's parameters for one tensor, those of the experts in their order."""
-        found = self._parameters.at(name, self.depth(name), len(self.experts))
-        settings = self._parameters.settings
-        return {key: self._ordered(value) if settings[key].per_expert else value for key, value in found.items()}
+        return self.rule.scope == "module" or self.rule.takes_parts(self.inputs.at(name))
 
     def _site(self, name: str, rows: slice | None) -> Site:
         """A tensor as the rule gets it: of a linear module oriented, of others as they are stored."""
@@ -200,17 +144,19 @@ class MergeStream:
             module = self._linear_by_weight[name]
             return self._module_site(
                 module,
-                self._oriented(self.base, module, False),
-                [self._oriented(e, module, False) for e in self.experts],
+                self.inputs.oriented(self.base, module, False),
+                [self.inputs.oriented(e, module, False) for e in self.inputs.experts],
             )
         if self.rule.stored:
-            base, *experts = (source.load(name, rows).to(self.device) for source in (self.base, *self.experts))
+            base, *experts = (
+                source.load(name, rows).to(self.inputs.device) for source in (self.base, *self.inputs.experts)
+            )
         else:
-            base, *experts = (self._load(source, name, rows) for source in (self.base, *self.experts))
+            base, *experts = (self.inputs.load(source, name, rows) for source in (self.base, *self.inputs.experts))
         shape = tuple(self.base.spec(name).shape)
         first = 0 if rows is None else rows.start * math.prod(shape[1:])
-        fishers = self._fishers_at(name, rows)
-        return Site(name, base, experts, self._at(name), shape, first, fishers=fishers)
+        fishers = self.inputs.fishers_at(name, rows)
+        return Site(name, base, experts, self.inputs.at(name), shape, first, fishers=fishers)
 
     def _module_site(
         self, module: LinearModule, base: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment] = ()
@@ -218,37 +164,19 @@ class MergeStream:
         """The site of a module's weight (out, in), already read."""
         grams = moments
         if self.rule.needs_grams and not moments and module.name not in self.plan.unmeasured:
-            grams = _OpenGroup(self, ModuleGroup((module,), module.in_features, math.inf)).moments
-        fishers = self._fishers_at(module.weight)
+            grams = OpenGroup(self.inputs, ModuleGroup((module,), module.in_features, math.inf)).moments
+        fishers = self.inputs.fishers_at(module.weight)
         return Site(
             module.weight,
             base,
             experts,
-            self._at(module.weight),
+            self.inputs.at(module.weight),
             tuple(base.shape),
             linear=True,
             grams=grams if self.rule.needs_grams else (),
             fishers=[f.mT.contiguous() for f in fishers] if module.transposed else fishers,
-            low_rank=[self._low_rank(e, module) for e in self.experts],
+            low_rank=[self.inputs.low_rank(e, module) for e in self.inputs.experts],
         )
-
-    def _low_rank(self, expert: Any, module: LinearModule) -> LowRank | None:
-        """The expert's task vector as a product, where its source knows it as one."""
-        known = getattr(expert.source, "low_rank", None)
-        product = known(expert.mapping[module.weight]) if known is not None else None
-        return product if product is None else product.to(self.device, self.dtype)
-
-    def _fishers_at(self, name: str, rows: slice | None = None) -> list[Tensor]:
-        """The Fisher information of the experts' tensors, as they are stored; none for a tensor that has none (a buffer)."""
-        found: list[Tensor] = []
-        for fisher, expert in zip(self.fishers, self.experts if self.fishers else (), strict=True):
-            own = next((n for n in (expert.mapping[name], name) if fisher.resolve(n) is not None), expert.mapping[name])
-            if own in fisher.buffers:
-                return []
-            if rows is None:
-                fisher.check(own, expert.load(name), expert.label)
-            found.append(fisher.get(own, rows).to(self.device, self.dtype))
-        return found
 
     # The anchor
 
@@ -272,13 +200,11 @@ class MergeStream:
         except NonFiniteWeightError as error:
             if error.index is None:
                 raise
-            label = (self.base, *self.experts)[error.index].label
+            label = (self.base, *self.inputs.experts)[error.index].label
             check_finite((site.base, *site.experts)[error.index], f"{label}, tensor {site.name!r}")
             raise
 
-    def _anchor_module(
-        self, module: LinearModule, base: Tensor, experts: Sequence[Tensor], group: _OpenGroup
-    ) -> Tensor:
+    def _anchor_module(self, module: LinearModule, base: Tensor, experts: Sequence[Tensor], group: OpenGroup) -> Tensor:
         """The anchor's weight (out, in) of a module that is solved, or [W | b] (out, in + 1)."""
         with_bias = group.group.with_bias
         weight, weights = (
@@ -298,13 +224,13 @@ class MergeStream:
     def _plain_site(self, name: str, transposed: bool, base: Tensor, experts: Sequence[Tensor]) -> Site:
         """The site of a whole tensor that has been read, turned to how it is stored."""
         base, *experts = ((t.mT if transposed else t).contiguous() for t in (base, *experts))
-        fishers = self._fishers_at(name)
-        return Site(name, base, experts, self._at(name), tuple(base.shape), fishers=fishers)
+        fishers = self.inputs.fishers_at(name)
+        return Site(name, base, experts, self.inputs.at(name), tuple(base.shape), fishers=fishers)
 
     # The solve
 
     def _batches(self) -> Iterator[list[ModuleGroup]]:
-        budget = BATCH_BYTES.get(self.device.type, 0)
+        budget = BATCH_BYTES.get(self.inputs.device.type, 0)
         batch: list[ModuleGroup] = []
         for group in self.plan.groups:
             width = group.width + group.with_bias
@@ -317,20 +243,20 @@ class MergeStream:
             yield batch
 
     def _solve_batch(self, batch: list[ModuleGroup]) -> Iterator[list[Piece]]:
-        opened = [_OpenGroup(self, group) for group in batch]
+        opened = [OpenGroup(self.inputs, group) for group in batch]
         betas = [group.task_weights() for group in opened]
         factors = factorize(
             [g.moments for g in opened],
             betas,
             alpha=batch[0].alpha,
             names=[g.group.name for g in opened],
-            device=self.device,
+            device=self.inputs.device,
         )
         for group, factor in zip(opened, factors, strict=True):
             for module in group.group.members:
                 yield self._solve_module(group, module, factor)
 
-    def _solve_module(self, group: _OpenGroup, module: LinearModule, factor: Factor) -> list[Piece]:
+    def _solve_module(self, group: OpenGroup, module: LinearModule, factor: Factor) -> list[Piece]:
         with_bias = group.group.with_bias
         base, experts = group.weights(module)
         anchor = self._anchor_module(module, base, experts, group)
@@ -338,10 +264,12 @@ class MergeStream:
         moved = float((anchor - base).norm())
         shift = float((solved - anchor).norm()) / moved if moved else 0.0
         shape = (module.out_features, module.in_features)
-        listed = dict(zip(self.order, factor.task_weights, strict=True))
+        listed = dict(zip(self.inputs.order, factor.task_weights, strict=True))
         weights = tuple(listed[t] for t in range(len(listed)))
         self.records.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, weights, shift))
-        scale = self.settings.scale_setting.at(module.weight, self.depth(module.weight), len(self.experts))
+        scale = self.settings.scale_setting.at(
+            module.weight, self.inputs.depth(module.weight), len(self.inputs.experts)
+        )
         merged = solved if scale == 1 else base + scale * (solved - base)
         return [self.finish(piece) for piece in self._pieces(module, merged, with_bias)]
 
@@ -350,93 +278,6 @@ class MergeStream:
         weight = weight.mT if module.transposed else weight
         pieces = [Piece(module.weight, weight.contiguous())]
         return [*pieces, Piece(module.bias, merged[:, -1].contiguous())] if with_bias else pieces
-
-    # Grams
-
-    def _check_first_grams(self, group: ModuleGroup) -> None:
-        """A Gram of another model shows at its first module: find out before hours of work."""
-        if self.settings.gram_source == "task_vectors":
-            return
-        for t in sorted(range(len(self.order)), key=self.order.__getitem__):
-            for module in group.members:
-                self.check_fingerprint(t, module)
-
-    def check_fingerprint(self, t: int, module: LinearModule) -> None:
-        """Raise `GramMismatchError` unless the Gram set of expert `t` was measured on this very weight."""
-        grams, expert = self.gram_sets[t], self.experts[t]
-        own = resolve_module(grams, expert, module.name)
-        recorded = grams.fingerprints.get(own)
-        if recorded is None:
-            return
-        found = weight_fingerprint(expert.load(module.weight), getattr(torch, grams.weights_dtype))
-        if found != recorded:
-            raise GramMismatchError(
-                f"{grams.where}: measured on another model than {expert.label}: the weight of {module.name!r} has hash {found}, the Gram was"
-                f" measured with {recorded}. Collect it again from this expert, and list Grams in the order of the experts."
-            )
-
-
-class _OpenGroup:
-    """One group at work: its moments, and its members' weights, read when needed."""
-
-    def __init__(self, stream: MergeStream, group: ModuleGroup):
-        self.stream = stream
-        self.group = group
-        self._weights: dict[str, tuple[Tensor, list[Tensor]]] = {}
-        self.moments: list[Moment] = [self._moment(t) for t in range(len(stream.experts))]
-
-    def weights(self, module: LinearModule) -> tuple[Tensor, list[Tensor]]:
-        """Base and experts (out, in [+ 1]); those of a single-module group are kept, since its moments may need them too."""
-        if module.name in self._weights:
-            return self._weights[module.name]
-        stream, with_bias = self.stream, self.group.with_bias
-        found = (
-            stream._oriented(stream.base, module, with_bias),
-            [stream._oriented(e, module, with_bias) for e in stream.experts],
-        )
-        if len(self.group.members) == 1:
-            self._weights[module.name] = found
-        return found
-
-    def task_weights(self) -> tuple[float, ...]:
-        given = self.stream.settings.task_weights
-        if given == "none":
-            return (1.0,) * len(self.moments)
-        if not isinstance(given, str):
-            return self.stream._ordered(given)
-        energies = [0.0] * len(self.moments)
-        for module in self.group.members:
-            base, experts = self.weights(module)
-            for t, (moment, expert) in enumerate(zip(self.moments, experts, strict=True)):
-                energies[t] += task_energy(moment, expert - base)
-        return energy_weights(energies)
-
-    def _moment(self, t: int) -> Moment:
-        settings = self.stream.settings
-        if settings.gram_source == "data":
-            return self._data_moment(t)
-        module = self.group.members[0]
-        product = None if self.group.with_bias else self.stream._low_rank(self.stream.experts[t], module)
-        if product is None:
-            base, experts = self.weights(module)
-        task_vector = experts[t] - base if product is None else product
-        if settings.gram_source == "task_vectors":
-            return TaskVectorMoment(task_vector, settings.normalization)
-        return hybrid_moment(self._data_moment(t), task_vector, settings.hybrid_share)
-
-    def _data_moment(self, t: int) -> Moment:
-        stream, group = self.stream, self.group
-        grams = stream.gram_sets[t]
-        for module in group.members:
-            stream.check_fingerprint(t, module)
-        own = resolve_module(grams, stream.experts[t], group.name)
-        width = group.width + group.with_bias
-
-        def load() -> Tensor:
-            return _total(grams, own, group.with_bias).to(stream.device)
-
-        kept = load() if 4 * width * width <= KEPT_GRAM_BYTES else None
-        return DenseMoment(load if kept is None else kept, grams.rows(own), width=width, module=group.name)
 
 
 def row_slabs(shape: Sequence[int]) -> Iterator[slice | None]:
@@ -456,15 +297,3 @@ def scaled_mean(base: Tensor, experts: Sequence[Tensor], scaling: float) -> Tens
     for expert in experts if scaling else ():
         out += expert - base
     return out.mul_(scaling / len(experts)).add_(base)
-
-
-def _total(grams: GramSet, module: str, with_bias: bool) -> Tensor:
-    """`sum x x^T` (in, in), or of [x, 1] (in + 1, in + 1)."""
-    gram: GramAccumulator = grams.get(module)
-    if not with_bias:
-        return gram.total
-    augmented = gram.total.new_empty(gram.width + 1, gram.width + 1)
-    augmented[:-1, :-1] = gram.total
-    augmented[-1, :-1] = augmented[:-1, -1] = gram.row_sum
-    augmented[-1, -1] = gram.rows
-    return augmented

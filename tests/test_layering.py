@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "collect": {"architecture", "errors", "grams", "progress"},
     "moments": {"errors", "lowrank", "ops"},
     "solve": {"errors", "moments", "ops"},
+    "blocks": {"architecture", "collect", "errors"},
     "fisher": {"architecture", "collect", "errors", "grams", "progress"},
-    "sequential": {"anchors", "architecture", "collect", "errors", "grams", "moments", "progress"},
+    "sequential": {"anchors", "architecture", "blocks", "collect", "errors", "grams", "moments", "progress"},
     "parallel": set(),
     "ordering": {"align", "checkpoint"},
     "spectral": {"errors", "moments", "ops", "solve"},
@@ -48,6 +49,8 @@ TOP_DOWN = [
     "merging",
     "output",
     "stream",
+    "groups",
+    "inputs",
     "plan",
 ]
 

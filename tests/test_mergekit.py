@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from bmm_engine.anchors import get_anchor
 from bmm_engine.cli import main
 from bmm_engine.errors import ConfigError
-from bmm_engine.mergekit import _METHODS
+from bmm_engine.mergekit.methods import METHODS
 from bmm_engine.pipeline import plan_recipe, run_recipe
 from bmm_engine.recipe import Recipe
 from tests.tiny import fine_tune, save
@@ -344,9 +344,9 @@ parameters: {weight: [{filter: norm, value: [5, 6]}, {filter: "*", value: 1}]}
     assert rule.at("layers.1.attn", 0.5, 2)["weight"] == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("method", sorted(_METHODS))
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_names_parameters_that_its_rule_has(method):
-    own = _METHODS[method]
+    own = METHODS[method]
     schema = {p["name"]: p for p in get_anchor(own.rule).schema}
     for parameter in own.parameters.values():
         assert schema[parameter.ours]["per_expert"] == parameter.each

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bmm_engine.anchors.regmean_plusplus import regmean_plusplus
+from bmm_engine.blocks import BlockWalk, find_blocks
 from bmm_engine.collect import collect_grams
 from bmm_engine.errors import (
     CollectionError,
@@ -19,7 +20,7 @@ from bmm_engine.errors import (
     ShapeMismatchError,
 )
 from bmm_engine.grams import GramSet
-from bmm_engine.sequential import BlockWalk, check_sequential, collect_sequential, find_blocks
+from bmm_engine.sequential import check_sequential, collect_sequential
 from tests.numerics import relative_error
 from tests.reference_merge import linear_names, module_inputs
 from tests.tiny import fine_tune, make_base, make_batches

@@ -35,8 +35,8 @@ def wudi(
     """`W = W_0 + scaling M`, `M` the minimum of `sum_t ||(M - tau_t) tau_t^T||^2 / ||tau_t||^2`, sought from `sum_t tau_t`.
 
     `solver`: "adam" is `steps` of Adam at `learning_rate`, as the authors do, which stops well short of the minimum (and may generalise better
-    for it); "closed_form" is the exact minimum, a hundred times sooner. `norm`: "plain" divides by the norm instead, as the authors' vision code does. `scaling`: 1 in
-    FusionBench. A task vector of zeros takes no part.
+    for it); "closed_form" is the exact minimum, a hundred times sooner. `norm`: "plain" divides by the norm instead, as the authors' vision code
+    does. `scaling`: 1 in FusionBench. A task vector of zeros takes no part.
     """
     taus = task_vectors(base, experts)
     objective = _objective(taus, site, norm)

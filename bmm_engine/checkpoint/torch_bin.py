@@ -38,7 +38,8 @@ class TorchBinFile:
         self._mapped = None
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        if self._mapped is None:
+        mapped = self._mapped  # another thread may release the file meanwhile
+        if mapped is None:
             try:
                 changed = file_stamp(self.path) != self._stamp
                 state_dict = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
@@ -54,5 +55,5 @@ class TorchBinFile:
                 raise CheckpointError(
                     f"{self.path}: holds a {type(state_dict).__name__}, not a state dict; save it as safetensors"
                 )
-            self._mapped = check_tensors(state_dict, str(self.path))
-        return self._mapped
+            self._mapped = mapped = check_tensors(state_dict, str(self.path))
+        return mapped

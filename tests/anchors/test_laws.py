@@ -190,6 +190,14 @@ def test_experts_that_are_the_base_change_nothing(name, models):
         torch.testing.assert_close(merged.tensors[key], tensor, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", RULES)
+def test_a_solve_under_a_huge_ridge_is_the_rule(name, models):
+    """The anchor of the Bayesian solve is the same rule on the same inputs, transposed weights included."""
+    exact, near = models.merge(name), models.merge(name, alpha=1e9)
+    for key, tensor in exact.items():
+        torch.testing.assert_close(near[key], tensor, rtol=1e-5, atol=1e-6)
+
+
 AWKWARD = [(), (1,), (7,), (99,), (1, 1), (1, 7), (7, 1), (5, 5), (3, 2, 2), (0,), (0, 3)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,18 @@ def test_open_source_takes_every_kind_of_model(tmp_path: Path) -> None:
         open_source(3)  # type: ignore[arg-type]
     with pytest.raises(MissingTensorError, match=r"expert 2: holds no tensor 'wieght'; the nearest names are 'weight'"):
         open_source(module, label="expert 2").load("wieght")
+
+
+def test_several_threads_may_read_one_checkpoint_in_bin_shards(tmp_path):
+    """A merge reads from several threads, and a bin file is unmapped when another one is read."""
+    tensors = {f"w{i}": torch.full((50, 50), float(i)) for i in range(6)}
+    index: dict[str, dict[str, str]] = {"weight_map": {}}
+    for i, (name, tensor) in enumerate(tensors.items()):
+        file = f"pytorch_model-{i + 1:05d}-of-00006.bin"
+        torch.save({name: tensor}, tmp_path / file)
+        index["weight_map"][name] = file
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint.open(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        for name, found in pool.map(lambda name: (name, checkpoint.load(name)), list(tensors) * 50):
+            assert torch.equal(found, tensors[name])
