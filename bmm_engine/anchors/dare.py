@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
-from bmm_engine.anchors.select import difference, kth_smallest_magnitudes
+from bmm_engine.anchors.select import difference, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
 from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, not_finite, restore_l1
 from bmm_engine.errors import ConfigError
@@ -41,25 +41,22 @@ def decide(model: Model) -> DareTiesState:
             )
         density = model.constant("density")
         lower = kth_smallest_magnitudes(
-            lambda: (_dropped(site, _thinned(site)) for site in model.sites()),
+            over(model, lambda site: [_dropped(site, _thinned(site))]),
             [lambda n: n - int(n * trim)] * len(density),
         )
     if model.constant("tie") == "positive":
         return DareTiesState(lower, 1.0)
-    balance = 0
-    for site in model.sites():
+
+    def balance_at(site: Site) -> int:
         if len(site.experts) == 1:  # it agrees with itself
-            break
+            return 0
         masks = _thinned(site)
         dropped = _dropped(site, masks)
         wide = max((tau.dtype for tau in dropped), key=lambda dtype: dtype.itemsize)
-        balance += sign_balance(
-            torch.zeros_like(dropped[0], dtype=wide),
-            dropped,
-            weights=site.parameters["weight"],
-            scales=masks.scales,
-            lower=lower,
-        )
+        zero = torch.zeros_like(dropped[0], dtype=wide)
+        return sign_balance(zero, dropped, weights=site.parameters["weight"], scales=masks.scales, lower=lower)
+
+    balance = sum(model.map(balance_at))
     return DareTiesState(lower, 1.0 if balance > 0 else -1.0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -12,20 +12,15 @@ from torch import Tensor
 from bmm_engine.anchors.adam import adam
 from bmm_engine.anchors.contract import Model, Site, anchor
 from bmm_engine.anchors.polar import singular_triples, task_triples
-from bmm_engine.anchors.select import kth_smallest_magnitudes
+from bmm_engine.anchors.select import kth_smallest_magnitudes, over
 
 
 def thresholds(model: Model) -> tuple[float, ...]:
     """Per task the magnitude from which on its entries are kept, over all linear modules of the model."""
-
-    def passes() -> Iterator[list[Tensor]]:
-        return ([e - site.base for e in site.experts] for site in model.sites() if site.linear)
-
-    first = next(passes(), None)
-    if first is None:
-        return ()
     density = model.constant("density")
-    return kth_smallest_magnitudes(passes, [lambda n: n - int(n * density)] * len(first))
+    tasks = next((len(site.experts) for site in model.sites()), 0)
+    taus = over(model, lambda site: [[e - site.base for e in site.experts]] if site.linear else [])
+    return kth_smallest_magnitudes(taus, [lambda n: n - int(n * density)] * tasks)
 
 
 @anchor(scope="model", linear=True, reduce=thresholds, paper="Wei et al. 2025, arXiv 2501.01230")

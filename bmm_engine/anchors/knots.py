@@ -12,8 +12,9 @@ from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
 from bmm_engine.anchors.polar import low_rank_of, singular_triples, task_vectors
-from bmm_engine.anchors.select import kth_smallest_magnitudes
+from bmm_engine.anchors.select import kth_smallest_magnitudes, over
 from bmm_engine.anchors.spill import Spill
+from bmm_engine.ops.blend import blend
 
 # Singular values up to this, absolute as in the authors' code, are no part of the shared basis.
 _SUPPORT = 1e-5
@@ -38,7 +39,7 @@ def elect(model: Model) -> KnotsState:
     if model.constant("combine") == "ties":
         share = _DENSITY["ties"] if density is None else density
         thresholds = kth_smallest_magnitudes(
-            lambda: model.map(lambda site: _coordinates(site, bases)), [lambda n: n - int(n * share)] * tasks
+            over(model, lambda site: [_coordinates(site, bases)]), [lambda n: n - int(n * share)] * tasks
         )
     balance = sum(model.map(lambda site: _balance(_kept(site, _coordinates(site, bases), thresholds))))
     return KnotsState(thresholds, 1.0 if balance > 0 else -1.0, bases)
@@ -107,7 +108,10 @@ def _kept(site: Site, coordinates: Sequence[Tensor], thresholds: Sequence[float]
     density = site.parameters["density"]
     share = _DENSITY["dare_ties"] if density is None else density
     seeds = [site.seed(site.parameters["seed"], t) for t in range(len(coordinates))]
-    return [torch.where(_drawn(seed, c) < share, c / share, 0.0) for seed, c in zip(seeds, coordinates, strict=True)]
+    return [
+        blend(torch.zeros_like(c), [c], keep=[share], seeds=[seed], scales=[1 / share])
+        for seed, c in zip(seeds, coordinates, strict=True)
+    ]
 
 
 def _balance(kept: Sequence[Tensor]) -> int:
@@ -117,19 +121,3 @@ def _balance(kept: Sequence[Tensor]) -> int:
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0)
-
-
-def _drawn(seed: int, like: Tensor) -> Tensor:
-    """A number in [0, 1) for each entry, float64, by its index alone: splitmix64 in torch's wrapping int64."""
-    z = torch.arange(1, like.numel() + 1, device=like.device).mul_(_signed(0x9E3779B97F4A7C15)).add_(_signed(seed))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ _shifted(z, shift)) * _signed(factor)
-    return _shifted(z ^ _shifted(z, 31), 11).double().mul_(2.0**-53).reshape(like.shape)
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & (2 ** (64 - bits) - 1)
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
-from bmm_engine.anchors.select import just_above, kth_smallest_magnitudes
+from bmm_engine.anchors.select import just_above, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
 from bmm_engine.ops.blend import blend
 
@@ -22,14 +22,11 @@ def localize(model: Model) -> tuple[float, ...]:
     """Per task the least magnitude that is stitched."""
     layers_only = model.constant("layers_only")
 
-    def task_vectors() -> Iterator[list[tuple[Tensor, Tensor]]]:
-        for site in model.sites():
-            if _stitched(site.name, layers_only):
-                yield [(expert, site.base) for expert in site.experts]
+    def stitched(site: Site) -> list[list[tuple[Tensor, Tensor]]]:
+        return [[(expert, site.base) for expert in site.experts]] if _stitched(site.name, layers_only) else []
 
-    thresholds = kth_smallest_magnitudes(
-        task_vectors, [partial(_last_of, share) for share in model.constant("density")]
-    )
+    ranks = [partial(_last_of, share) for share in model.constant("density")]
+    thresholds = kth_smallest_magnitudes(over(model, stitched), ranks)
     return tuple(just_above(threshold) for threshold in thresholds)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, anchor
-from bmm_engine.anchors.select import OrderStatistic, difference, order_statistics
+from bmm_engine.anchors.select import OrderStatistic, Pass, difference, order_statistics, over
 from bmm_engine.anchors.settings import PerExpert, each
 
 # exp(T) has to be a float32.
@@ -42,22 +42,20 @@ def survey(model: Model) -> PcbState:
     tasks = len(model.constant("weight"))
     clip, ratio, inter = model.constant("clip"), model.constant("ratio"), model.constant("inter")
 
-    def magnitudes() -> Iterator[list[tuple[Tensor, Tensor]]]:
-        for site in model.sites():
-            yield [(expert, site.base) for expert in site.experts]
-
-    clipped = order_statistics(
-        magnitudes, [[lambda n: int(n * clip) + 1, lambda n: int(n * (1 - clip) - 1) + 1]] * tasks
-    )
+    magnitudes = over(model, lambda site: [[(expert, site.base) for expert in site.experts]])
+    ends = [lambda n: int(n * clip) + 1, lambda n: int(n * (1 - clip) - 1) + 1]
+    clipped = order_statistics(magnitudes, [ends] * tasks)
     tails = Tails([low.value for low, _ in clipped], [high.value for _, high in clipped])
 
-    def balances(sign: int) -> Callable[[], Iterator[list[Tensor]]]:
-        def one_side() -> Iterator[list[Tensor]]:
-            for site in model.sites():
-                for tasks in _chunks(site.base, site.experts, tails):
-                    yield [(sign * b).clamp_(min=0) for b in _balance(tasks, tails, inter)]
-
-        return one_side
+    def balances(sign: int) -> Pass:
+        """What is positive of the balance, or of its negative."""
+        return over(
+            model,
+            lambda site: (
+                [(sign * b).clamp_(min=0) for b in _balance(own, tails, inter)]
+                for own in _chunks(site.base, site.experts, tails)
+            ),
+        )
 
     def rank(n: int) -> int:
         return min(int(n * (1 - ratio)) + 1, n)

@@ -29,8 +29,7 @@ def count(model: Model) -> Sequence[tuple[int, int]] | None:
         return None
     epsilon = model.constant("epsilon")
     counts: list[tuple[int, int]] = []
-    for site in model.sites():
-        found = _shared_and_unique(site.base, site.experts, epsilon)
+    for found in model.map(lambda site: _shared_and_unique(site.base, site.experts, epsilon)):
         counts = [(a + c, b + d) for (a, b), (c, d) in zip(counts, found, strict=True)] if counts else found
     return counts
 

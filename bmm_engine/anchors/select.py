@@ -9,12 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bmm_engine.anchors.contract import Model, Site
 from bmm_engine.ops.select import LOWER_BINS, UPPER_BINS, add_magnitude_histogram, find_rank, magnitude
 
 _PIECE = 1 << 20
 
 # A tensor, or (x, minus) for x - minus.
 Values = Tensor | tuple[Tensor, Tensor]
+# Groups of one such for each of T parallel streams.
+Groups = Iterable[Sequence[Values]]
+Counts = list[list[Tensor]]
+# Gives all groups of a pass, part by part, to the function, and its results back.
+Pass = Callable[[Callable[[Groups], Counts]], Iterable[Counts]]
+
+
+def over(model: Model, groups: Callable[[Site], Groups]) -> Pass:
+    """A pass over a model, several of its sites at a time."""
+    return lambda count: model.map(lambda site: count(groups(site)))
 
 
 @dataclass(frozen=True)
@@ -30,16 +41,14 @@ class OrderStatistic:
 _BELOW_ALL = OrderStatistic(0.0, 0, 0)
 
 
-def order_statistics(
-    passes: Callable[[], Iterable[Sequence[Values]]], ranks: Sequence[Sequence[Callable[[int], int]]]
-) -> list[tuple[OrderStatistic, ...]]:
+def order_statistics(values: Pass, ranks: Sequence[Sequence[Callable[[int], int]]]) -> list[tuple[OrderStatistic, ...]]:
     """For each of T parallel streams of tensors, its entries of the ranks `rank(n)` for `rank` in `ranks[t]`.
 
     Ranks count from 1, the smallest magnitude, in float32; n is the stream's number of entries. A rank below 1, or of nothing, gives the value 0.
-    `passes()` starts a pass and yields T tensors at a time. The first pass finds the upper 16 bits, the second the lower 16 among the entries
-    that share them. NaN counts as infinity, for whoever computes with these entries to refuse.
+    Of two passes over the values the first finds the upper 16 bits, the second the lower 16 among the entries that share them. NaN counts as
+    infinity, for whoever computes with these entries to refuse.
     """
-    upper = _histograms(passes(), [[None]] * len(ranks))
+    upper = _histograms(values, [[None]] * len(ranks))
     sizes = [int(counts[0].sum()) for counts in upper]
     wanted = [[rank(n) for rank in own] for own, n in zip(ranks, sizes, strict=True)]
     bins = [
@@ -47,18 +56,16 @@ def order_statistics(
         for own, counts, n in zip(wanted, upper, sizes, strict=True)
     ]
     chosen = [sorted({found[0] for found in own if found is not None}) for own in bins]
-    lower = _histograms(passes(), chosen)
+    lower = _histograms(values, chosen)
     return [
         tuple(_BELOW_ALL if found is None else _resolved(found, counts[own.index(found[0])]) for found in founds)
         for founds, own, counts in zip(bins, chosen, lower, strict=True)
     ]
 
 
-def kth_smallest_magnitudes(
-    passes: Callable[[], Iterable[Sequence[Values]]], rank: Sequence[Callable[[int], int]]
-) -> tuple[float, ...]:
+def kth_smallest_magnitudes(values: Pass, rank: Sequence[Callable[[int], int]]) -> tuple[float, ...]:
     """The values alone of `order_statistics` with one rank for each stream."""
-    return tuple(own[0].value for own in order_statistics(passes, [[own] for own in rank]))
+    return tuple(own[0].value for own in order_statistics(values, [[own] for own in rank]))
 
 
 def exact_bounds(base: Tensor, expert: Tensor, smallest: int, largest: int) -> tuple[float, float, Tensor | None]:
@@ -69,7 +76,7 @@ def exact_bounds(base: Tensor, expert: Tensor, smallest: int, largest: int) -> t
     """
     n = base.numel()
     (low, high), *_ = order_statistics(
-        lambda: [[(expert, base)]],
+        lambda count: [count([[(expert, base)]])],
         [[lambda n: smallest + 1 if smallest else 0, lambda n: n - largest if largest else 0]],
     )
     lower, upper = low.value, high.value if largest else math.inf
@@ -115,12 +122,25 @@ def _resolved(found: tuple[int, int], counts: Tensor) -> OrderStatistic:
     return OrderStatistic(math.inf if math.isnan(value) else value, place, int(counts[lower]))
 
 
-def _histograms(tensors: Iterable[Sequence[Values]], chosen: Sequence[Sequence[int | None]]) -> list[list[Tensor]]:
+def _histograms(values: Pass, chosen: Sequence[Sequence[int | None]]) -> Counts:
     """Per stream, for each of its `chosen`: counts of the upper halves (None), or of the lower halves under that upper one."""
-    counts: list[list[Tensor]] = [
+    totals = _zeros(chosen)
+    for counts in values(lambda groups: _count(groups, chosen)):
+        for own_totals, own in zip(totals, counts, strict=True):
+            for total, count in zip(own_totals, own, strict=True):
+                total += count
+    return totals
+
+
+def _zeros(chosen: Sequence[Sequence[int | None]]) -> Counts:
+    return [
         [torch.zeros(UPPER_BINS if own is None else LOWER_BINS, dtype=torch.int64) for own in owns] for owns in chosen
     ]
-    for group in tensors:
+
+
+def _count(groups: Groups, chosen: Sequence[Sequence[int | None]]) -> Counts:
+    counts = _zeros(chosen)
+    for group in groups:
         pairs = [item if isinstance(item, tuple) else (item, None) for item in group]
         counts = [[count.to(x.device) for count in own] for own, (x, _) in zip(counts, pairs, strict=True)]
         for (x, minus), owns, own_counts in zip(pairs, chosen, counts, strict=True):

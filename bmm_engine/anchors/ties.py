@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
-from bmm_engine.anchors.select import exact_bounds, kth_smallest_magnitudes
+from bmm_engine.anchors.select import exact_bounds, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
 from bmm_engine.anchors.sparse import Masks, balance_masked, blend_masked, restore_l1
 
@@ -29,16 +29,17 @@ def decide(model: Model) -> TiesState:
     thresholds = None
     if model.constant("threshold") == "model":
         thresholds = kth_smallest_magnitudes(
-            lambda: ([(expert, site.base) for expert in site.experts] for site in model.sites()),
+            over(model, lambda site: [[(expert, site.base) for expert in site.experts]]),
             [partial(_first_kept, share) for share in model.constant("density")],
         )
     if model.constant("tie") == "positive":
         return TiesState(thresholds, 1.0)
-    balance = 0
-    for site in model.sites():
-        if len(site.experts) == 1:  # it agrees with itself
-            break
-        balance += balance_masked(site, _trim(site, thresholds), site.parameters["weight"])
+
+    def balance_at(site: Site) -> int:
+        # A task alone agrees with itself.
+        return balance_masked(site, _trim(site, thresholds), site.parameters["weight"]) if len(site.experts) > 1 else 0
+
+    balance = sum(model.map(balance_at))
     return TiesState(thresholds, 1.0 if balance > 0 else -1.0)
 
 

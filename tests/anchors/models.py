@@ -28,6 +28,9 @@ class Tensors:
                 first = 0 if start is None else start * whole[0].numel()
                 yield Site(name, base, experts, resolved, tuple(whole.shape), first)
 
+    def map(self, function):
+        return map(function, self.sites())
+
     def constant(self, parameter):
         return self.parameters.constant(parameter, list(self.base), self.depth, len(self.experts))
 

@@ -137,8 +137,8 @@ def test_order_statistics_are_exact_over_parts(rank):
         parts = [list(zip([v], [m])) for v, m in zip(values.split(7), other.split(7))]
         ordered = (values - other).abs().sort().values
         expected = 0.0 if rank == 0 else float(ordered[rank - 1])
-        assert kth_smallest_magnitudes(lambda: parts, [lambda n: rank]) == (expected,)  # noqa: B023
-        found = order_statistics(lambda: parts, [[lambda n: rank, lambda n: n]])[0]  # noqa: B023
+        assert kth_smallest_magnitudes(lambda count: [count(parts)], [lambda n: rank]) == (expected,)  # noqa: B023
+        found = order_statistics(lambda count: [count(parts)], [[lambda n: rank, lambda n: n]])[0]  # noqa: B023
         assert [s.value for s in found] == [expected, float(ordered[-1])]
         if rank:
             assert found[0].equals == int((ordered == expected).sum())
@@ -164,5 +164,7 @@ def test_bounds_and_indices_leave_exactly_so_many_of_equals(smallest, largest):
 
 
 def test_a_nan_is_for_the_blend_to_refuse():
-    assert kth_smallest_magnitudes(lambda: [[torch.tensor([1.0, math.nan])]], [lambda n: 2]) == (math.inf,)
+    assert kth_smallest_magnitudes(lambda count: [count([[torch.tensor([1.0, math.nan])]])], [lambda n: 2]) == (
+        math.inf,
+    )
     assert just_above(1e-5) > float(torch.tensor(1e-5)) > 0
