@@ -117,10 +117,11 @@ class CheckpointWriter:
     def _flush(self, descriptor: int) -> None:
         """Have the disk begin on what was written, beside the work that goes on, so that `commit` need not wait for all of it."""
         self._flusher = self._flusher or ThreadPoolExecutor(1, "bmm-flush")
-        self._flushing = [
-            *(f for f in self._flushing if not f.done() or f.result()),
-            self._flusher.submit(os.fdatasync, descriptor),
-        ]
+        for flushed in self._flushing:
+            if flushed.done():
+                flushed.result()  # raises what the disk said
+        self._flushing = [f for f in self._flushing if not f.done()]
+        self._flushing.append(self._flusher.submit(os.fdatasync, descriptor))
         self._unflushed = 0
 
     def write_json(self, filename: str, obj: object) -> None:

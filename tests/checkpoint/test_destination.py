@@ -307,3 +307,17 @@ def test_killed_run(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path / "out", SPECS)
     assert value_in(tmp_path / "out") == 1
     assert not stage.exists()
+
+
+def test_a_flush_that_fails_in_the_background_fails_the_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much output is flushed while the merge goes on; what the disk says then must not be lost."""
+    monkeypatch.setattr("bmm_engine.checkpoint.writer._FLUSH_BYTES", 1)
+    assert value_in(merge_to(tmp_path / "good")) == 1
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with pytest.raises(OutputWriteError, match="input/output error"):
+        merge_to(tmp_path / "bad")
+    assert [p.name for p in tmp_path.iterdir()] == ["good"]

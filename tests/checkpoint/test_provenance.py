@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 
 from bmm_engine.checkpoint import (
     Checkpoint,
+    InputRecords,
     StateDictSource,
     input_record,
     is_merge_directory,
@@ -110,3 +112,38 @@ def test_model_card() -> None:
     assert "* base: `org/base` at `abc`" in body
     assert "* expert 2: `local/dir`\n" in body
     assert "base_model" not in model_card(merge_record({}, inputs[2:]), name="m")
+
+
+def test_inputs_are_hashed_once_each_beside_the_merge(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    hashed = Checkpoint.sha256
+    monkeypatch.setattr(Checkpoint, "sha256", lambda self, stop=None: calls.append(self) or hashed(self, stop))
+    memory = StateDictSource({"w": torch.ones(1)}, label="mine")
+    with InputRecords([("base", checkpoint), ("expert 1", memory), ("expert 2", checkpoint)], threads=2) as inputs:
+        records = inputs.result()
+    assert records == [
+        input_record("base", checkpoint),
+        input_record("expert 1", memory),
+        input_record("expert 2", checkpoint),
+    ]
+    assert len(calls) == 1 + 2  # the last two by this test
+
+
+def test_a_merge_that_fails_does_not_wait_for_hashes(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), []
+
+    def endless(self: Checkpoint, stop: threading.Event) -> None:
+        begun.set()
+        ended.append(stop.wait(30))
+
+    monkeypatch.setattr(Checkpoint, "sha256", endless)
+    with InputRecords([("base", checkpoint)], threads=1):
+        assert begun.wait(30)  # and is left without its result, as by an exception
+    assert ended == [True]
+
+
+def test_hashing_stops_when_asked(checkpoint: Checkpoint) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(InterruptedError):
+        checkpoint.sha256(stop)
