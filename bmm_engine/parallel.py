@@ -6,6 +6,7 @@ of pieces instead.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,18 +32,27 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def in_order(tasks: Iterable[tuple[int, Callable[[], T]]], *, workers: int) -> Iterator[T]:
+def share_of_memory() -> int:
+    """Bytes that factorisations of large matrices may hold together: an eighth of the machine's memory, so that its cores can work on several."""
+    return max(IN_FLIGHT_BYTES, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+
+
+def in_order(
+    tasks: Iterable[tuple[int, Callable[[], T]]], *, workers: int, most_bytes: int | None = None
+) -> Iterator[T]:
     """The results of `tasks`, (bytes it holds, work) pairs, in their order, with up to `workers` at work ahead of what is asked for.
 
-    A task's exception is raised in its place; what had been started is waited for, what had not is dropped.
+    `most_bytes`: what those may hold together, by default `IN_FLIGHT_BYTES`. A task's exception is raised in its place; what
+    had been started is waited for, what had not is dropped.
     """
     before = torch.get_num_threads()
+    budget = IN_FLIGHT_BYTES if most_bytes is None else most_bytes
     running: deque[tuple[Future[T], int]] = deque()
     held = 0
     pool = ThreadPoolExecutor(workers, "bmm-worker", initializer=torch.set_num_threads, initargs=(1,))
     try:
         for size, work in tasks:
-            while running and (len(running) > workers or held + size > IN_FLIGHT_BYTES):
+            while running and (len(running) > workers or held + size > budget):
                 future, done = running.popleft()
                 held -= done
                 result = future.result()

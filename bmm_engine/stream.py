@@ -17,7 +17,7 @@ from bmm_engine.groups import OpenGroup
 from bmm_engine.inputs import Inputs
 from bmm_engine.memory import release_free_memory
 from bmm_engine.moments import Moment
-from bmm_engine.parallel import in_order, one_thread
+from bmm_engine.parallel import in_order, one_thread, share_of_memory
 from bmm_engine.plan import MergePlan, ModuleGroup
 from bmm_engine.solve import Factor, check_finite, factorize, solve_with_factor
 
@@ -112,7 +112,8 @@ class MergeStream:
 
     def _at_once(self, tasks: Iterator[tuple[int, Callable[[], T]]]) -> Iterator[T]:
         """On a CPU as many at once as torch may use threads; on a GPU one, so that reading and writing overlap with it."""
-        return in_order(tasks, workers=self.workers if self.inputs.device.type == "cpu" else 1)
+        workers = self.workers if self.inputs.device.type == "cpu" else 1
+        return in_order(tasks, workers=workers, most_bytes=share_of_memory() if self.rule.linear else None)
 
     def _bytes(self, name: str, rows: slice | None) -> int:
         """About what the work on a tensor, or on some rows of it, holds at a time."""

@@ -14,8 +14,8 @@ from bmm_engine.errors import NonFiniteWeightError
 from bmm_engine.ops.blend import blend, magnitude_sums, sign_balance
 from bmm_engine.ops.ranks import magnitude_ranks
 
-# Elements of a piece: what is made for one (ranks, copies) stays small beside the tensor itself.
-_PIECE = 1 << 20
+# Elements of a piece: what is made for one (ranks, copies) stays small beside the tensor itself. A GPU wants more at a time.
+_PIECE = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Of a tensor of so many elements all ranks are kept from one pass to the next; those of larger ones are found again.
 _KEPT_RANKS = 1 << 23
 
@@ -111,7 +111,8 @@ def _pieces(site: Site, masks: Masks) -> Iterator[Piece]:
     width = size // site.base.shape[0] if site.base.dim() > 1 and site.base.shape[0] else size
     ranked = masks.is_ranked()
     # Ranks are within rows: a piece then holds whole ones.
-    step = max(1, _PIECE // max(width, 1)) * width if ranked else _PIECE
+    piece = _PIECE.get(base.device.type, _PIECE["cpu"])
+    step = max(1, piece // max(width, 1)) * width if ranked else piece
     for start in range(0, size, max(step, 1)):
         own_base = base[start : start + step]
         owns = [
