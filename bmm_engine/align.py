@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,11 +10,9 @@ import torch
 from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource, TensorSpec
+from bmm_engine.checkpoint.names import change_prefix, modern_name, prefix_changes
 from bmm_engine.checkpoint.vocabulary import Reader, fit_vocabulary, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, MissingTensorError, ShapeMismatchError
-
-# What transformers itself renames when it loads old BERT files.
-_LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
 
 
 class AlignedExpert:
@@ -94,7 +91,7 @@ def align(
                     " original floating-point weights."
                 )
         aligned.append(AlignedExpert(source, mapping, prefix))
-        used = set(mapping.values()) | {mapping.get(n, n) for n in kept} | {_transform(prefix, n) for n in kept}
+        used = set(mapping.values()) | {mapping.get(n, n) for n in kept} | {change_prefix(prefix, n) for n in kept}
         expert_only[source.label] = tuple(n for n in source.names() if n not in used)
     return Alignment(base, tuple(aligned), merged, kept, expert_only)
 
@@ -142,15 +139,14 @@ def _shape_mismatch(base: TensorSource, reader: Reader, name: str) -> ShapeMisma
 
 def _best_mapping(names: Sequence[str], source: TensorSource) -> tuple[dict[str, str], str]:
     """The prefix change under which most of `names` are found in `source`."""
-    own = {_modern(n): n for n in (*source.names(), *source.aliases)}
-    candidates = ["", *(f"+{p}" for p in _first_parts(own)), *(f"-{p}" for p in _first_parts(names))]
+    own = {modern_name(n): n for n in (*source.names(), *source.aliases)}
     best: dict[str, str] = {}
     chosen = ""
-    for prefix in candidates:
+    for prefix in prefix_changes(names, own):
         mapping = {}
         for name in names:
             # What already agrees (a head beside a prefixed body) keeps its name.
-            found = own.get(_modern(_transform(prefix, name))) or own.get(_modern(name))
+            found = own.get(modern_name(change_prefix(prefix, name))) or own.get(modern_name(name))
             if found is not None:
                 mapping[name] = found
         if len(mapping) > len(best):
@@ -180,22 +176,6 @@ def _common_pattern(missing: Sequence[str], merged: Sequence[str]) -> str:
     top = missing[0].split(".")[0] + "."
     whole = [n for n in merged if n.startswith(top)]
     return f"{top}*" if len(missing) > 1 and list(missing) == whole else missing[0]
-
-
-def _first_parts(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(n.split(".")[0] + "." for n in names if "." in n))
-
-
-def _transform(prefix: str, name: str) -> str:
-    if prefix.startswith("+"):
-        return prefix[1:] + name
-    return name.removeprefix(prefix[1:]) if prefix else name
-
-
-def _modern(name: str) -> str:
-    for pattern, replacement in _LEGACY:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def float_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -169,7 +169,9 @@ def collect(
 
 def _measured(found: Any, file: str) -> dict[str, Any]:
     """What a file of Grams or Fisher information holds."""
-    if hasattr(found, "grams"):
+    from bmm_engine.grams import GramSet
+
+    if isinstance(found, GramSet):
         grams = len(set(found.modules.values()))
         counts = {
             "modules": len(found.modules),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,15 +16,15 @@ from torch import Tensor, nn
 from bmm_engine.architecture import checkpoint_names
 from bmm_engine.collect import Mask, call_model, evaluating, mask_of, placement, to_device
 from bmm_engine.errors import (
-    CheckpointError,
     CollectionError,
     ConfigError,
     EmptyCalibrationError,
     GramMismatchError,
     MissingTensorError,
 )
-from bmm_engine.grams import weight_fingerprint, write_record
+from bmm_engine.grams import weight_fingerprint
 from bmm_engine.progress import track
+from bmm_engine.records import read_record, write_record
 
 FORMAT = "bmm-fisher"
 FORMAT_VERSION = 1
@@ -196,29 +195,8 @@ class FisherSet:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FisherSet:
         """Open a saved set: names and shapes now, each tensor when it is asked for. Raises `CheckpointError`."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such Fisher file. Make it with `collect_fisher`.")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                shapes = {
-                    name.removeprefix("fisher."): tuple(file.get_slice(name).get_shape())
-                    for name in file.keys()  # noqa: SIM118
-                }
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable Fisher file ({error}). Collect it again.") from error
-        if FORMAT not in metadata:
-            raise CheckpointError(
-                f"{path}: a safetensors file, but not of Fisher information (no {FORMAT!r} metadata). Make one with `collect_fisher`."
-            )
-        record = json.loads(metadata[FORMAT])
-        if record.get("version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: Fisher format version {record.get('version')}, this engine reads {FORMAT_VERSION}. Collect it again."
-            )
+        record, shapes = read_record(path, FORMAT, FORMAT_VERSION, "Fisher", "`bmm collect --fisher`")
         return cls(
             fishers={},
             examples=record["examples"],
@@ -229,7 +207,7 @@ class FisherSet:
             aliases=record["aliases"],
             buffers=tuple(record["buffers"]),
             _path=path,
-            _shapes=shapes,
+            _shapes={name.removeprefix("fisher."): shape for name, shape in shapes.items()},
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +17,10 @@ from bmm_engine.errors import (
     EmptyCalibrationError,
     GramMismatchError,
     NonFiniteGramError,
-    OutputWriteError,
     ShapeMismatchError,
 )
 from bmm_engine.ops.gram import accumulate_gram
+from bmm_engine.records import read_record, write_record
 
 FORMAT = "bmm-grams"
 FORMAT_VERSION = 1
@@ -215,28 +213,8 @@ class GramSet:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GramSet:
         """Open a saved set: names and counts now, each matrix when it is asked for. Raises `CheckpointError`."""
-        from safetensors import SafetensorError, safe_open
-
         path = Path(path)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such Gram file. Make it with `bmm collect`.")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{path}: not a readable Gram file ({error}). Collect it again with `bmm collect`."
-            ) from error
-        if FORMAT not in metadata:
-            raise CheckpointError(
-                f"{path}: a safetensors file, but not of Grams (no {FORMAT!r} metadata). Make one with `bmm collect`."
-            )
-        record = json.loads(metadata[FORMAT])
-        if record.get("version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: Gram format version {record.get('version')}, this engine reads {FORMAT_VERSION}. Collect it again."
-            )
+        record, shapes = read_record(path, FORMAT, FORMAT_VERSION, "Gram", "`bmm collect`")
         headers = {}
         for group, rows in record["rows"].items():
             shape = shapes.get(f"gram.{group}")
@@ -258,33 +236,6 @@ class GramSet:
             _path=path,
             _headers=headers,
         )
-
-
-def write_record(
-    path: Path, tensors: Mapping[str, Tensor], format_name: str, record: Mapping[str, Any], what: str
-) -> Path:
-    """Write tensors and, as JSON metadata under `format_name`, their record, under a temporary name that is then renamed.
-
-    Raises `OutputWriteError`.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    staged = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
-        save_file(dict(tensors), staged, metadata={format_name: json.dumps(record)})
-        os.replace(staged, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputWriteError(
-            f"{path}: the {what} could not be written ({error}). Free some space or choose another path."
-        ) from error
-    finally:
-        if staged is not None and os.path.exists(staged):
-            os.unlink(staged)
-    return path
 
 
 def as_gram_sets(grams: Any) -> list[GramSet]:

@@ -44,8 +44,8 @@ class Inputs:
             return listed
         given = self.settings.task_weights
         weights = given if isinstance(given, tuple) else (given,) * len(experts)
-        own = self.parameters.at(names[0], self.depth(names[0]), len(experts)).values()
-        per_expert = [value for value in own if isinstance(value, tuple) and len(value) == len(experts)]
+        own = self.parameters.at(names[0], self.depth(names[0]), len(experts))
+        per_expert = [own[key] for key, setting in self.parameters.settings.items() if setting.per_expert]
         return canonical_order(
             self.base, experts, names, [(weights[t], *(value[t] for value in per_expert)) for t in listed]
         )

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ from bmm_engine.checkpoint import Checkpoint, TensorSource, is_adapter, open_ada
 from bmm_engine.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+# Building the architecture takes a while, and all adapters of a base need the same of it.
+_options: WeakKeyDictionary[Checkpoint, dict[str, Any]] = WeakKeyDictionary()
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | TensorSource
 
@@ -37,9 +41,11 @@ def adapter_options(base: TensorSource) -> dict[str, Any]:
     """What `open_adapter` should know of a base whose architecture is known: where live names differ, which weights are transposed."""
     if not isinstance(base, Checkpoint) or base.config is None:
         return {}
-    try:
-        live_names, transposed = stored_layout(base.path)
-    except CheckpointError as error:  # an architecture of its own: names and shapes in the files then have to tell
-        logger.info("%s: %s", base.label, error)
-        return {}
-    return {"live_names": live_names, "transposed": transposed}
+    if base not in _options:
+        try:
+            live_names, transposed = stored_layout(base.path)
+            _options[base] = {"live_names": live_names, "transposed": transposed}
+        except CheckpointError as error:  # an architecture of its own: names and shapes in the files then have to tell
+            logger.info("%s: %s", base.label, error)
+            _options[base] = {}
+    return _options[base]

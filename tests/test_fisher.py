@@ -219,7 +219,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(CheckpointError, match="no such Fisher file"):
         FisherSet.load(tmp_path / "none.safetensors")
     save_file({"fisher.w": torch.ones(2)}, tmp_path / "plain.safetensors")
-    with pytest.raises(CheckpointError, match="not of Fisher information"):
+    with pytest.raises(CheckpointError, match="not a Fisher file"):
         FisherSet.load(tmp_path / "plain.safetensors")
     save_file({"w": torch.ones(2)}, tmp_path / "new.safetensors", metadata={"bmm-fisher": '{"version": 9}'})
     with pytest.raises(CheckpointError, match="version 9"):

@@ -139,7 +139,7 @@ def test_damaged_files(tmp_path):
     with pytest.raises(CheckpointError, match="no such Gram file"):
         GramSet.load(tmp_path / "missing.safetensors")
     save_file({"w": torch.ones(2)}, tmp_path / "weights.safetensors")
-    with pytest.raises(CheckpointError, match="not of Grams"):
+    with pytest.raises(CheckpointError, match="not a Gram file"):
         GramSet.load(tmp_path / "weights.safetensors")
     record = {
         "version": 1,

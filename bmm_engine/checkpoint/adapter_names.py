@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from bmm_engine.checkpoint.adapter_config import MERGE_REMEDY
+from bmm_engine.checkpoint.names import change_prefix, modern_name, prefix_changes
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import CheckpointError
 
@@ -21,8 +22,6 @@ _PARTS = (
 # With `bias: all` PEFT also writes the biases of a trained module's wrapper; the module itself stands in the file under its own name.
 _WRAPPED = re.compile(r"(?P<module>.+?)\.(modules_to_save|original_module)\..+")
 _UNKNOWN = re.compile(r"(^|\.)(lora_|token_adapter\.|modules_to_save\.|original_module\.)")
-# What transformers itself renames when it loads old BERT files.
-_LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
 
 
 def sort_keys(keys: Iterable[str], label: str) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -58,35 +57,18 @@ def sort_keys(keys: Iterable[str], label: str) -> tuple[dict[str, dict[str, str]
 
 def known_names(base: TensorSource, live_names: Mapping[str, str]) -> dict[str, str]:
     """Every name under which an adapter may mean a tensor of the base -> the base's name."""
-    own = {_modern(name): name for name in (*base.names(), *base.aliases)}
+    own = {modern_name(name): name for name in (*base.names(), *base.aliases)}
     files = match_names(set(live_names.values()), own)
     return {live: files[file] for live, file in live_names.items() if file in files} | own
 
 
 def match_names(wanted: Collection[str], known: Mapping[str, str]) -> dict[str, str]:
     """Wanted name -> the base's, for those that are found under the one change of prefix that finds most."""
-    candidates = ["", *(f"+{p}" for p in _first_parts(known)), *(f"-{p}" for p in _first_parts(wanted))]
     best: dict[str, str] = {}
-    for prefix in candidates:
+    for prefix in prefix_changes(wanted, known):
         # What already agrees (a head beside a prefixed body) keeps its name.
-        pairs = {name: known.get(_transform(prefix, name), known.get(name)) for name in wanted}
+        pairs = {name: known.get(change_prefix(prefix, name), known.get(name)) for name in wanted}
         found = {name: target for name, target in pairs.items() if target is not None}
         if len(found) > len(best):
             best = found
     return best
-
-
-def _first_parts(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({n.split(".")[0] + "." for n in names if "." in n}))
-
-
-def _transform(prefix: str, name: str) -> str:
-    if prefix.startswith("+"):
-        return prefix[1:] + name
-    return name.removeprefix(prefix[1:]) if prefix else name
-
-
-def _modern(name: str) -> str:
-    for pattern, replacement in _LEGACY:
-        name = pattern.sub(replacement, name)
-    return name

@@ -126,6 +126,20 @@ def test_bits_depend_on_nothing_but_the_inputs(name, models, monkeypatch):
     same(first, models.merge(name))
 
 
+# Wide enough for LAPACK, BLAS and torch's sums to use several threads, which must not show.
+@pytest.mark.parametrize("name", ["average", "karcher", "model_stock", "sce", "iso_c", "iso_cts", "tsv_m", "opcm"])
+def test_bits_of_large_tensors_do_not_depend_on_threads_either(name):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"layers.0.w.weight": (320, 640), "layers.1.w.weight": (640, 320), "embed.weight": (3000, 128)}
+    base = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    experts = [{k: w + 0.1 * torch.randn(w.shape, generator=generator) for k, w in base.items()} for _ in range(3)]
+    merged = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        merged.append(merge(base, experts, anchor=name, modules=["layers.*"], alpha=math.inf).tensors)
+    same(*merged)
+
+
 # A sequential walk is one over experts in an order: its Grams differ in the last bits with it.
 @pytest.mark.parametrize("name", [n for n in RULES if get_anchor(n).symmetric and n != "regmean_plusplus"])
 def test_the_order_of_the_experts_does_not_matter_to_a_bit(name, models):
