@@ -97,3 +97,36 @@ class DataError(BmmError, ValueError):
 
 class TrainingError(BmmError, RuntimeError):
     """Fine-tuning an expert failed (diverged, or its worker process failed or died)."""
+
+
+class SearchError(BmmError, RuntimeError):
+    """A search cannot go on: trials fail, or there is nothing to score by."""
+
+
+class SearchExhaustedError(SearchError):
+    """An optimiser proposes nothing that is new; the search ends before its budget."""
+
+
+class StudyError(BmmError, RuntimeError):
+    """A study on disk is not there, cannot be read or written as it stands, or was asked for what its state rules out."""
+
+
+class StudyExistsError(StudyError, FileExistsError):
+    """A study is to be created where one is."""
+
+
+class StudyBusyError(StudyError):
+    """Another process drives the study, or keeps its database busy for too long."""
+
+
+class WorkerLostError(BmmError, RuntimeError):
+    """Workers died, one after another, of one job (or before they were ready for any).
+
+    Attributes: `job` (None: while they were made ready), `attempts` (workers lost), `cause` (how the last one ended: a signal, an exit code).
+    """
+
+    def __init__(self, message: str, *, job: object, attempts: int, cause: str):
+        super().__init__(message)
+        self.job = job
+        self.attempts = attempts
+        self.cause = cause

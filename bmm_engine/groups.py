@@ -36,8 +36,9 @@ class OpenGroup:
             self._weights[module.name] = found
         return found
 
-    def task_weights(self) -> tuple[float, ...]:
-        given = self.inputs.settings.task_weights
+    def task_weights(self, given: str | tuple[float, ...] | None = None) -> tuple[float, ...]:
+        """The group's task weights, in the inputs' order, by the rule or numbers `given`, or by the settings'."""
+        given = self.inputs.settings.task_weights if given is None else given
         if given == "none":
             return (1.0,) * len(self.moments)
         if not isinstance(given, str):

@@ -14,7 +14,8 @@ from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.fisher import FisherSet, collect_fisher
 from bmm_engine.grams import GramSet
 from bmm_engine.progress import quiet_transformers
-from bmm_engine.recipe import CalibrationRecipe, ExpertRecipe, ModelRecipe, Recipe, StackRecipe
+from bmm_engine.recipe import ExpertRecipe, ModelRecipe, Recipe, StackRecipe
+from bmm_engine.sections import CalibrationRecipe
 from bmm_engine.sources import adapter_options, open_expert
 
 if TYPE_CHECKING:
@@ -73,22 +74,28 @@ def live_model(
     """
     import torch
 
+    path = model_folder(source)
+    cls = cls or model_class(load_config(path))
+    try:
+        with quiet_transformers():
+            live = cls.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load it as {cls.__name__}: {error}") from error
+    if isinstance(source, AdapterSource):
+        with torch.no_grad():
+            for name, tensor in source.live_tensors(checkpoint_names(live)):
+                live.get_parameter(name).copy_(tensor)
+    return live.to(device), path
+
+
+def model_folder(source: TensorSource) -> Path:
+    """Where a model that can be run lies, with its config and tokenizer: of an adapter, its base. Raises `CheckpointError` for a view."""
     root = source.base if isinstance(source, AdapterSource) else source
     if not isinstance(root, Checkpoint):
         raise CheckpointError(
             f"{source.label}: cannot be run, since it is no checkpoint of its own; save it as one, or name statistics measured before."
         )
-    cls = cls or model_class(load_config(root.path))
-    try:
-        with quiet_transformers():
-            live = cls.from_pretrained(root.path, dtype=getattr(torch, dtype), local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{root.path}: transformers cannot load it as {cls.__name__}: {error}") from error
-    if isinstance(source, AdapterSource):
-        with torch.no_grad():
-            for name, tensor in source.live_tensors(checkpoint_names(live)):
-                live.get_parameter(name).copy_(tensor)
-    return live.to(device), root.path
+    return root.path
 
 
 def collect_from_checkpoint(

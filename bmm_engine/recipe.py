@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
@@ -24,6 +24,9 @@ from pydantic import (
 from bmm_engine import mergekit
 from bmm_engine.anchors import Setting, get_anchor
 from bmm_engine.errors import ConfigError
+from bmm_engine.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, Strict
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def _form(value: Any) -> str:
@@ -32,11 +35,7 @@ def _form(value: Any) -> str:
     return "<path>"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ModelRecipe(_Strict):
+class ModelRecipe(Strict):
     """A model that takes more than a path to name: a revision on the hub, a PEFT adapter on top."""
 
     model: str
@@ -51,7 +50,7 @@ class SliceRecipe(ModelRecipe):
     layers: tuple[int, int]
 
 
-class StackRecipe(_Strict):
+class StackRecipe(Strict):
     """A model stacked from layers of others, one slice after another (see `checkpoint/compose.py`)."""
 
     slices: list[SliceRecipe] = Field(min_length=1)
@@ -64,16 +63,22 @@ ModelReference = Annotated[
 ]
 
 
-class ExpertRecipe(_Strict):
+class ExpertRecipe(Strict):
     """One fine-tune. `grams`: its Gram file, read if it exists, else made from `calibration` and kept there. `fisher`: the same for its
-    Fisher information. `parameters`: its own values of the anchor's per-expert parameters; a plain list is a gradient over depth here."""
+    Fisher information. `parameters`: its own values of the anchor's per-expert parameters; a plain list is a gradient over depth here.
+    `validation`: labelled data of its task, which a search scores by; `test`: what the result is judged on. `head`: for a bare encoder, a
+    safetensors file of its linear head (`weight` (classes, width), `bias`); `metric`: of its task, instead of the evaluation's."""
 
     model: ModelReference
     name: str = ""
     grams: str | None = None
     calibration: str | None = None
     fisher: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    validation: str | None = None
+    test: str | None = None
+    head: str | None = None
+    metric: Literal["accuracy", "macro_f1"] | None = None
 
     @property
     def label(self) -> str:
@@ -90,20 +95,6 @@ class AnchorRecipe(BaseModel):
     @property
     def parameters(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
-
-
-class CalibrationRecipe(_Strict):
-    """How calibration files are read."""
-
-    samples: int = Field(256, ge=1, description="samples per expert")
-    batch_size: int = Field(16, ge=1)
-    max_length: int = Field(128, ge=1, description="tokens per text")
-    field: str = "text"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    fisher_labels: Literal["expected", "sampled"] = Field(
-        "expected",
-        description="labels for Fisher information: the exact expectation, or drawn from the model (language models)",
-    )
 
 
 def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], Any]:
@@ -144,7 +135,7 @@ Scale = Annotated[
 ]
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that decides a merge; paths are relative to the recipe's file.
 
     `alpha` and `scale` may vary over the model: a gradient over depth, or a list of {filter, value}. `vocabulary`: embeddings of different
@@ -163,10 +154,12 @@ class Recipe(_Strict):
     task_weights: Literal["none", "energy"] | list[float] = "none"
     fit_bias: bool = False
     modules: list[str] | None = None
-    keep_base: list[str] = []
+    keep_base: list[str] = Field(default_factory=list)
     vocabulary: Literal["error", "crop", "pad"] = "error"
     same_tokenizer: bool = False
     calibration: CalibrationRecipe = CalibrationRecipe()
+    evaluation: EvaluationRecipe | None = None
+    search: SearchRecipe = SearchRecipe()
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     max_shard_size: str | int = "5GB"
     device: str = "cpu"
@@ -279,6 +272,11 @@ class Recipe(_Strict):
         except ValidationError as error:
             raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
 
+    def with_search(self, **changes: Any) -> Recipe:
+        """With some keys of its search replaced. Raises `ConfigError`."""
+        section = parse_section(SearchRecipe, {**self.search.model_dump(), **changes}, "search")
+        return self.model_copy(update={"search": section})
+
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values, without what is unset: what `bmm_merge.json` records."""
         return _without_infinity(self.model_dump(exclude_none=True))
@@ -306,11 +304,23 @@ class Recipe(_Strict):
                     "grams": beside(e.grams),
                     "calibration": beside(e.calibration),
                     "fisher": beside(e.fisher),
+                    "validation": beside(e.validation),
+                    "test": beside(e.test),
+                    "head": beside(e.head),
                 }
             )
             for e in self.experts
         ]
         return self.model_copy(update={"base": located(self.base), "experts": experts})
+
+
+def parse_section(section: type[S], raw: Mapping[str, Any], name: str) -> S:
+    """Plain values as the section `name` of a recipe. Raises `ConfigError` as a recipe does."""
+    try:
+        return section.model_validate(dict(raw))
+    except ValidationError as error:
+        located = [{**e, "loc": (name, *e["loc"])} for e in error.errors()]
+        raise ConfigError("; ".join(_explain(e) for e in located)) from error
 
 
 def _last_part(model: Any) -> str:
@@ -380,12 +390,19 @@ def _explain(error: Any) -> str:
     return f"{where} = {error['input']!r}: {text}." if error["loc"] else f"{text}."
 
 
+SECTIONS: dict[str, type[BaseModel]] = {
+    "calibration": CalibrationRecipe,
+    "evaluation": EvaluationRecipe,
+    "search": SearchRecipe,
+}
+
+
 def _model_at(loc: list[str]) -> type[BaseModel]:
     """The type whose key the last part of a location is."""
     if "<slices>" in loc:
         return StackRecipe if loc[-2] == "<slices>" else SliceRecipe
     if "<model>" in loc:
         return ModelRecipe
-    if len(loc) > 1 and loc[0] == "calibration":
-        return CalibrationRecipe
+    if len(loc) > 1 and loc[0] in SECTIONS:
+        return SECTIONS[loc[0]]
     return ExpertRecipe if len(loc) > 1 and loc[0] == "experts" else Recipe

@@ -78,6 +78,36 @@ class SpectralPath:
         )
 
 
+@dataclass(frozen=True)
+class Spectrum:
+    """`A_0 = Q diag(e) Q^T` of one input: `eigenvectors` Q (in, in) and `eigenvalues` e (in,), both float64, and the trace of A_0."""
+
+    eigenvectors: Tensor
+    eigenvalues: Tensor
+    trace: float
+    task_weights: tuple[float, ...]
+
+    def path(
+        self, anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], dtype: torch.dtype = torch.float32
+    ) -> SpectralPath:
+        """The path of one module (out, in) that reads this input, kept in `dtype`; `moments` as decomposed."""
+        projected = self.project(anchor, experts, moments, dtype)
+        # Columns contiguous, as LAPACK leaves them: Q^T is read row by row.
+        q = self.eigenvectors.to(dtype).mT.contiguous().mT
+        return SpectralPath(anchor, projected, q, self.eigenvalues, self.trace, self.task_weights)
+
+    def project(
+        self, anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """`B = R Q` (out, in) of one module, `R = sum_t beta_t (W_t - W_a) G_t`, computed in float64 and kept in `dtype`."""
+        projected = torch.empty(anchor.shape, dtype=dtype, device=anchor.device)
+        for start in range(0, anchor.shape[0], BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            r = residual_of(anchor[rows], [e[rows] for e in experts], moments, self.task_weights)
+            projected[rows] = r @ self.eigenvectors
+        return projected
+
+
 @accepts_dlpack
 def spectral_path(
     anchor: Tensor,
@@ -96,19 +126,25 @@ def spectral_path(
     `ShapeMismatchError`.
     """
     betas = tuple(float(w) for w in task_weights) if task_weights is not None else (1.0,) * len(experts)
-    check_task_weights(betas, len(experts), name)
     if len(grams) != len(experts):
         raise ConfigError(f"{name}: {len(experts)} experts and {len(grams)} Grams; give one Gram for each expert.")
-    width = anchor.shape[1]
-    moments = [as_moment(gram, None, width, name) for gram in grams]
-    a = torch.empty(width, width, dtype=torch.float64, device=anchor.device)
+    moments = [as_moment(gram, None, anchor.shape[1], name) for gram in grams]
+    spectrum = decompose(moments, betas, name=name, device=anchor.device)
+    return spectrum.path(anchor, experts, moments, dtype)
+
+
+def decompose(
+    moments: Sequence[Moment],
+    task_weights: Sequence[float],
+    *,
+    name: str = "module",
+    device: torch.device | str = "cpu",
+) -> Spectrum:
+    """The eigendecomposition of `A_0 = sum_t beta_t G_t` of modules that share their input, in float64. Raises as `spectral_path`."""
+    betas = tuple(map(float, task_weights))
+    check_task_weights(betas, len(moments), name)
+    a = torch.empty(moments[0].width, moments[0].width, dtype=torch.float64, device=device)
     assemble_moments(a, moments, betas)
     trace = float(a.diagonal().sum())
     eigenvalues, q = torch.linalg.eigh(a)
-    del a
-    projected = torch.empty(anchor.shape, dtype=dtype, device=anchor.device)
-    for start in range(0, anchor.shape[0], BLOCK_ROWS):
-        rows = slice(start, start + BLOCK_ROWS)
-        projected[rows] = residual_of(anchor[rows], [e[rows] for e in experts], moments, betas) @ q
-    # Columns contiguous, as LAPACK leaves them: Q^T is read row by row.
-    return SpectralPath(anchor, projected, q.to(dtype).mT.contiguous().mT, eigenvalues, trace, betas)
+    return Spectrum(q, eigenvalues, trace, betas)

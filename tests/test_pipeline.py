@@ -12,7 +12,8 @@ from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
 from bmm_engine.grams import GramSet
 from bmm_engine.measure import collect_from_checkpoint
 from bmm_engine.pipeline import run_recipe
-from bmm_engine.recipe import CalibrationRecipe, Recipe
+from bmm_engine.recipe import Recipe
+from bmm_engine.sections import CalibrationRecipe
 from tests.numerics import relative_error
 from tests.tiny import family, make_base, make_batches, save
 

@@ -1,0 +1,106 @@
+"""`bmm collect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bmm_engine.commands.common import Json, Offline, make_console, print_json, progress_of, reporter_of
+from bmm_engine.errors import ConfigError
+
+
+def collect(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A checkpoint (path or hub id), or a recipe (.yaml) for all its experts.", show_default=False
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Calibration: .txt, .jsonl, .csv, .tsv, .safetensors of model inputs, or a folder of images.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The Gram file (.safetensors).", show_default=False)
+    ] = None,
+    modules: Annotated[
+        list[str] | None, typer.Option("--modules", help="Pattern of module names; repeatable.", show_default=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples, spread evenly over the data.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens per text.")] = 128,
+    field: Annotated[str, typer.Option(help="The text column of .jsonl, .csv and .tsv.")] = "text",
+    dtype: Annotated[str, typer.Option(help="The model runs in float32, bfloat16 or float16.")] = "float32",
+    fisher: Annotated[bool, typer.Option("--fisher", help="Measure Fisher information instead of Grams.")] = False,
+    labels: Annotated[str, typer.Option(help="For --fisher: expected, or sampled (language models).")] = "expected",
+    base: Annotated[
+        str | None, typer.Option(help="The base of a LoRA adapter that is to be measured.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Measure an expert on its calibration data, once for all merges: its Grams, or its Fisher information."""
+    from bmm_engine.calibration import read_calibration
+    from bmm_engine.measure import Models, collect_from_checkpoint, fisher_from_checkpoint, fisher_sets, gram_sets
+    from bmm_engine.recipe import Recipe
+
+    what = "fisher" if fisher else "grams"
+    report, progress = reporter_of(as_json), progress_of(as_json)
+    sets: list[Any]
+    if source.endswith((".yaml", ".yml")):
+        loaded = Recipe.load(source, local_files_only=offline)
+        paths = [getattr(e, what) for e in loaded.experts]
+        if None in paths:
+            label = loaded.experts[paths.index(None)].label
+            raise ConfigError(f"{source}: expert {label!r} has no `{what}` to save to; give every expert a path there.")
+        if fisher:
+            sets = fisher_sets(loaded, Models(offline), report=report, progress=progress)
+        else:
+            from bmm_engine.anchors import get_anchor
+
+            walk = get_anchor(loaded.anchor.name).needs == "sequential_grams"
+            sets = gram_sets(loaded, Models(offline), report=report, sequential=walk, progress=progress)
+        files = [str(path) for path in paths]
+    else:
+        if data is None or output is None:
+            raise ConfigError(
+                "bmm collect CHECKPOINT DATA -o FILE.safetensors: the data and the output file are needed."
+            )
+        raw = {"samples": samples, "batch_size": batch_size, "max_length": max_length, "field": field}
+        raw |= {"dtype": dtype, "fisher_labels": labels}
+        recipe = Recipe.parse({"base": base or source, "experts": [source], "calibration": raw}, "bmm collect")
+        models, own = Models(offline), read_calibration(data, samples=samples, field=field)
+        model = models.source(source) if base is None else models.expert(recipe, recipe.experts[0])
+        options: dict[str, Any] = {"device": device, "progress": progress}
+        if fisher:
+            sets = [fisher_from_checkpoint(model, own, recipe.calibration, **options)]
+        else:
+            sets = [collect_from_checkpoint(model, own, recipe.calibration, modules=modules or None, **options)]
+        files = [str(sets[0].save(output))]
+    summaries = [_measured(s, file) for file, s in zip(files, sets, strict=True)]
+    if as_json:
+        return print_json(summaries)
+    for summary in summaries:
+        make_console().print(f"[bold]{summary['file']}[/bold]: {summary['what']}, from {summary['calibration']}.")
+
+
+def _measured(found: Any, file: str) -> dict[str, Any]:
+    """What a file of Grams or Fisher information holds."""
+    from bmm_engine.grams import GramSet
+
+    if isinstance(found, GramSet):
+        grams = len(set(found.modules.values()))
+        counts = {
+            "modules": len(found.modules),
+            "grams": grams,
+            "what": f"{grams} Grams for {len(found.modules)} modules",
+        }
+    else:
+        counts = {"parameters": len(found.names), "what": f"Fisher information of {len(found.names)} parameters"}
+    return {"file": file, **counts, "calibration": found.calibration}

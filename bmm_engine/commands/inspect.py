@@ -1,0 +1,32 @@
+"""`bmm inspect`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bmm_engine.commands.common import Json, Offline, make_console, print_json
+
+
+def inspect(
+    source: Annotated[
+        str, typer.Argument(help="A recipe (.yaml) or a checkpoint (path or hub id).", show_default=False)
+    ],
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe would merge and what comes from the anchor, or what a checkpoint holds. Computes nothing."""
+    from bmm_engine.inspection import describe_checkpoint, describe_plan, render
+    from bmm_engine.pipeline import plan_recipe
+    from bmm_engine.recipe import Recipe
+
+    if source.endswith((".yaml", ".yml")):
+        loaded = Recipe.load(source, local_files_only=offline)
+        plan = plan_recipe(loaded, local_files_only=offline)
+        description = describe_plan(plan, loaded.gram_source or plan.settings.gram_source)
+    else:
+        description = describe_checkpoint(source, local_files_only=offline)
+    if as_json:
+        return print_json(description)
+    make_console().print(render(description))

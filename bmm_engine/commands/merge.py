@@ -1,0 +1,64 @@
+"""`bmm merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bmm_engine.commands.common import Json, Offline, make_console, print_json, progress_of, reporter_of
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="The YAML recipe, or a mergekit configuration.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT.")] = False,
+    anchor: Annotated[str | None, typer.Option(help="Replace the recipe's anchor.", show_default=False)] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Replace the recipe's relative ridge.", show_default=False)
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Replace the recipe's scale.", show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option(help="Replace the output's dtype.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default=False)] = None,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Carry out a recipe: collect missing Grams, merge, write a Hugging Face checkpoint."""
+    from bmm_engine.pipeline import run_recipe
+    from bmm_engine.recipe import Recipe
+
+    loaded = Recipe.load(
+        recipe, local_files_only=offline, anchor=anchor, alpha=alpha, scale=scale, dtype=dtype, device=device
+    )
+    result = run_recipe(
+        loaded,
+        output,
+        overwrite=overwrite,
+        local_files_only=offline,
+        progress=progress_of(as_json),
+        report=reporter_of(as_json),
+    )
+    summary = {"output": str(result.path), **result.summary()}
+    if as_json:
+        return print_json(summary)
+    console = make_console()
+    console.print(
+        f"[bold]{result.path}[/bold]: {summary['solved_modules']} modules solved, {summary['tensors_from_anchor']} tensors from the anchor"
+        f" ({loaded.anchor.name}), {summary['tensors_from_base']} from the base."
+    )
+    _print_left_out(console, summary)
+    jittered = [m["module"] for m in summary["modules"] if m["jitter"]]
+    if jittered:
+        console.print(f"{len(jittered)} modules needed jitter (first: {jittered[0]}); a larger alpha avoids it.")
+    console.print(f'Load it with AutoModel.from_pretrained("{result.path}").', highlight=False)
+
+
+def _print_left_out(console: Any, summary: dict[str, Any]) -> None:
+    if summary["modules_without_gram"]:
+        names = summary["modules_without_gram"]
+        console.print(f"No Gram covers {len(names)} linear modules (first: {names[0]}); they come from the anchor.")
+    for label, names in summary["left_out_of_experts"].items():
+        console.print(
+            f"{label}: {len(names)} tensors that the base lacks were left out (first: {names[0]}).", highlight=False
+        )

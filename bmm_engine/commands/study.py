@@ -1,0 +1,128 @@
+"""`bmm study`: how much validation data, and how many trials, a search needs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bmm_engine.commands.common import Json, Offline, make_console, print_json, reporter_of
+
+app = typer.Typer(
+    name="study", help="How much validation data, and how many trials, a search needs.", no_args_is_help=True
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="The YAML recipe, with validation and test data.", show_default=False)]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="The folder for results and all studies.", show_default=False)
+]
+Anchors = Annotated[str, typer.Option(help="Names, separated by commas.")]
+Sources = Annotated[str, typer.Option(help="data, task_vectors (data-free), hybrid; separated by commas.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Seeds of the optimiser, and of what part of the data is drawn.")]
+Workers = Annotated[int, typer.Option(min=1, help="Local processes, one model each.")]
+
+
+@app.command("validation-fraction")
+def validation_fraction(
+    recipe: RecipePath,
+    output: Output,
+    shares: Annotated[
+        str, typer.Option(help="Shares of the validation data, separated by commas.")
+    ] = "0.05,0.1,0.25,0.5,1",
+    anchors: Anchors = "tsv_m,iso_cts",
+    sources: Sources = "data,task_vectors",
+    seeds: Seeds = 5,
+    trials: Annotated[int, typer.Option(min=1, help="Trials of each search.")] = 60,
+    workers: Workers = 1,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Test scores against the share of the validation data that a search sees; mean and deviation over seeds."""
+    from bmm_engine.search import studies
+
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, trials)
+    points = studies.validation_fraction(
+        loaded,
+        output,
+        axes,
+        _numbers(shares, "--shares"),
+        workers=workers,
+        local_files_only=offline,
+        report=reporter_of(as_json),
+    )
+    _show(points, output, "share of the validation data", as_json)
+
+
+@app.command("trials")
+def number_of_trials(
+    recipe: RecipePath,
+    output: Output,
+    counts: Annotated[str, typer.Option(help="Numbers of trials, separated by commas.")] = "2,5,10,20,40,60",
+    anchors: Anchors = "tsv_m,iso_cts",
+    sources: Sources = "data,task_vectors",
+    seeds: Seeds = 5,
+    workers: Workers = 1,
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Test scores against the number of trials; mean and deviation over seeds."""
+    from bmm_engine.search import studies
+
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, None)
+    points = studies.number_of_trials(
+        loaded,
+        output,
+        axes,
+        [int(n) for n in _numbers(counts, "--counts")],
+        workers=workers,
+        local_files_only=offline,
+        report=reporter_of(as_json),
+    )
+    _show(points, output, "trials", as_json)
+
+
+def _load(path: Path, anchors: str, sources: str, seeds: int, offline: bool, trials: int | None) -> tuple[Any, Any]:
+    from bmm_engine.recipe import Recipe
+    from bmm_engine.search.studies import Axes
+
+    loaded = Recipe.load(path.resolve(), local_files_only=offline)
+    if trials is not None:
+        loaded = loaded.with_search(trials=trials)
+    return loaded, Axes(tuple(_names(anchors)), tuple(_names(sources)), seeds)
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    from bmm_engine.errors import ConfigError
+
+    try:
+        return sorted(float(part) for part in _names(text))
+    except ValueError:
+        raise ConfigError(f"{option}: {text!r} is no list of numbers; separate them by commas.") from None
+
+
+def _show(points: list[Any], output: Path, axis: str, as_json: bool) -> None:
+    from bmm_engine.report.curves import study_picture
+    from bmm_engine.search.studies import summary
+
+    rows = summary(points)
+    picture = study_picture(rows, axis, output / "study.png")
+    if as_json:
+        return print_json({"rows": rows, "points": [asdict(p) for p in points], "picture": str(picture)})
+    from rich.table import Table
+
+    table = Table("anchor", "Grams", axis, "validation", "test", "default", "anchor alone", title="% of the experts")
+    for row in rows:
+        cells = [
+            f"{100 * row[k]:.2f} ± {100 * row[f'{k}_std']:.2f}"
+            for k in ("validation", "test", "default_test", "anchor_test")
+        ]
+        table.add_row(row["anchor"], row["source"], f"{row['x']:g}", *cells)
+    console = make_console(min_width=120)
+    console.print(table)
+    console.print(f"All points: {output / 'results.json'}; picture: {picture}", highlight=False)

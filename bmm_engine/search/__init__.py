@@ -1,0 +1,1 @@
+"""The outer search over hyper-parameters."""

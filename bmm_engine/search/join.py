@@ -1,0 +1,70 @@
+"""A second process on a study: it opens the same problem, takes trials that wait, and leaves their scores for the driver to tell."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from bmm_engine.executors import WorkerInfo, open_executor
+from bmm_engine.search.study import Study
+
+from bmm_engine.errors import BmmError, ConfigError, SearchError
+from bmm_engine.measure import Report
+from bmm_engine.recipe import Recipe
+from bmm_engine.search.identity import identity_of
+from bmm_engine.search.problem import common_tensors
+from bmm_engine.search.run import study_folder, with_grams
+from bmm_engine.search.workers import RecipeProblem, make_factors, open_runner, run_trial
+
+POLL_S = 0.2
+
+
+def join_search(
+    recipe: Recipe, output: Path, *, local_files_only: bool = False, report: Report = lambda line: None
+) -> int:
+    """Work for the search that another process drives on the same recipe and output, until it ends; the number of trials run here.
+
+    Raises `SearchError` if no process drives the study, `ConfigError` if it is a study of another recipe.
+    """
+    if recipe.search.schedule == "synchronous":
+        raise ConfigError(
+            "a synchronous search takes no joined workers: its batches are as large as its own workers are many."
+        )
+    folder = study_folder(output.resolve())
+    with Study.open(folder) as study, open_executor(0) as executor:
+        study.check_identity(identity_of(recipe, 1, local_files_only))
+        if not study.driver_alive():
+            raise SearchError(
+                f"{folder}: no process drives this study, so there is nothing to join. Start the same command without --join."
+            )
+        measured = with_grams(recipe, folder, executor, local_files_only, report)
+        opener = RecipeProblem(measured, local_files_only)
+        problem = opener()
+        anchors = {label: problem.anchor_tensors(label) for label in problem.anchors}
+        tensors = common_tensors(problem, anchors)
+        shared = executor.share({name: t for name, t in tensors.items() if name.startswith("a ")})
+        groups = []
+        if not problem.space.free_tasks:
+            for group, own in make_factors(executor, opener, problem, shared):
+                groups.append(group)
+                tensors.update(own)
+        runner = open_runner(
+            WorkerInfo(0, 1), lambda: problem, groups, executor.share(tensors), "validation", recipe.device
+        )
+        done = 0
+        with study.join() as worker:
+            report(f"joined {folder} as worker {worker.name}")
+            while study.driver_alive():
+                trial = study.claim(worker)
+                if trial is None:
+                    time.sleep(POLL_S)
+                    continue
+                try:
+                    outcome = run_trial(runner, trial.parameters, None)
+                except BmmError as error:
+                    study.failed(trial.number, str(error), worker.name)
+                    continue
+                study.evaluated(trial.number, outcome.scores, outcome.seconds, outcome.evaluation_seconds, worker.name)
+                done += 1
+                report(f"trial {trial.number}: {outcome.seconds:.1f} s")
+        return done

@@ -1,0 +1,273 @@
+"""A search from end to end: measure, factor, search, judge on the test data, write the best recipe, merge."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bmm_engine.executors import Executor, open_executor, run_all
+from bmm_engine.search.study import Study, Trial
+from torch import Tensor, nn
+
+from bmm_engine.checkpoint.staging import StagedDirectory
+from bmm_engine.errors import ConfigError, SearchError
+from bmm_engine.measure import Report
+from bmm_engine.merging import MergeSettings, merge
+from bmm_engine.pipeline import run_recipe
+from bmm_engine.recipe import Recipe
+from bmm_engine.roles import Layers, module_role
+from bmm_engine.search.best import best_recipe, write_recipe
+from bmm_engine.search.driver import Watcher
+from bmm_engine.search.identity import identity_of, versions
+from bmm_engine.search.objective import get_objective
+from bmm_engine.search.problem import FunctionTasks, Problem
+from bmm_engine.search.proposer import check_optimizer
+from bmm_engine.search.recipe_tasks import RecipeTasks
+from bmm_engine.search.session import Session, no_state
+from bmm_engine.search.space import Candidate
+from bmm_engine.search.view import Silent
+from bmm_engine.search.workers import RecipeProblem, collect_grams_of
+from bmm_engine.sections import SearchRecipe
+from bmm_engine.sources import Model
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """`best` trial and the `candidate` it ran, as arguments of `merge`; the study's folder; what was written.
+
+    `rows`: experts, anchor, default and best, each with its objective and its scores by task, on validation and, where there is one, on the test
+    set. `tensors`: of a search in memory, the merged model by the base's names.
+    """
+
+    best: Trial
+    candidate: Candidate
+    arguments: dict[str, Any]
+    rows: list[dict[str, Any]]
+    trials: int
+    seconds: float
+    study: Path | None = None
+    recipe: Path | None = None
+    output: Path | None = None
+    tensors: dict[str, Tensor] | None = None
+
+
+def study_folder(output: Path) -> Path:
+    """Where the study of a merge lies: beside it."""
+    return output.with_name(f"{output.name}.study")
+
+
+def search_recipe(
+    recipe: Recipe,
+    output: Path,
+    *,
+    workers: int = 0,
+    ray: str | None = None,
+    overwrite: bool = False,
+    write_merge: bool = True,
+    local_files_only: bool = False,
+    watcher: Watcher | None = None,
+    report: Report = lambda line: None,
+) -> SearchResult:
+    """Search a recipe's outer level; the study goes into `output` + ".study", the merge of the best candidate into `output`.
+
+    Called again with the same recipe, it goes on where it stopped, however it was stopped; a larger budget continues a finished study.
+    Raises `ConfigError` (a wrong recipe, another study in the place), `StudyBusyError`, `SearchError`, and what a merge raises.
+    """
+    check_optimizer(recipe.search.optimizer)
+    get_objective(recipe.search.objective)
+    output = output.resolve()
+    folder = study_folder(output)
+    taken = _own_result(folder, output)
+    if write_merge:
+        StagedDirectory(
+            output, overwrite=overwrite or taken, needed_bytes=0
+        )  # refuses a taken destination before any model runs
+    RecipeTasks(recipe, local_files_only).check()
+    with ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        executor = stack.enter_context(open_executor(workers, ray, folder=folder))
+        identity = identity_of(recipe, executor.workers, local_files_only)
+        measured = with_grams(recipe, folder, executor, local_files_only, report)
+        opener = RecipeProblem(measured, local_files_only)
+        problem = opener()
+        study = stack.enter_context(open_study(folder, problem, identity, recipe))
+        stack.enter_context(study.drive())
+        session = Session(problem, opener, study, executor, recipe.device, watcher or Silent(), report)
+        best = session.run()
+        rows = session.rows(best)
+        candidate = Candidate.from_plain(best.parameters)
+        chosen = best_recipe(measured, problem, candidate)
+        path = write_recipe(chosen, folder / "best.yaml")
+        written = None
+        if write_merge:
+            written = run_recipe(
+                chosen, output, overwrite=overwrite or taken, local_files_only=local_files_only, report=report
+            ).path
+        session.finish(best, output if write_merge else None)
+        return SearchResult(
+            best,
+            candidate,
+            problem.settings_of(candidate),
+            rows,
+            len(study.trials()),
+            session.seconds,
+            study=folder,
+            recipe=path,
+            output=written,
+        )
+
+
+def search(
+    base: Model,
+    experts: Sequence[Model],
+    evaluate: Callable[[nn.Module, str], Any],
+    *,
+    tasks: Sequence[str] | None = None,
+    expert_scores: Mapping[str, float] | None = None,
+    grams: Any = "task_vectors",
+    anchor: str = "average",
+    anchor_parameters: Mapping[str, Any] | None = None,
+    anchors: Sequence[str] = (),
+    alpha: float = 0.03,
+    scale: float = 1.0,
+    task_weights: str | Sequence[float] | None = None,
+    modules: Sequence[str] | None = None,
+    keep_base: Sequence[str] = (),
+    objective: str | Callable[[Mapping[str, float]], float] = "mean",
+    study: Path | str | None = None,
+    device: str = "cpu",
+    watcher: Watcher | None = None,
+    **options: Any,
+) -> SearchResult:
+    """The outer level on live models: which ridge of each group of modules, scale and anchor are best on validation data.
+
+    `base`: a live model; `experts`: live models (or state dicts or paths, with `expert_scores`). `evaluate(model, task)` returns a number, higher is
+    better, or a `Score`; it gets a live copy of the base with a candidate's weights. `tasks`: names, by default one for each expert, and task i
+    is then expert i's; the objective is over score / expert's score. `anchors`: rules to choose from. `options`: of the recipe's section `search`
+    (trials, minutes, seed, optimizer, groups, depth_bins, ...). `study`: a folder to keep and resume the trials in.
+    Raises `ConfigError`, `SearchError`, and what `merge` raises.
+    """
+    from bmm_engine.recipe import parse_section
+    from bmm_engine.search.objective import objective_name
+
+    if not isinstance(base, nn.Module):
+        raise ConfigError(
+            "search needs the base as a live model to evaluate; for checkpoints write a recipe and call search_recipe."
+        )
+    names = tuple(tasks) if tasks is not None else tuple(f"task {i}" for i in range(len(experts)))
+    function = get_objective(objective)
+    section = parse_section(SearchRecipe, {"anchors": list(anchors), "objective": "mean", **options}, "search")
+    check_optimizer(section.optimizer)
+    settings = MergeSettings(
+        anchor=anchor,
+        anchor_parameters=dict(anchor_parameters or {}),
+        gram_source="task_vectors" if isinstance(grams, str) else "data",
+        alpha=alpha,
+        scale=scale,
+        task_weights="none"
+        if task_weights is None
+        else task_weights
+        if isinstance(task_weights, str)
+        else tuple(task_weights),
+        device=device,
+    )
+    chosen = {name: (name, dict(anchor_parameters or {}) if name == anchor else {}) for name in (anchors or [anchor])}
+    problem = Problem(
+        base,
+        tuple(experts),
+        settings,
+        FunctionTasks(base, [e if isinstance(e, nn.Module) else None for e in experts], names, evaluate, expert_scores),
+        section,
+        chosen,
+        grams,
+        {"modules": modules, "keep_base": keep_base},
+        function,
+    )
+    with ExitStack() as stack:
+        folder = study if study is not None else stack.enter_context(tempfile.TemporaryDirectory(prefix="bmm-search-"))
+        study_path = Path(folder)
+        executor = stack.enter_context(open_executor(0))
+        identity = {
+            "search": {**section.model_dump(exclude={"trials", "minutes"}), "objective": objective_name(objective)},
+            "tasks": list(names),
+            "anchors": {label: [rule, repr(own)] for label, (rule, own) in chosen.items()},
+        }
+        kept = stack.enter_context(open_study(study_path, problem, identity, None))
+        stack.enter_context(kept.drive())
+        session = Session(problem, lambda: problem, kept, executor, device, watcher or Silent(), lambda line: None)
+        best = session.run()
+        candidate = Candidate.from_plain(best.parameters)
+        arguments = problem.settings_of(candidate)
+        merged = merge(base, experts, grams=grams, progress=False, device=device, **arguments, **problem.options)
+        session.finish(best, None)
+        return SearchResult(
+            best,
+            candidate,
+            arguments,
+            session.rows(best),
+            len(kept.trials()),
+            session.seconds,
+            study=None if study is None else study_path,
+            tensors=merged.tensors,
+        )
+
+
+def with_grams(recipe: Recipe, folder: Path, executor: Executor, local_files_only: bool, report: Report) -> Recipe:
+    """The recipe with a Gram file for every expert: those that are lacking are measured, one expert for each worker, and kept in `folder`."""
+    if recipe.gram_source == "task_vectors":
+        return recipe
+    experts = [
+        e if e.grams is not None else e.model_copy(update={"grams": str(folder / "grams" / f"{i}.safetensors")})
+        for i, e in enumerate(recipe.experts)
+    ]
+    missing = [i for i, e in enumerate(experts) if not Path(str(e.grams)).exists()]
+    for i in missing:
+        if experts[i].calibration is None:
+            raise ConfigError(
+                f"expert {experts[i].label!r}: its Gram file {experts[i].grams!r} does not exist, and no `calibration` says how to make it."
+            )
+    if missing:
+        executor.start(no_state)
+        calls = [(recipe, i, str(experts[i].grams), local_files_only, recipe.device) for i in missing]
+        described = run_all(executor, collect_grams_of, calls, label="collecting Grams")
+        for i, text in zip(missing, described, strict=True):
+            report(f"{experts[i].label}: Grams collected from {text}")
+    return recipe.model_copy(update={"experts": experts})
+
+
+def open_study(folder: Path, problem: Problem, identity: Mapping[str, Any], recipe: Recipe | None) -> Study:
+    """The study in a folder, made if there is none. Raises `ConfigError` where it is another search's."""
+    layers, options = Layers(problem.modules), problem.search
+    group_of = {module: group.name for group in problem.groups for module in group.modules}
+    record = {
+        "identity": dict(identity),
+        "recipe": None if recipe is None else recipe.plain(),
+        "tasks": list(problem.tasks.names),
+        "anchors": list(problem.anchors),
+        "objective": problem.goal.name,
+        "optimizer": options.optimizer,
+        "seed": options.seed,
+        "budget": {"trials": options.trials, "minutes": options.minutes},
+        "groups": [
+            {"name": g.name, "role": g.role, "depth": g.depth, "modules": list(g.modules)} for g in problem.groups
+        ],
+        "modules": {m: {"role": module_role(m), "layer": layers(m), "group": group_of[m]} for m in problem.modules},
+        "versions": versions(),
+    }
+    return Study.open_or_create(folder, record)
+
+
+def _own_result(folder: Path, output: Path) -> bool:
+    """Was the merge at `output` written by the study in `folder`?"""
+    if not (folder / "trials.sqlite").exists() or not output.exists():
+        return False
+    with Study.open(folder, readonly=True) as study:
+        result = study.fact("result") or {}
+    return result.get("output") == str(output.resolve())
+
+
+__all__ = ["SearchError", "SearchResult", "search", "search_recipe", "study_folder"]

@@ -1,0 +1,141 @@
+"""What workers of a search run, and how they come by what it needs: functions and values that travel between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
+from bmm_engine.scores import Score
+from torch import Tensor
+
+from bmm_engine.calibration import read_calibration
+from bmm_engine.factors import FactorGroup, FactorMaker, Factors
+from bmm_engine.measure import Models, collect_from_checkpoint
+from bmm_engine.parallel import in_order, share_of_memory
+from bmm_engine.pipeline import settings_of
+from bmm_engine.recipe import Recipe
+from bmm_engine.search.problem import Problem, anchor_choices
+from bmm_engine.search.recipe_tasks import RecipeTasks
+from bmm_engine.search.space import Candidate
+from bmm_engine.search.trial import Bar, FreeWriter, Outcome, TrialRunner, Writer
+
+Opener = Callable[[], Problem]
+
+
+@dataclass(frozen=True)
+class RecipeProblem:
+    """Opens a recipe's problem, wherever it is called; all Grams must be measured."""
+
+    recipe: Recipe
+    local_files_only: bool = False
+
+    def __call__(self) -> Problem:
+        recipe, models = self.recipe, Models(self.local_files_only)
+        measured = recipe.gram_source != "task_vectors"
+        return Problem(
+            base=models.get(recipe.base),
+            experts=tuple(models.get(e.model) for e in recipe.experts),
+            settings=settings_of(recipe),
+            tasks=RecipeTasks(recipe, self.local_files_only),
+            search=recipe.search,
+            anchors=anchor_choices(recipe),
+            grams=[str(e.grams) for e in recipe.experts] if measured else "task_vectors",
+            options={
+                "modules": recipe.modules,
+                "keep_base": recipe.keep_base,
+                "vocabulary": recipe.vocabulary,
+                "fishers": [e.fisher for e in recipe.experts if e.fisher is not None],
+                "local_files_only": self.local_files_only,
+            },
+        )
+
+
+# Grams
+
+
+def collect_grams_of(state: Any, recipe: Recipe, index: int, path: str, local_files_only: bool, device: str) -> str:
+    """Measure one expert's Grams and save them at `path`; returns what they were measured on."""
+    expert, options = recipe.experts[index], recipe.calibration
+    data = read_calibration(Path(str(expert.calibration)), samples=options.samples, field=options.field)
+    source = Models(local_files_only).expert(recipe, expert)
+    grams = collect_from_checkpoint(source, data, options, modules=recipe.modules, device=device, progress=False)
+    grams.save(path)
+    return data.describe()
+
+
+# Factors
+
+
+def open_maker(info: WorkerInfo, opener: Opener, anchors: Shared) -> FactorMaker:
+    problem = opener()
+    found: dict[str, dict[str, Tensor]] = {label: {} for label in problem.anchors}
+    for name, tensor in anchors.tensors().items():
+        _, label, own = name.split(" ", 2)
+        found[label][own] = tensor
+    return FactorMaker(problem.plan, found, problem.weightings)
+
+
+def make_group(maker: FactorMaker, index: int) -> tuple[FactorGroup, dict[str, Tensor]]:
+    return maker.group(index)
+
+
+def make_factors(executor: Executor, opener: Opener, problem: Problem, anchors: Shared) -> list[Any]:
+    """The factors of every group, each by one worker (here: each by one thread), so that no bit depends on how many there are."""
+    count = len(problem.plan.groups)
+    if executor.workers > 1:
+        executor.start(open_maker, opener, anchors)
+        return run_all(executor, make_group, [(index,) for index in range(count)], label="factoring")
+    maker = open_maker(WorkerInfo(0, 1), lambda: problem, anchors)
+    widths = [group.width + group.with_bias for group in problem.plan.groups]
+    heights = [sum(m.out_features for m in group.members) for group in problem.plan.groups]
+    held = [8 * (5 * w * w + 3 * w * h * len(problem.anchors)) for w, h in zip(widths, heights, strict=True)]
+    tasks = ((size, lambda index=index: maker.group(index)) for index, size in enumerate(held))
+    import torch
+
+    return list(in_order(tasks, workers=torch.get_num_threads(), most_bytes=share_of_memory()))
+
+
+# Trials
+
+
+def open_runner(
+    info: WorkerInfo,
+    opener: Opener,
+    groups: Sequence[FactorGroup],
+    shared: Shared,
+    split: str,
+    device: str,
+    tick: Callable[[], None] | None = None,
+) -> TrialRunner:
+    """Live models, factors on their device, prepared data: what trials need, once for each worker."""
+    problem, device = opener(), info.device(device)
+    live = problem.tasks.live(problem.plan, device)
+    tensors: Mapping[str, Tensor] = shared.tensors()
+    if device != "cpu":
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    factors = Factors(groups, tensors)
+    evaluator = problem.tasks.evaluator(split)
+    if evaluator is None:
+        raise AssertionError(f"no data for {split}")
+    writer: Writer | FreeWriter = Writer(live, factors, problem.groups)
+    if problem.space.free_tasks:
+        plan = replace(problem.plan, settings=replace(problem.plan.settings, device=device))
+        writer = FreeWriter(plan, live, factors, problem.groups)
+    runner = TrialRunner(live, writer, evaluator, problem.goal)
+    if tick is not None:
+        runner.tick = tick
+    return runner
+
+
+def run_trial(runner: TrialRunner, plain: Mapping[str, Any], bar: Bar | None) -> Outcome:
+    return runner.run(Candidate.from_plain(plain), bar)
+
+
+def score_expert(state: Any, opener: Opener, split: str, index: int, device: str) -> dict[str, Score]:
+    """One expert's own scores; {} where there is no data for the split."""
+    tasks = opener().tasks
+    evaluator = tasks.evaluator(split)
+    return {} if evaluator is None else tasks.expert_scores(index, evaluator, device)

@@ -1,0 +1,101 @@
+"""Sections of a recipe that say how models are run and judged: calibration, evaluation, search."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class CalibrationRecipe(Strict):
+    """How calibration files are read."""
+
+    samples: int = Field(256, ge=1, description="samples per expert")
+    batch_size: int = Field(16, ge=1)
+    max_length: int = Field(128, ge=1, description="tokens per text")
+    field: str = "text"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    fisher_labels: Literal["expected", "sampled"] = Field(
+        "expected",
+        description="labels for Fisher information: the exact expectation, or drawn from the model (language models)",
+    )
+
+
+class EvaluationRecipe(Strict):
+    """How a live model is scored on a task.
+
+    `kind`: "text_classification" and "image_classification" read each expert's `validation` (and `test`) file and its own head; "language_model"
+    reads texts; "lm_eval" runs the harness's `tasks`; "function" calls `function` ("package.module:name") as `function(model, task) -> float`.
+    """
+
+    kind: Literal["text_classification", "image_classification", "language_model", "lm_eval", "function"]
+    metric: Literal["accuracy", "macro_f1"] = Field(
+        "accuracy", description="of classification; an expert may name its own"
+    )
+    field: str = Field("text", description="the column of texts")
+    label_field: str = Field("label", description="the column of labels")
+    pooling: Literal["mean", "cls"] = Field("mean", description="what a `head` of its own reads of a bare encoder")
+    batch_size: int = Field(32, ge=1)
+    max_length: int = Field(128, ge=1, description="tokens per text")
+    samples: int | None = Field(None, ge=1, description="at most so many samples a task, spread evenly over the file")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    tasks: list[str] = Field(
+        [], description="names of lm-eval's tasks, or what to call `function` with; default: the experts"
+    )
+    limit: int | None = Field(None, ge=1, description="of lm-eval: samples a task")
+    function: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationRecipe:
+        if (self.kind == "function") != (self.function is not None):
+            raise ValueError("`function` (package.module:name) goes with kind 'function', and only with it")
+        if self.kind == "lm_eval" and not self.tasks:
+            raise ValueError("kind 'lm_eval' needs `tasks`, the names of the harness's tasks")
+        return self
+
+
+class SearchRecipe(Strict):
+    """The outer level: what is varied, by which optimiser, for how long.
+
+    `groups`: modules that share a ridge: "role_depth" (attention in and out, MLP in and out, times `depth_bins` bins of the layers), "role", "depth",
+    "all" (one group), "module" (one for each), or {name: [shell patterns]}. `alpha_range`: the upper end stands for the anchor itself.
+    `scales`: "fixed" (the recipe's), "global" (one for all), or "group". `anchors`: names (or mappings with parameters) to choose from; none: the
+    recipe's. `weightings`: task weights to choose from ("none", "energy"), or "free": one weight for each task, which makes a trial factor anew.
+    """
+
+    trials: int | None = Field(60, ge=1)
+    minutes: float | None = Field(None, gt=0, description="stop asking after so long; trials: null for no other limit")
+    seed: int = Field(0, ge=0)
+    optimizer: str = Field("BO", description="any optimiser that Nevergrad registers")
+    objective: str = Field("mean", description="mean, worst, cvar@q (q in (0, 1]), or package.module:function")
+    groups: Literal["role_depth", "role", "depth", "all", "module"] | dict[str, list[str]] = "role_depth"
+    depth_bins: int = Field(3, ge=1)
+    alpha_range: tuple[float, float] = (1e-4, 1e4)
+    scales: Literal["fixed", "global", "group"] = "global"
+    scale_range: tuple[float, float] = (0.5, 1.5)
+    anchors: list[Any] = []
+    weightings: list[Literal["none", "energy"]] | Literal["free"] = Field([], description="empty: the recipe's own")
+    schedule: Literal["asynchronous", "synchronous"] = Field(
+        "asynchronous", description="synchronous: ask as many as there are workers, wait for all, tell them in order"
+    )
+    racing: bool = Field(False, description="stop a trial whose remaining tasks cannot lift it over the best")
+    racing_margin: float = Field(0.02, ge=0, description="how much better than ever seen a remaining task might be")
+
+    @field_validator("alpha_range", "scale_range")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        low, high = value
+        if not (math.isfinite(low) and math.isfinite(high) and 0 < low < high):
+            raise ValueError("it must be two positive numbers, the smaller first")
+        return value
+
+    @model_validator(mode="after")
+    def _limited(self) -> SearchRecipe:
+        if self.trials is None and self.minutes is None:
+            raise ValueError("give `trials`, `minutes`, or both; a search without an end has no result")
+        return self

@@ -1,0 +1,139 @@
+"""What a trial evaluates is what the merge on disk is: candidates written into live models, against `merge`."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bmm_engine import collect_grams, merge
+from bmm_engine.evaluators import FunctionEvaluator
+from bmm_engine.executors import open_executor
+from bmm_engine.factors import Factors
+from bmm_engine.plan import MergeSettings
+from bmm_engine.search.objective import get_objective
+from bmm_engine.search.problem import FunctionTasks, Problem
+from bmm_engine.search.session import prepare
+from bmm_engine.search.space import Candidate
+from bmm_engine.search.trial import FreeWriter, TrialRunner, Writer
+from bmm_engine.sections import SearchRecipe
+from tests.tiny import fine_tune, make_base, make_batches
+
+ARCHITECTURES = ["bert", "gpt2", "vit", "llama"]
+
+
+def problem_of(architecture, *, data=True, anchors=("average", "ties"), fit_bias=False, **search):
+    base = make_base(architecture)
+    experts = [fine_tune(base, seed) for seed in (1, 2)]
+    grams = (
+        [collect_grams(e, make_batches(architecture, 5 + i)) for i, e in enumerate(experts)] if data else "task_vectors"
+    )
+    settings = MergeSettings(gram_source="data" if data else "task_vectors", fit_bias=fit_bias)
+    tasks = FunctionTasks(base, experts, ("a", "b"), lambda model, task: 1.0)
+    section = SearchRecipe(**search)
+    chosen = {name: (name, {}) for name in anchors}
+    return Problem(base, tuple(experts), settings, tasks, section, chosen, grams)
+
+
+def candidates(problem):
+    """Some that differ in every variable, two of them in one only, so that what is left unwritten shows."""
+    names = [g.name for g in problem.groups]
+    first = {name: 10.0 ** (i % 5 - 2) for i, name in enumerate(names)}
+    second = {**first, names[0]: math.inf, names[-1]: 7.0}
+    ones, scales = dict.fromkeys(names, 1.0), {name: 0.8 + 0.1 * i for i, name in enumerate(names)}
+    weights = problem.space.weightings or (problem.space.default_weights,)
+    labels = list(problem.anchors)
+    yield Candidate(labels[0], first, ones, weights[0])
+    yield Candidate(labels[0], second, ones, weights[0])
+    yield Candidate(labels[-1], second, scales, weights[-1])
+    yield Candidate(labels[-1], dict.fromkeys(names, math.inf), scales, weights[-1])
+    yield Candidate(labels[0], first, ones, weights[0])
+
+
+def check(problem, live, writer, candidate):
+    writer.write(candidate)
+    merged = merge(
+        problem.base, problem.experts, grams=problem.grams, dtype="float32", fit_bias=problem.settings.fit_bias, progress=False,
+        **problem.settings_of(candidate),
+    ).tensors  # fmt: skip
+    for name, tensor in live.parameters.items():
+        # A spectral factor in float32 against a Cholesky in float64, relative to the largest entry of the tensor.
+        torch.testing.assert_close(tensor, merged[name], rtol=0, atol=2e-5 * float(merged[name].abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("data", [True, False], ids=["data", "data-free"])
+def test_a_written_candidate_is_the_merge_it_stands_for(architecture, data):
+    problem = problem_of(architecture, data=data, depth_bins=2, scales="group", weightings=["none", "energy"])
+    with open_executor() as executor:
+        prepared = prepare(problem, lambda: problem, executor)
+    live = problem.tasks.live(problem.plan, "cpu")
+    writer = Writer(live, Factors(prepared.groups, prepared.tensors), problem.groups)
+    assert set(live.parameters) >= {m.weight for m in problem.plan.linear.values()}
+    for candidate in candidates(problem):
+        check(problem, live, writer, candidate)
+
+
+def test_biases_that_are_solved_with_the_weights():
+    problem = problem_of("bert", fit_bias=True, groups="role")
+    with open_executor() as executor:
+        prepared = prepare(problem, lambda: problem, executor)
+    live = problem.tasks.live(problem.plan, "cpu")
+    writer = Writer(live, Factors(prepared.groups, prepared.tensors), problem.groups)
+    for candidate in candidates(problem):
+        check(problem, live, writer, candidate)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_free_task_weights(architecture):
+    problem = problem_of(architecture, groups="role", scales="group", weightings="free")
+    with open_executor() as executor:
+        prepared = prepare(problem, lambda: problem, executor)
+    live = problem.tasks.live(problem.plan, "cpu")
+    writer = FreeWriter(problem.plan, live, Factors(prepared.groups, prepared.tensors), problem.groups)
+    for i, candidate in enumerate(candidates(problem)):
+        free = Candidate(candidate.anchor, candidate.alpha, candidate.scale, (1.0 + 0.3 * i, 1.0 - 0.2 * i))
+        check(problem, live, writer, free)
+
+
+def test_only_what_changed_is_computed(monkeypatch):
+    problem = problem_of("bert", groups="role", scales="fixed", anchors=("average",))
+    with open_executor() as executor:
+        prepared = prepare(problem, lambda: problem, executor)
+    live = problem.tasks.live(problem.plan, "cpu")
+    factors = Factors(prepared.groups, prepared.tensors)
+    solved = []
+    solve = Factors.solve
+    monkeypatch.setattr(
+        Factors, "solve", lambda self, module, *rest: (solved.append(module.name), solve(self, module, *rest))
+    )
+    evaluator = FunctionEvaluator(lambda model, task: 1.0, ("a", "b"), "validation")
+    runner = TrialRunner(live, Writer(live, factors, problem.groups), evaluator, get_objective("mean"))
+    first = problem.space.first_candidates()[1][1]
+    runner.run(first)
+    assert len(solved) == len(problem.modules)
+    solved.clear()
+    runner.run(Candidate(first.anchor, {**first.alpha, "mlp_out": 5.0}, first.scale, first.task_weights))
+    assert solved == list(next(g for g in problem.groups if g.name == "mlp_out").modules)
+
+
+def test_models_of_all_tasks_share_what_is_merged_and_keep_their_heads():
+    from bmm_engine.live import share_parameters
+
+    problem = problem_of("bert", anchors=("average",))
+    base, experts = problem.base, problem.experts
+    encoder = base.bert
+    plan = Problem(
+        encoder, experts, problem.settings, problem.tasks, problem.search, problem.anchors, problem.grams
+    ).plan
+    import copy
+
+    models = [(f"task {i}", i, lambda e=e: copy.deepcopy(e)) for i, e in enumerate(experts)]
+    live = share_parameters(plan.alignment, models)
+    live.load({name: torch.zeros(plan.alignment.base.spec(name).shape) for name in plan.alignment.merged})
+    for task, expert in zip(("task 0", "task 1"), experts):
+        model = live.models[task]
+        assert not model.bert.encoder.layer[0].attention.self.query.weight.any()
+        assert not model.bert.embeddings.word_embeddings.weight.any()
+        assert torch.equal(model.classifier.weight, expert.classifier.weight)
