@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,21 +37,28 @@ class CalibrationData:
         """File name, number of samples, and a short hash of the source, for the record."""
         return f"{self.source.name}: {len(self)} samples, sha256 {_digest(self.source)}"
 
-    def batches(self, model_path: Path, *, batch_size: int, max_length: int) -> Iterator[dict[str, Tensor]]:
+    def by_length(self) -> list[int]:
+        """The samples' indices with texts of like length together."""
+        return sorted(range(len(self)), key=lambda i: len(self.texts[i]) if self.texts else 0)
+
+    def batches(
+        self, model_path: Path, *, batch_size: int, max_length: int, ordered: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         """Model inputs of `batch_size` samples, made by the checkpoint's own tokenizer or image processor.
 
-        Texts of like length go together, so that little is padding. Raises `CheckpointError` without a tokenizer or processor.
+        Texts of like length go together, so that little is padding, unless they are `ordered` already. Raises `CheckpointError` without a
+        tokenizer or processor.
         """
         if self.inputs is not None:
             for start in range(0, len(self), batch_size):
                 yield {key: value[start : start + batch_size] for key, value in self.inputs.items()}
         elif self.texts:
             tokenizer = load_tokenizer(model_path)
-            ordered = sorted(self.texts, key=len)
-            for start in range(0, len(ordered), batch_size):
+            texts = self.texts if ordered else [self.texts[i] for i in self.by_length()]
+            for start in range(0, len(texts), batch_size):
                 yield dict(
                     tokenizer(
-                        ordered[start : start + batch_size],
+                        list(texts[start : start + batch_size]),
                         padding=True,
                         truncation=True,
                         max_length=max_length,
@@ -73,12 +81,12 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
         )
     if path.is_dir():
         images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        data = CalibrationData(path, images=tuple(_spread(images, samples)))
+        data = CalibrationData(path, images=tuple(spread(images, samples)))
     elif path.suffix == ".safetensors":
         data = CalibrationData(path, inputs=_read_inputs(path, samples))
     else:
         texts = [text for text in _read_texts(path, field) if text.strip()]
-        data = CalibrationData(path, texts=tuple(_spread(texts, samples)))
+        data = CalibrationData(path, texts=tuple(spread(texts, samples)))
     if len(data) == 0:
         raise EmptyCalibrationError(
             f"calibration: {path} holds no samples. A few hundred of the expert's own task are enough."
@@ -105,35 +113,51 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _read_texts(path: Path, field: str) -> Iterator[str]:
+    if path.suffix != ".txt":
+        yield from (str(text) for (text,) in read_rows(path, [field]))
+        return
+    with _readable(path), path.open(encoding="utf-8") as file:
+        yield from (line.rstrip("\n") for line in file)
+
+
+def read_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The columns `fields` of each row of a `.jsonl`, `.csv` or `.tsv` file (without quoting). Raises `ConfigError`."""
+    with _readable(path), path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _columns(json.loads(line), fields, f"{path}, line {number}")
+        elif path.suffix == ".csv":
+            yield from (_columns(row, fields, str(path)) for row in csv.DictReader(file))
+        elif path.suffix == ".tsv":
+            header = file.readline().rstrip("\n").split("\t")
+            for line in file:
+                # Text may hold tabs where its column is the last.
+                cells = line.rstrip("\n").split("\t", len(header) - 1)
+                yield _columns(dict(zip(header, cells, strict=False)), fields, str(path))
+        else:
+            raise ConfigError(f"{path} is of a kind that is not read; use .txt, .jsonl, .tsv, .csv or .safetensors.")
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
-            if path.suffix == ".txt":
-                yield from (line.rstrip("\n") for line in file)
-            elif path.suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield str(_column(json.loads(line), field, f"{path}, line {number}"))
-            elif path.suffix == ".csv":
-                yield from (str(_column(row, field, str(path))) for row in csv.DictReader(file))
-            elif path.suffix == ".tsv":
-                header = file.readline().rstrip("\n").split("\t")
-                for line in file:
-                    yield str(_column(dict(zip(header, line.rstrip("\n").split("\t"), strict=False)), field, str(path)))
-            else:
-                raise ConfigError(
-                    f"calibration: {path} is of a kind that is not read; use .txt, .jsonl, .tsv, .csv or .safetensors."
-                )
+        yield
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(
-            f"calibration: {path} cannot be read ({error}). It must be UTF-8 text of the kind its name says."
+            f"{path} cannot be read ({error}). It must be UTF-8 text of the kind its name says."
         ) from error
+
+
+def _columns(row: Any, fields: Sequence[str], where: str) -> tuple[Any, ...]:
+    return tuple(_column(row, field, where) for field in fields)
 
 
 def _column(row: Any, field: str, where: str) -> Any:
     if not isinstance(row, dict) or field not in row:
         has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise ConfigError(
-            f"calibration: {where} has no column {field!r} (it has: {has}). Name the text column with `field`."
+            f"{where} has no column {field!r} (it has: {has}). Name the column of texts with `field`, of labels with `label_field`."
         )
     return row[field]
 
@@ -155,7 +179,7 @@ def _read_inputs(path: Path, samples: int | None) -> dict[str, Tensor]:
         )
     if not inputs:
         raise EmptyCalibrationError(f"calibration: {path} holds no tensors.")
-    keep = torch.tensor(_spread(range(next(iter(counts.values()))), samples), dtype=torch.long)
+    keep = torch.tensor(spread(range(next(iter(counts.values()))), samples), dtype=torch.long)
     return {name: tensor[keep] for name, tensor in inputs.items()}
 
 
@@ -179,7 +203,7 @@ def _image_batches(images: tuple[Path, ...], model_path: Path, batch_size: int) 
         yield dict(processor(pictures, return_tensors="pt"))
 
 
-def _spread(items: Any, samples: int | None) -> list[Any]:
+def spread(items: Any, samples: int | None) -> list[Any]:
     """`samples` of the items at even distances (files are often sorted by class), or all."""
     count = len(items)
     if samples is None or samples >= count:

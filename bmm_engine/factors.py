@@ -74,7 +74,7 @@ class FactorMaker:
                 base, experts = weights[module.name]
                 cosines = [alignment(m, e - base) for m, e in zip(opened.moments, experts, strict=True)]
                 found.alignment[module.name] = self._listed(cosines)
-        return found, tensors
+        return found, {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _anchor(self, label: str, module: LinearModule, with_bias: bool) -> Tensor:
         """The anchor's weight (out, in), or [W | b]."""

@@ -66,9 +66,10 @@ class Models:
 
 
 def live_model(
-    source: TensorSource, *, cls: Any = None, dtype: str = "float32", device: str = "cpu"
+    source: TensorSource, *, cls: Any = None, dtype: str = "float32", device: str = "cpu", reports: bool = True
 ) -> tuple[nn.Module, Path]:
     """A checkpoint, or an adapter on one, as a live model of its own architecture (or of the class `cls`); and where its tokenizer lies.
+    `reports`: let transformers say what the files lack.
 
     Raises `CheckpointError` for what transformers cannot load.
     """
@@ -77,7 +78,7 @@ def live_model(
     path = model_folder(source)
     cls = cls or model_class(load_config(path))
     try:
-        with quiet_transformers():
+        with quiet_transformers(reports):
             live = cls.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: transformers cannot load it as {cls.__name__}: {error}") from error

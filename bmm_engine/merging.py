@@ -18,6 +18,7 @@ from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet, as_gram_sets
 from bmm_engine.output import Target, inputs_of, output_specs, write_sidecars
 from bmm_engine.plan import MergePlan, MergeSettings, build_plan, find_linear_modules
+from bmm_engine.posterior import Posterior
 from bmm_engine.progress import track
 from bmm_engine.sources import Model, open_expert, open_model
 from bmm_engine.stream import MergeStream, ModuleRecord
@@ -25,12 +26,16 @@ from bmm_engine.stream import MergeStream, ModuleRecord
 
 @dataclass(frozen=True)
 class MergeResult:
-    """`tensors` (name -> tensor) for a merge in memory, else `path` of the written checkpoint; what was done to each module; the plan."""
+    """`tensors` (name -> tensor) for a merge in memory, else `path` of the written checkpoint; what was done to each module; the plan.
+
+    `posterior`: which draw from the posterior it is; None for the MAP.
+    """
 
     plan: MergePlan
     modules: list[ModuleRecord]
     tensors: dict[str, Tensor] | None = None
     path: Path | None = None
+    posterior: Posterior | None = None
 
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON: counts, what was left out, and a record for each module."""
@@ -41,6 +46,7 @@ class MergeResult:
             "tensors_from_base": len(self.plan.from_base),
             "modules_without_gram": list(self.plan.unmeasured),
             "left_out_of_experts": {label: list(names) for label, names in alignment.expert_only.items() if names},
+            "posterior": None if self.posterior is None else asdict(self.posterior),
             "modules": [asdict(record) for record in self.modules],
         }
 
@@ -90,6 +96,7 @@ def merge(
     keep_base: Iterable[str] = (),
     vocabulary: str = "error",
     fishers: Sequence[FisherSet | str | os.PathLike[str]] = (),
+    posterior: Posterior | None = None,
     output: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
@@ -111,6 +118,9 @@ def merge(
     but heads). `keep_base`: patterns of tensors to copy from the base. `vocabulary`: where embeddings differ in rows, "error", "crop" or "pad".
     `fishers`: one FisherSet or path per expert, for the rules that need them. Parameters of the anchor, `alpha` and `scale` may vary over the
     model (a gradient over depth, filters by name: see `bmm_engine.anchors.settings`).
+    `posterior`: a draw from the posterior instead of its mean, the MAP: `W* + tau Z L^{-1}` in every solved module, before `scale`; what comes
+    from the anchor (all modules at `alpha=math.inf`) has no posterior and stays as it is. Noise below half a unit in the last place of the
+    output's dtype is lost in it.
     `output`: a directory to write (staged, then renamed; never half); without it the tensors come back in memory, on the CPU.
     `dtype`: of the output's float tensors (default: as in the base). Arithmetic is float32 (float64 for the solves), rounded once.
 
@@ -148,18 +158,18 @@ def merge(
     specs = output_specs(plan.alignment, dtype)
     if output is None:
         target = Target(specs)
-        stream = MergeStream(plan, target.finish)
+        stream = MergeStream(plan, target.finish, posterior)
         _run(stream, target, progress)
         ordered = {name: target.tensors[name] for name in specs}
         ordered.update({alias: ordered[name] for alias, name in plan.alignment.base.aliases.items() if name in ordered})
-        return MergeResult(plan, stream.records, tensors=ordered)
+        return MergeResult(plan, stream.records, tensors=ordered, posterior=posterior)
     # Sharding and the output path are refused before any work.
     writer = CheckpointWriter(Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite)
     with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
         target = Target(specs, writer)
-        stream = MergeStream(plan, target.finish)
+        stream = MergeStream(plan, target.finish, posterior)
         _run(stream, target, progress)
-        result = MergeResult(plan, stream.records)
+        result = MergeResult(plan, stream.records, posterior=posterior)
         write_sidecars(writer, plan, inputs.result(), result.summary(), recipe, dtype)
         path = writer.commit()
     return replace(result, path=path)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.checkpoint.tokenizer import check_same_tokenizer
 from bmm_engine.measure import Models, Report, fisher_sets, gram_sets
 from bmm_engine.merging import MergeResult, merge, plan_merge
 from bmm_engine.plan import MergePlan, MergeSettings
+from bmm_engine.posterior import Posterior
 from bmm_engine.recipe import Recipe
 
 
@@ -53,6 +55,65 @@ def plan_recipe(recipe: Recipe, *, local_files_only: bool = False) -> MergePlan:
     )
 
 
+@dataclass(frozen=True)
+class PreparedMerge:
+    """A recipe whose statistics are at hand: `arguments` of `merge`, to be used as often as wanted."""
+
+    arguments: dict[str, Any]
+
+    def merge(
+        self, output: Path | None = None, *, overwrite: bool = False, posterior: Posterior | None = None
+    ) -> MergeResult:
+        """The merge, or a draw from its posterior: written to `output`, or in memory. Raises as `merge`."""
+        return merge(**self.arguments, output=output, overwrite=overwrite, posterior=posterior)
+
+
+def prepare_recipe(
+    recipe: Recipe,
+    *,
+    local_files_only: bool = False,
+    progress: bool | None = None,
+    report: Report = lambda line: None,
+) -> PreparedMerge:
+    """Check a recipe against its models, and measure what is missing (Grams, Fisher information), once for all its merges."""
+    settings = settings_of(recipe)
+    plan_recipe(recipe, local_files_only=local_files_only)  # names and shapes, before any model runs
+    measured = settings.gram_source != "task_vectors" and settings.needs_grams
+    rule, models = settings.rule, Models(local_files_only)
+    sequential = rule.needs == "sequential_grams"
+    grams = (
+        gram_sets(recipe, models, report=report, sequential=sequential, progress=progress)
+        if measured
+        else "task_vectors"
+    )
+    fishers = fisher_sets(recipe, models, report=report, progress=progress) if rule.needs == "fishers" else []
+    return PreparedMerge(
+        {
+            "base": models.get(recipe.base),
+            "experts": [models.get(e.model) for e in recipe.experts],
+            "anchor": settings.anchor,
+            "anchor_parameters": settings.anchor_parameters,
+            "grams": grams,
+            "hybrid": settings.hybrid_share if measured and settings.gram_source == "hybrid" else None,
+            "alpha": settings.alpha,
+            "scale": settings.scale,
+            "task_weights": settings.task_weights,
+            "fit_bias": settings.fit_bias and measured,
+            "normalization": settings.normalization,
+            "modules": recipe.modules,
+            "keep_base": recipe.keep_base,
+            "vocabulary": recipe.vocabulary,
+            "fishers": fishers,
+            "dtype": recipe.dtype,
+            "max_shard_size": recipe.max_shard_size,
+            "device": recipe.device,
+            "recipe": recipe.plain(),
+            "local_files_only": local_files_only,
+            "progress": progress,
+        }
+    )
+
+
 def run_recipe(
     recipe: Recipe,
     output: Path,
@@ -63,40 +124,11 @@ def run_recipe(
     report: Report = lambda line: None,
 ) -> MergeResult:
     """Carry out a recipe and write the merged checkpoint to `output`."""
-    settings = settings_of(recipe)
-    StagedDirectory(output, overwrite=overwrite, needed_bytes=0)  # refuses a taken destination before any model runs
-    plan_recipe(recipe, local_files_only=local_files_only)  # names and shapes too
-    measured = settings.gram_source != "task_vectors" and settings.needs_grams
-    rule, models = settings.rule, Models(local_files_only)
-    sequential = rule.needs == "sequential_grams"
-    grams = (
-        gram_sets(recipe, models, report=report, sequential=sequential, progress=progress)
-        if measured
-        else "task_vectors"
-    )
-    fishers = fisher_sets(recipe, models, report=report, progress=progress) if rule.needs == "fishers" else []
-    return merge(
-        models.get(recipe.base),
-        [models.get(e.model) for e in recipe.experts],
-        anchor=settings.anchor,
-        anchor_parameters=settings.anchor_parameters,
-        grams=grams,
-        hybrid=settings.hybrid_share if measured and settings.gram_source == "hybrid" else None,
-        alpha=settings.alpha,
-        scale=settings.scale,
-        task_weights=settings.task_weights,
-        fit_bias=settings.fit_bias and measured,
-        normalization=settings.normalization,
-        modules=recipe.modules,
-        keep_base=recipe.keep_base,
-        vocabulary=recipe.vocabulary,
-        fishers=fishers,
-        output=output,
-        dtype=recipe.dtype,
-        max_shard_size=recipe.max_shard_size,
-        overwrite=overwrite,
-        device=recipe.device,
-        recipe=recipe.plain(),
-        local_files_only=local_files_only,
-        progress=progress,
-    )
+    check_output(output, overwrite)
+    prepared = prepare_recipe(recipe, local_files_only=local_files_only, progress=progress, report=report)
+    return prepared.merge(output, overwrite=overwrite)
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a taken destination before any model runs. Raises `OutputExistsError`, `OutputWriteError`."""
+    StagedDirectory(output, overwrite=overwrite, needed_bytes=0)

@@ -29,14 +29,17 @@ def track(items: Iterable[T], label: str, *, total: int | None = None, show: boo
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every checkpoint it reads or writes."""
+def quiet_transformers(reports: bool = True) -> Iterator[None]:
+    """Keep transformers from drawing a bar for every checkpoint it reads or writes; with `reports` off, also from listing what a file lacks."""
     from transformers.utils import logging
 
-    enabled = logging.is_progress_bar_enabled()
+    enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if not reports:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if enabled:
             logging.enable_progress_bar()

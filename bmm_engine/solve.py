@@ -183,6 +183,46 @@ def solve_map(
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
     """
+    problem = map_problem(anchor, experts, grams, task_weights=task_weights, base=base, name=name)
+    if alpha == math.inf:
+        count = len(problem.names)
+        return MapSolution(anchor.clone(), [math.inf] * count, [0.0] * count, problem.task_weights)
+    factors = problem.factorize(alpha=alpha, ridge=ridge)
+    solved = [solve_with_factor(*args) for args in zip(*problem.members, factors, strict=True)]
+    weight = torch.stack(solved) if anchor.dim() == 3 else solved[0]
+    return MapSolution(weight, [f.ridge for f in factors], [f.jitter for f in factors], problem.task_weights)
+
+
+@dataclass(frozen=True)
+class MapProblem:
+    """The members of a batch of regressions (one, where the anchor is a matrix), each by itself and checked."""
+
+    names: list[str]
+    anchors: list[Tensor]
+    experts: list[list[Tensor]]
+    moments: list[list[Moment]]
+    task_weights: list[tuple[float, ...]]
+
+    @property
+    def members(self) -> tuple[list[Tensor], list[list[Tensor]], list[list[Moment]]]:
+        return self.anchors, self.experts, self.moments
+
+    def factorize(self, *, alpha: float | None, ridge: float | None) -> list[Factor]:
+        """One factor for each member; raises as `factorize` does."""
+        device = self.anchors[0].device
+        return factorize(self.moments, self.task_weights, alpha=alpha, ridge=ridge, names=self.names, device=device)
+
+
+def map_problem(
+    anchor: Tensor,
+    experts: Sequence[Tensor] | Tensor,
+    grams: Sequence[Tensor] | Sequence[Moment] | Tensor,
+    *,
+    task_weights: Sequence[float] | str | None,
+    base: Tensor | None,
+    name: str,
+) -> MapProblem:
+    """The arguments of `solve_map`, checked and taken apart; raises as it does."""
     experts, grams = list(experts), list(grams)
     batched = anchor.dim() == 3
     if not batched and anchor.dim() != 2:
@@ -209,13 +249,8 @@ def solve_map(
         _resolve_task_weights(task_weights, base, members[i], moments[i], i if batched else None, name)
         for i in range(len(anchors))
     ]
-    if alpha == math.inf:
-        return MapSolution(anchor.clone(), [math.inf] * len(anchors), [0.0] * len(anchors), betas)
     names = [f"{name}[{i}]" for i in range(len(anchors))] if batched else [name]
-    factors = factorize(moments, betas, alpha=alpha, ridge=ridge, names=names, device=anchor.device)
-    solved = [solve_with_factor(*args) for args in zip(anchors, members, moments, factors, strict=True)]
-    weight = torch.stack(solved) if batched else solved[0]
-    return MapSolution(weight, [f.ridge for f in factors], [f.jitter for f in factors], betas)
+    return MapProblem(names, anchors, members, moments, betas)
 
 
 def check_finite(weight: Tensor, what: str) -> None:

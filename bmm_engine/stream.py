@@ -19,6 +19,7 @@ from bmm_engine.memory import release_free_memory
 from bmm_engine.moments import Moment
 from bmm_engine.parallel import in_order, one_thread, share_of_memory
 from bmm_engine.plan import MergePlan, ModuleGroup
+from bmm_engine.posterior import Posterior, posterior_sample, posterior_scale
 from bmm_engine.solve import Factor, check_finite, factorize, solve_with_factor
 
 T = TypeVar("T")
@@ -40,7 +41,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """What happened to one module: the ridge and jitter of its factor, the task weights, and `shift = ||W* - W_a|| / ||W_a - W_0||`."""
+    """What happened to one module: the ridge and jitter of its factor, the task weights, and `shift = ||W* - W_a|| / ||W_a - W_0||`.
+
+    `tau`: of a draw from the posterior, the scale of its noise (0: the MAP itself); see `bmm_engine.posterior`.
+    """
 
     module: str
     shape: tuple[int, int]
@@ -48,18 +52,25 @@ class ModuleRecord:
     jitter: float
     task_weights: tuple[float, ...]
     shift: float
+    tau: float = 0.0
 
 
 class MergeStream:
     """Iterate to get every tensor of the merged model, in pieces; `records` fills as modules are solved.
 
     `finish`: what is done to each piece as soon as it is there (the cast to its final dtype), by the thread that made it. It is the `Model`
-    that the rule's reduction sees.
+    that the rule's reduction sees. `posterior`: solved modules get a draw instead of the MAP.
     """
 
-    def __init__(self, plan: MergePlan, finish: Callable[[Piece], Piece] = lambda piece: piece):
+    def __init__(
+        self,
+        plan: MergePlan,
+        finish: Callable[[Piece], Piece] = lambda piece: piece,
+        posterior: Posterior | None = None,
+    ):
         self.plan = plan
         self.finish = finish
+        self.posterior = posterior
         self.inputs = Inputs(plan)
         self.settings = plan.settings
         self.base = plan.alignment.base
@@ -267,7 +278,12 @@ class MergeStream:
         shape = (module.out_features, module.in_features)
         listed = dict(zip(self.inputs.order, factor.task_weights, strict=True))
         weights = tuple(listed[t] for t in range(len(listed)))
-        self.records.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, weights, shift))
+        tau = 0.0
+        if self.posterior is not None and self.posterior.temperature:
+            temperature = self.posterior.temperature
+            tau = posterior_scale(solved, experts, group.moments, factor, temperature, name=module.name)
+            solved = posterior_sample(solved, factor, tau, self.posterior.generator(module.name))
+        self.records.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, weights, shift, tau))
         scale = self.settings.scale_setting.at(
             module.weight, self.inputs.depth(module.weight), len(self.inputs.experts)
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,21 +55,19 @@ def search(
         done = join_search(loaded, output, local_files_only=offline, report=report)
         return print_json({"trials": done}) if as_json else make_console().print(f"{done} trials run here.")
     console = make_console(stderr=True)
-    with ExitStack() as stack:
-        watcher: Any = Lines(report)
-        if console.is_terminal and not as_json:
-            watcher = stack.enter_context(LiveView(console, loaded.search))
-        result = search_recipe(
-            loaded,
-            output,
-            workers=workers,
-            ray=ray,
-            overwrite=overwrite,
-            write_merge=not no_merge,
-            local_files_only=offline,
-            watcher=watcher,
-            report=report,
-        )
+    shown = console.is_terminal and not as_json
+    watcher: Any = LiveView(console, loaded.search) if shown else Lines(report)
+    result = search_recipe(
+        loaded,
+        output,
+        workers=workers,
+        ray=ray,
+        overwrite=overwrite,
+        write_merge=not no_merge,
+        local_files_only=offline,
+        watcher=watcher,
+        report=report,
+    )
     summary = {
         "study": str(result.study),
         "recipe": str(result.recipe),

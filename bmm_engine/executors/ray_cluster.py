@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOCAL = "local"
+CONNECT_S = 10
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class RayExecutor(Pool):
     """Each worker is an actor with one core, one torch thread, and its share of the GPUs. `address`: "local" starts a cluster on this machine.
 
     The package must be installed on every machine of the cluster, and paths must mean the same there. Actors are never restarted by Ray: a
-    dead one is replaced here, and its job given on. Raises `ConfigError` where the cluster does not answer.
+    dead one is replaced here, and its job given on. A worker for which the cluster has no free core waits until there is one. Raises `ConfigError` where the cluster does not answer.
     """
 
     def __init__(self, address: str, workers: int):
@@ -106,8 +108,9 @@ class RayExecutor(Pool):
         if self._started:
             local: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False} if address == LOCAL else {}
             try:
+                _check_listening(address)
                 ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise ConfigError(
                     f"ray: no cluster answers at {address!r}: {error}; start one with `ray start --head`, or use 'local'."
                 ) from error
@@ -167,6 +170,13 @@ class RayExecutor(Pool):
         self._forget_all()
         if self._started:
             ray.shutdown()
+
+
+def _check_listening(address: str) -> None:
+    """Raises `OSError` where nothing listens at "host:port" or "ray://host:port"; Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
 
 
 def gpus_each(gpus: float, workers: int) -> float:

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from bmm_engine.errors import BmmError, NumericalWarning, SearchError, SearchExhaustedError
 from bmm_engine.executors import Completed, Executor
 from bmm_engine.scores import Score
-from bmm_engine.search.study import Study, Trial
-
-from bmm_engine.errors import BmmError, NumericalWarning, SearchError, SearchExhaustedError
 from bmm_engine.search.objective import Objective, normalized
 from bmm_engine.search.proposer import Proposer
 from bmm_engine.search.space import Candidate
+from bmm_engine.search.study import Study, Trial
 from bmm_engine.search.trial import Bar, Outcome, optimistic
 from bmm_engine.search.workers import run_trial
 from bmm_engine.sections import SearchRecipe
@@ -29,11 +28,13 @@ DRIVER = "driver"
 
 
 class Watcher(Protocol):
-    """Who looks on."""
+    """Who looks on. Between `begin` and `end` trials run, and a display has the terminal to itself."""
 
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
     def asked(self, trial: Trial) -> None: ...
     def told(self, trial: Trial) -> None: ...
-    def tick(self) -> None: ...
+    def tick(self, seconds: float) -> None: ...
 
 
 @dataclass
@@ -82,7 +83,18 @@ class Driver:
 
     def run(self) -> Trial:
         """The best trial, once the budget is spent. Raises `SearchError` if no trial succeeds, or trial after trial fails."""
-        self._restore()
+        self.watcher.begin()
+        try:
+            self._restore()
+            self._loop()
+        finally:
+            self.watcher.end()
+            self.clock.keep()
+        if self._best is None:
+            raise SearchError("no trial succeeded; see the errors of the study's trials.")
+        return self._best
+
+    def _loop(self) -> None:
         while True:
             self._fill()
             if not self._running and not self._others_at_work():
@@ -90,11 +102,7 @@ class Driver:
             for done in self.executor.wait(POLL_S if self._joined else None) if self._running else self._sleep():
                 self._completed(done)
             self.service()
-            self.watcher.tick()
-        self.clock.keep()
-        if self._best is None:
-            raise SearchError("no trial succeeded; see the errors of the study's trials.")
-        return self._best
+            self.watcher.tick(self.clock.seconds)
 
     def service(self) -> None:
         """What must not wait for a trial to end: take joined workers' results, give back what dead ones had, give them more."""

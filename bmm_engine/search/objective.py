@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from bmm_engine.errors import ConfigError
+from bmm_engine.evaluators.function import load_function
 
 Function = Callable[[Mapping[str, float]], float]
 
@@ -78,18 +78,6 @@ def get_objective(name: str | Function) -> Objective:
 def objective_name(name: str | Function) -> str:
     """What a study records of an objective."""
     return name if isinstance(name, str) else get_objective(name).name
-
-
-def load_function(name: str, key: str) -> Callable[..., float]:
-    """The callable that `package.module:name` names. Raises `ConfigError`."""
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}: {name!r} cannot be imported ({error}). Is its folder on PYTHONPATH?") from error
-    if not callable(found):
-        raise ConfigError(f"{key}: {name!r} is a {type(found).__name__}, not a function.")
-    return found
 
 
 def normalized(scores: Mapping[str, float], experts: Mapping[str, float]) -> dict[str, float]:

@@ -10,16 +10,16 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import torch
-from bmm_engine.evaluators import Evaluator, FunctionEvaluator
-from bmm_engine.scores import Score
 from torch import Tensor, nn
 
 from bmm_engine.anchors import DepthMap, get_anchor
 from bmm_engine.errors import ConfigError
+from bmm_engine.evaluators import Evaluator, FunctionEvaluator
 from bmm_engine.live import LiveModels, share_parameters
 from bmm_engine.merging import merge, plan_merge
 from bmm_engine.plan import MergePlan, MergeSettings
 from bmm_engine.recipe import AnchorRecipe, Recipe
+from bmm_engine.scores import Score
 from bmm_engine.search.objective import Objective, get_objective
 from bmm_engine.search.space import Candidate, SearchGroup, Space, common_value, module_groups
 from bmm_engine.sections import SearchRecipe

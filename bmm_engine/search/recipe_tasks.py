@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bmm_engine.evaluators import Evaluator, TaskData, build_evaluator
-from bmm_engine.evaluators.heads import with_head
-from bmm_engine.scores import Score
 from torch import nn
 
 from bmm_engine.errors import ConfigError
+from bmm_engine.evaluators import Evaluator, TaskData, build_evaluator
+from bmm_engine.evaluators.heads import with_head
 from bmm_engine.live import LiveModels, share_parameters
 from bmm_engine.measure import Models, live_model, model_folder
 from bmm_engine.plan import MergePlan
 from bmm_engine.recipe import ExpertRecipe, Recipe
+from bmm_engine.scores import Score
 from bmm_engine.sections import EvaluationRecipe
 
 # These read each expert's own head; the others run the base's architecture as it is.
@@ -112,7 +112,13 @@ class RecipeTasks:
             from transformers import AutoModel
 
             cls = AutoModel
-        live, _ = live_model(self._models.expert(self.recipe, expert), cls=cls, dtype=self.options.dtype, device=device)
+        live, _ = live_model(
+            self._models.expert(self.recipe, expert),
+            cls=cls,
+            dtype=self.options.dtype,
+            device=device,
+            reports=expert.head is None,  # a bare encoder has no pooler, and needs none
+        )
         if expert.head is not None:
             live = with_head(live, Path(expert.head), self.options.pooling).to(
                 device, getattr(torch, self.options.dtype)

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bmm_engine.executors import Executor, open_executor, run_all
-from bmm_engine.search.study import Study, Trial
 from torch import Tensor, nn
 
 from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.errors import ConfigError, SearchError
+from bmm_engine.executors import Executor, open_executor, run_all
 from bmm_engine.measure import Report
 from bmm_engine.merging import MergeSettings, merge
 from bmm_engine.pipeline import run_recipe
@@ -29,6 +28,7 @@ from bmm_engine.search.proposer import check_optimizer
 from bmm_engine.search.recipe_tasks import RecipeTasks
 from bmm_engine.search.session import Session, no_state
 from bmm_engine.search.space import Candidate
+from bmm_engine.search.study import Study, Trial
 from bmm_engine.search.view import Silent
 from bmm_engine.search.workers import RecipeProblem, collect_grams_of
 from bmm_engine.sections import SearchRecipe

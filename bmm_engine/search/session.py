@@ -9,17 +9,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from bmm_engine.executors import Executor, WorkerInfo, run_all
-from bmm_engine.scores import Score
-from bmm_engine.search.study import Study, Trial
 from torch import Tensor
 
+from bmm_engine.executors import Executor, WorkerInfo, run_all
 from bmm_engine.factors import FactorGroup, plain_alignment
 from bmm_engine.measure import Report
+from bmm_engine.scores import Score
 from bmm_engine.search.driver import Driver, Watcher, scores_plain
 from bmm_engine.search.objective import normalized
 from bmm_engine.search.problem import Problem, common_tensors
 from bmm_engine.search.proposer import Proposer
+from bmm_engine.search.study import Study, Trial
 from bmm_engine.search.workers import Opener, make_factors, open_runner, run_trial, score_expert
 
 
@@ -80,10 +80,7 @@ class Session:
             self.study.set_fact("alignment", plain_alignment(self._prepared.groups, self._expert_labels()))
         self._shared = self.executor.share(self._prepared.tensors)
         driver = self._driver(experts)
-        try:
-            best = driver.run()
-        finally:
-            driver.clock.keep()
+        best = driver.run()
         self.seconds = driver.clock.seconds
         self._judge(best)
         return best

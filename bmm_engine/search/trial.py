@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from bmm_engine.evaluators import Evaluator
-from bmm_engine.scores import Score
 
 from bmm_engine.architecture import LinearModule
+from bmm_engine.evaluators import Evaluator
 from bmm_engine.factors import Factors, modules_of, oriented
 from bmm_engine.groups import OpenGroup
 from bmm_engine.inputs import Inputs
 from bmm_engine.live import LiveModels
 from bmm_engine.plan import MergePlan
+from bmm_engine.scores import Score
 from bmm_engine.search.objective import Objective
 from bmm_engine.search.space import Candidate, SearchGroup
 from bmm_engine.solve import factorize, solve_with_factor

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
-from bmm_engine.search.study import Trial
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bmm_engine.search.study import Trial
 from bmm_engine.sections import SearchRecipe
 
 LAST_TRIALS = 8
@@ -22,9 +21,11 @@ LAST_TRIALS = 8
 class Silent:
     """Looks away."""
 
+    def begin(self) -> None: ...
+    def end(self) -> None: ...
     def asked(self, trial: Trial) -> None: ...
     def told(self, trial: Trial) -> None: ...
-    def tick(self) -> None: ...
+    def tick(self, seconds: float) -> None: ...
 
 
 class Lines(Silent):
@@ -45,23 +46,21 @@ class Lines(Silent):
         self.report(f"trial {trial.number} ({trial.kind}){state}: {what}{best}{took}")
 
 
-class LiveView:
-    """The best so far, the last trials, what runs and how long is left. A context manager."""
+class LiveView(Silent):
+    """The best so far, the last trials, what runs and how long is left."""
 
     def __init__(self, console: Console, options: SearchRecipe):
         self.options = options
         self.trials: list[Trial] = []
         self.running: dict[int, Trial] = {}
-        self.started = time.monotonic()
+        self.spent = 0.0  # by all runs of the study, when last told
+        self.told_at = time.monotonic()
         self._live = Live(console=console, get_renderable=self.render, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> LiveView:
+    def begin(self) -> None:
         self._live.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
         self._live.stop()
 
     def asked(self, trial: Trial) -> None:
@@ -71,7 +70,8 @@ class LiveView:
         self.running.pop(trial.number, None)
         self.trials.append(trial)
 
-    def tick(self) -> None: ...
+    def tick(self, seconds: float) -> None:
+        self.spent, self.told_at = seconds, time.monotonic()
 
     @property
     def best(self) -> Trial | None:
@@ -107,7 +107,7 @@ class LiveView:
             mean = sum(seconds) / len(seconds) / max(1, len(self.running))
             parts.append(f"about {_duration(left * mean)} left")
         if self.options.minutes is not None:
-            spent = time.monotonic() - self.started
+            spent = self.spent + time.monotonic() - self.told_at
             parts.append(f"{_duration(max(0.0, 60 * self.options.minutes - spent))} of the time left")
         return ", ".join(parts) or "the first trials run"
 

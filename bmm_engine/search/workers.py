@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
-from bmm_engine.scores import Score
+import torch
 from torch import Tensor
 
 from bmm_engine.calibration import read_calibration
+from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
 from bmm_engine.factors import FactorGroup, FactorMaker, Factors
 from bmm_engine.measure import Models, collect_from_checkpoint
 from bmm_engine.parallel import in_order, share_of_memory
 from bmm_engine.pipeline import settings_of
 from bmm_engine.recipe import Recipe
+from bmm_engine.scores import Score
 from bmm_engine.search.problem import Problem, anchor_choices
 from bmm_engine.search.recipe_tasks import RecipeTasks
 from bmm_engine.search.space import Candidate
@@ -71,11 +73,13 @@ def collect_grams_of(state: Any, recipe: Recipe, index: int, path: str, local_fi
 
 def open_maker(info: WorkerInfo, opener: Opener, anchors: Shared) -> FactorMaker:
     problem = opener()
+    settings = problem.plan.settings
+    plan = replace(problem.plan, settings=replace(settings, device=info.device(settings.device)))
     found: dict[str, dict[str, Tensor]] = {label: {} for label in problem.anchors}
     for name, tensor in anchors.tensors().items():
         _, label, own = name.split(" ", 2)
         found[label][own] = tensor
-    return FactorMaker(problem.plan, found, problem.weightings)
+    return FactorMaker(plan, found, problem.weightings)
 
 
 def make_group(maker: FactorMaker, index: int) -> tuple[FactorGroup, dict[str, Tensor]]:
@@ -92,9 +96,7 @@ def make_factors(executor: Executor, opener: Opener, problem: Problem, anchors: 
     widths = [group.width + group.with_bias for group in problem.plan.groups]
     heights = [sum(m.out_features for m in group.members) for group in problem.plan.groups]
     held = [8 * (5 * w * w + 3 * w * h * len(problem.anchors)) for w, h in zip(widths, heights, strict=True)]
-    tasks = ((size, lambda index=index: maker.group(index)) for index, size in enumerate(held))
-    import torch
-
+    tasks = ((size, partial(maker.group, index)) for index, size in enumerate(held))
     return list(in_order(tasks, workers=torch.get_num_threads(), most_bytes=share_of_memory()))
 
 

@@ -42,7 +42,7 @@ def refuse(info: WorkerInfo, path: str) -> None:
 def die_in_setup(info: WorkerInfo, path: str) -> None:
     with open(path, "a") as file:
         file.write("x")
-    os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(7)
 
 
 def arithmetic(state: tuple[WorkerInfo, int], seed: int) -> dict[str, Any]:
@@ -119,10 +119,6 @@ def die(state: Any, path: str, times: int) -> str:
     if Path(path).stat().st_size <= times:
         os.kill(os.getpid(), signal.SIGKILL)
     return "survived"
-
-
-def leave(state: Any) -> None:
-    os._exit(7)
 
 
 def report_and_sleep(state: Any, folder: str) -> None:

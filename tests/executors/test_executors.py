@@ -192,7 +192,10 @@ def test_a_setup_that_kills_every_worker_is_given_up(tmp_path):
     with open_executor(2) as executor:
         executor.start(jobs.die_in_setup, str(marks))
         executor.submit("a", jobs.square_later, 1, 0.0)
-        with pytest.raises(WorkerLostError, match="workers die while making their state: 3 workers"):
+        with pytest.raises(
+            WorkerLostError,
+            match="workers die while making their state: 3 workers were lost, the last one with exit code 7",
+        ):
             executor.wait()
     assert marks.read_text() == "xxx"
 
@@ -214,7 +217,6 @@ def test_shared_tensors_arrive_as_they_are_and_in_mapped_pages(where, tmp_path):
         if where == "processes":
             run_all(executor, jobs.spoil, [()])  # what a worker writes is its own
             torch.testing.assert_close(shared.tensors()["whole"], whole, rtol=0, atol=0)
-            assert (tmp_path / "study").stat().st_mode & 0o777 != 0
             (private,) = (tmp_path / "study").iterdir()
             assert private.stat().st_mode & 0o077 == 0
     assert not list(tmp_path.glob("study/*"))
@@ -259,13 +261,6 @@ def test_close_kills_what_runs_and_may_be_called_again(tmp_path):
 def test_jobs_may_start_processes_of_their_own(pool):
     pool.start(jobs.no_state)
     assert run_all(pool, jobs.start_a_child, [()]) == [5]
-
-
-def test_an_exit_code_is_named(pool):
-    pool.start(jobs.no_state)
-    error = _error(pool, jobs.leave)
-    assert isinstance(error, WorkerLostError)
-    assert error.cause == "exit code 7"
 
 
 def test_device_spreads_workers_over_the_cards(monkeypatch):

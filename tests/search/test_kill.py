@@ -19,10 +19,10 @@ from tests.tiny import family
 KILLS = int(os.environ.get("BMM_KILLS", "3"))
 TRIALS = 10
 JUDGE = """
-import time
+import os, time
 
 def score(model, task):
-    time.sleep(0.05)
+    time.sleep(float(os.environ.get("JUDGE_SECONDS", "0.05")))
     weight = dict(model.named_parameters())[f"bert.encoder.layer.{int(task[-1])}.intermediate.dense.weight"]
     return 1 / (1 + float(weight.norm()))
 """
@@ -93,12 +93,13 @@ def test_killed_at_random_moments_a_search_ends_as_if_it_had_not_been(project):
 
 
 @pytest.mark.slow
-def test_a_second_process_is_refused_or_joins(project):
-    driver = start("out", "--trials", "60")
+def test_a_second_process_is_refused_or_joins(project, monkeypatch):
+    monkeypatch.setenv("JUDGE_SECONDS", "0.3")
+    driver = start("out", "--trials", "40")
     study = project / "out.study" / "trials.sqlite"
     while not study.exists() and driver.poll() is None:
         time.sleep(0.1)
-    refused = start("out", "--trials", "60")
+    refused = start("out", "--trials", "40")
     joined = start("out", "--join")
     _, err = refused.communicate(timeout=120)
     assert refused.returncode == 2
@@ -106,8 +107,8 @@ def test_a_second_process_is_refused_or_joins(project):
     assert "--join" in err
     result = finish(driver)
     done = finish(joined)
-    assert result["trials"] == 60
+    assert result["trials"] == 40
     with sqlite3.connect(study) as connection:
         by_worker = dict(connection.execute("SELECT worker, count(*) FROM trials GROUP BY worker").fetchall())
-    assert by_worker == {"driver": 60 - done["trials"], "worker-1": done["trials"]}
+    assert by_worker == {"driver": 40 - done["trials"], "worker-1": done["trials"]}
     assert done["trials"] > 0

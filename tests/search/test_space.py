@@ -136,7 +136,7 @@ def test_objectives_of_the_users_own(tmp_path, monkeypatch):
     assert get_objective("own_objective:least")({"a": 0.5, "b": 0.75}) == -0.5
     for name, message in [
         ("own_objective:most", "cannot be imported"),
-        ("own_objective:number", "is a int, not a function"),
+        ("own_objective:number", "is of type int, and not a function"),
         ("cvar@2", r"share must be in \(0, 1\]"),
         ("maen", "did you mean 'mean'"),
     ]:

@@ -1,0 +1,99 @@
+"""Classification of texts or images, each task read by its own head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmm_engine.errors import CheckpointError
+from bmm_engine.evaluators.contract import TaskData
+from bmm_engine.evaluators.data import LabelledData, check_labels, read_labelled
+from bmm_engine.scores import Score, classification_score
+from bmm_engine.sections import EvaluationRecipe
+
+Batch = tuple[Tensor, dict[str, Tensor]]  # where its rows stand in the file, and the model's inputs
+
+
+class ClassificationEvaluator:
+    """Accuracy or macro-F1 of the live model's `.logits` (batch, classes). Texts are tokenised, and images processed, here and once.
+
+    Raises what `read_labelled` and the preparation of inputs raise.
+    """
+
+    def __init__(self, tasks: Sequence[TaskData], options: EvaluationRecipe, split: str):
+        self._prepare(
+            {task.name: task for task in tasks}, {t.name: read_labelled(t, options) for t in tasks}, options, split
+        )
+
+    def _prepare(
+        self, tasks: dict[str, TaskData], data: dict[str, LabelledData], options: EvaluationRecipe, split: str
+    ) -> None:
+        self.tasks, self.split, self._options, self._tasks, self._data = tuple(tasks), split, options, tasks, data
+        self._batches = {name: list(_batches(data[name], task, options)) for name, task in tasks.items()}
+
+    def subset(self, share: float, seed: int) -> ClassificationEvaluator:
+        """On a random share of each task's samples; a smaller share of the same seed is part of a larger one."""
+        found = object.__new__(ClassificationEvaluator)
+        chosen = {name: data.take(random_rows(len(data.labels), share, seed)) for name, data in self._data.items()}
+        found._prepare(self._tasks, chosen, self._options, self.split)
+        return found
+
+    def __call__(self, model: nn.Module, task: str) -> Score:
+        return self.score(self.probabilities(model, task), task)
+
+    def labels(self, task: str) -> Tensor:
+        """(n,) int64, in the file's order."""
+        return self._data[task].labels
+
+    @torch.inference_mode()
+    def probabilities(self, model: nn.Module, task: str) -> Tensor:
+        """Softmax of the logits (n, classes), float32, in the file's order."""
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        result: Tensor | None = None
+        try:
+            for rows, inputs in self._batches[task]:
+                output = model(**{key: value.to(device) for key, value in inputs.items()})
+                logits = getattr(output, "logits", None)
+                if logits is None or logits.dim() != 2:
+                    raise CheckpointError(
+                        f"task {task!r}: {type(model).__name__} gives no logits (samples, classes); it needs a classification head, of its own"
+                        " architecture or as a file (`head`)."
+                    )
+                if result is None:
+                    check_labels(self._data[task], logits.shape[1], self._tasks[task])
+                    result = torch.empty(len(self.labels(task)), logits.shape[1])
+                result[rows] = logits.float().softmax(1).cpu()
+        finally:
+            model.train(was_training)
+        assert result is not None
+        return result
+
+    def score(self, probabilities: Tensor, task: str) -> Score:
+        """Of probabilities (n, classes) that need not be one model's."""
+        return classification_score(probabilities, self.labels(task), self._tasks[task].metric, task)
+
+
+def random_rows(count: int, share: float, seed: int) -> list[int]:
+    """The first `ceil(share count)` of a permutation that depends on the seed only, in ascending order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[: max(1, ceil(share * count))].tolist())
+
+
+def _batches(data: LabelledData, task: TaskData, options: EvaluationRecipe) -> Any:
+    """Samples of like length go together, padded to the longest of their batch."""
+    order = data.inputs.by_length()
+    ordered = data.take(order)
+    index = torch.tensor(order, dtype=torch.long)
+    start = 0
+    for inputs in ordered.inputs.batches(
+        task.model_path, batch_size=options.batch_size, max_length=options.max_length, ordered=True
+    ):
+        size = len(next(iter(inputs.values())))
+        yield index[start : start + size], inputs
+        start += size

@@ -1,0 +1,33 @@
+"""What scores a live model on a task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from bmm_engine.scores import Score
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task: its labelled file or folder, the checkpoint folder with its tokenizer or image processor and config, its own head's file, and metric."""
+
+    name: str
+    path: Path | None
+    model_path: Path
+    head: Path | None = None
+    metric: str = "accuracy"
+
+
+class Evaluator(Protocol):
+    """Made once, with all data prepared; a call is forward passes only, in the model's evaluation mode, on whatever device it is."""
+
+    tasks: tuple[str, ...]
+    split: str
+
+    def __call__(self, model: nn.Module, task: str) -> Score:
+        """Raises `DataError` where the model's outputs are not finite, `ConfigError` for an unknown task."""
+        ...

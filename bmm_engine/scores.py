@@ -1,0 +1,140 @@
+"""Scores of a model on a task, with how sure they are: metrics, bootstrap intervals, calibration error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bmm_engine.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+RESAMPLES = 1000
+LEVEL = 0.95
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """`value`, higher is better, of `samples` samples (0: unknown), with the 95 % bootstrap percentile interval `low` to `high` (NaN where samples
+    is 0). `details`: other figures of the same predictions."""
+
+    value: float
+    samples: int
+    low: float
+    high: float
+    metric: str
+    details: Mapping[str, float] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON holds it: a number that is not finite as text."""
+        return {
+            "value": _text(self.value),
+            "samples": self.samples,
+            "low": _text(self.low),
+            "high": _text(self.high),
+            "metric": self.metric,
+            "details": {key: _text(value) for key, value in self.details.items()},
+        }
+
+    @classmethod
+    def from_plain(cls, raw: Mapping[str, Any]) -> Score:
+        return cls(
+            float(raw["value"]),
+            int(raw["samples"]),
+            float(raw["low"]),
+            float(raw["high"]),
+            str(raw["metric"]),
+            {key: float(value) for key, value in raw["details"].items()},
+        )
+
+
+def classification_score(probabilities: Tensor, labels: Tensor, metric: str, task: str) -> Score:
+    """ "accuracy" or "macro_f1" of the most probable class, `probabilities` (n, classes) and `labels` (n,), with `nll` (mean negative
+    log-likelihood) and `ece` (`expected_calibration_error`) among its details. Raises `DataError` for what is not finite."""
+    import numpy as np
+    import torch
+
+    if not torch.isfinite(probabilities).all():
+        raise DataError(f"task {task!r}: the model's probabilities are not finite; a merge at these values overflows.")
+    classes = probabilities.shape[1]
+    cells = np.bincount(labels.numpy() * classes + probabilities.argmax(1).numpy(), minlength=classes**2)
+    # To draw the samples again with replacement is to draw the cells of the confusion matrix from a multinomial.
+    drawn = np.random.default_rng(SEED).multinomial(len(labels), cells / len(labels), size=RESAMPLES)
+    function = {"accuracy": _accuracy, "macro_f1": _macro_f1}[metric]
+    value = float(function(cells[None], classes)[0])
+    low, high = _interval(function(drawn, classes))
+    chosen = probabilities[torch.arange(len(labels)), labels].clamp_min(torch.finfo(probabilities.dtype).tiny)
+    details = {"nll": float(-chosen.log().mean()), "ece": expected_calibration_error(probabilities, labels)}
+    return Score(value, len(labels), low, high, metric, details)
+
+
+def likelihood_score(losses: Tensor, tokens: Tensor, task: str) -> Score:
+    """The mean likelihood of a token, `exp(-sum losses / sum tokens)` = 1 / perplexity, of texts with summed `losses` and numbers of `tokens` (n,)
+    each. The interval is over texts. Raises `DataError` for what is not finite."""
+    import numpy as np
+    import torch
+
+    if not torch.isfinite(losses).all():
+        raise DataError(f"task {task!r}: the model's loss is not finite; a merge at these values overflows.")
+    if not tokens.sum():
+        raise DataError(f"task {task!r}: no text has a token to predict; texts need two tokens at least.")
+    loss = float(losses.sum() / tokens.sum())
+    drawn = np.random.default_rng(SEED).integers(len(losses), size=(RESAMPLES, len(losses)))
+    numerators, denominators = (x.double().numpy()[drawn].sum(1) for x in (losses, tokens))
+    low, high = _interval(np.exp(-numerators / np.maximum(denominators, 1)))
+    return Score(math.exp(-loss), len(losses), low, high, "likelihood", {"loss": loss, "perplexity": math.exp(loss)})
+
+
+def mean_score(values: np.ndarray, metric: str) -> Score:
+    """The mean of one value for each sample (n,)."""
+    import numpy as np
+
+    drawn = np.random.default_rng(SEED).integers(len(values), size=(RESAMPLES, len(values)))
+    return Score(float(values.mean()), len(values), *_interval(values[drawn].mean(1)), metric)
+
+
+def plain_score(value: float, metric: str) -> Score:
+    """A number of which no more is known."""
+    return Score(float(value), 0, math.nan, math.nan, metric)
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """`sum_b |B_b| / n |accuracy(B_b) - confidence(B_b)|` over equal bins of the confidence (Guo et al. 2017, arXiv 1706.04599)."""
+    import torch
+
+    confidence, predicted = probabilities.double().max(1)
+    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gap = (predicted == labels).double() - confidence
+    sums = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, gap)
+    return float(sums.abs().sum() / len(labels))
+
+
+def _accuracy(cells: np.ndarray, classes: int) -> np.ndarray:
+    return cells[:, :: classes + 1].sum(1) / cells.sum(1)
+
+
+def _macro_f1(cells: np.ndarray, classes: int) -> np.ndarray:
+    """The mean over the classes that occur, in truth or prediction, of 2 hits / (true + predicted)."""
+    import numpy as np
+
+    matrix = cells.reshape(-1, classes, classes)
+    hits = np.einsum("bii->bi", matrix)
+    total = matrix.sum(1) + matrix.sum(2)
+    f1 = np.divide(2 * hits, total, out=np.zeros(hits.shape), where=total > 0)
+    return f1.sum(1) / (total > 0).sum(1)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    import numpy as np
+
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _text(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,83 @@
+"""A search over several workers: repeatable in batches, whoever runs them, and nothing lost with a worker."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import psutil
+import pytest
+import yaml
+
+from bmm_engine.recipe import Recipe
+from bmm_engine.search.run import search_recipe
+from bmm_engine.search.study import Study
+from tests.tiny import family
+
+JUDGE = """
+import os, time
+
+def score(model, task):
+    time.sleep(float(os.environ.get("JUDGE_SECONDS", "0")))
+    weight = dict(model.named_parameters())[f"bert.encoder.layer.{int(task[-1])}.intermediate.dense.weight"]
+    return 1 / (1 + float(weight.norm()))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    family("bert", tmp_path)
+    (tmp_path / "judge.py").write_text(JUDGE)
+    raw = {
+        "base": "base",
+        "experts": ["expert-0", "expert-1"],
+        "evaluation": {"kind": "function", "function": "judge:score"},
+        "search": {"trials": 10, "groups": "role", "optimizer": "TwoPointsDE", "schedule": "synchronous"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    return Recipe.load(tmp_path / "recipe.yaml")
+
+
+def trials(folder):
+    with Study.open(folder, readonly=True) as study:
+        return [(t.kind, t.parameters, t.state, t.value) for t in study.trials()]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_gives_its_trial_back(recipe, tmp_path, monkeypatch):
+    quiet = search_recipe(recipe, tmp_path / "quiet", workers=2, write_merge=False)
+    monkeypatch.setenv("JUDGE_SECONDS", "0.2")
+    killed = []
+
+    def kill_one():
+        database = tmp_path / "disturbed.study" / "trials.sqlite"
+        while not database.exists() or len(trials(database.parent)) < 4:
+            time.sleep(0.05)
+        child = next(
+            c for c in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(c.cmdline())
+        )
+        killed.append(child.pid)
+        child.kill()
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    disturbed = search_recipe(recipe, tmp_path / "disturbed", workers=2, write_merge=False)
+    thread.join()
+    assert killed
+    assert trials(tmp_path / "disturbed.study") == trials(tmp_path / "quiet.study")
+    assert disturbed.best.parameters == quiet.best.parameters
+    assert not [c for c in psutil.Process().children() if c.pid != os.getpid() and c.status() != psutil.STATUS_ZOMBIE
+                and "resource_tracker" not in " ".join(c.cmdline())]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_runs_the_same_batches_as_local_processes(recipe, tmp_path):
+    pytest.importorskip("ray")
+    local = search_recipe(recipe, tmp_path / "local", workers=2, write_merge=False)
+    spread = search_recipe(recipe, tmp_path / "spread", workers=2, ray="local", write_merge=False)
+    assert trials(tmp_path / "spread.study") == trials(tmp_path / "local.study")
+    assert spread.best.parameters == local.best.parameters
