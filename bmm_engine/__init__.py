@@ -34,6 +34,12 @@ _PUBLIC = {
     "magnitude_ranks": "bmm_engine.ops.ranks",
     "alignment": "bmm_engine.moments",
     "LowRank": "bmm_engine.lowrank",
+    "search": "bmm_engine.searching.run",
+    "search_recipe": "bmm_engine.searching.run",
+    "SearchResult": "bmm_engine.searching.run",
+    "Study": "bmm_engine.searching.study",
+    "Score": "bmm_engine.scores",
+    "Posterior": "bmm_engine.posterior",
     "anchor": "bmm_engine.anchors",
     "get_anchor": "bmm_engine.anchors",
     "registered_anchors": "bmm_engine.anchors",
@@ -64,7 +70,11 @@ if TYPE_CHECKING:
     from bmm_engine.ops.residual import residual
     from bmm_engine.ops.select import kth_largest_magnitude
     from bmm_engine.ops.spectral import apply_spectral
+    from bmm_engine.posterior import Posterior
     from bmm_engine.recipe import Recipe
+    from bmm_engine.scores import Score
+    from bmm_engine.searching.run import SearchResult, search, search_recipe
+    from bmm_engine.searching.study import Study
     from bmm_engine.sequential import collect_sequential
     from bmm_engine.solve import MapSolution, solve_map
     from bmm_engine.spectral import SpectralPath, spectral_path

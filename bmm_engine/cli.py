@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands import anchors, collect, demo, inspect, merge, search
+from bmm_engine.commands import anchors, collect, demo, inspect, merge, report, sample, search, study
 from bmm_engine.commands.common import make_console
 from bmm_engine.errors import BmmError
 
@@ -38,8 +38,19 @@ def _options(
         torch.set_num_threads(threads)
 
 
-for _command in (merge.merge, collect.collect, inspect.inspect, anchors.anchors, search.search, demo.demo):
+_COMMANDS = (
+    merge.merge,
+    collect.collect,
+    inspect.inspect,
+    anchors.anchors,
+    search.search,
+    report.report,
+    sample.sample,
+    demo.demo,
+)
+for _command in _COMMANDS:
     app.command()(_command)
+app.add_typer(study.app)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from bmm_engine.measure import Report
 from bmm_engine.pipeline import PreparedMerge, check_output, prepare_recipe, settings_of
 from bmm_engine.posterior import DEFAULT_TEMPERATURE, Posterior
 from bmm_engine.recipe import Recipe
-from bmm_engine.search.recipe_tasks import RecipeTasks
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -142,6 +141,8 @@ def evaluate_samples(
     `split`: "validation" or "test"; by default "test" where every expert has such a file. Draws are those that `draw` would write, in memory one
     after another. Raises `ConfigError` unless the recipe has an `evaluation` of classification and data for the split.
     """
+    from bmm_engine.searching.recipe_tasks import RecipeTasks  # evaluators are heavy, and nothing else here needs them
+
     draws = _series(recipe, count, seed, temperature)
     split = check_evaluation(recipe, split)
     tasks = RecipeTasks(recipe, local_files_only)
@@ -155,6 +156,8 @@ def evaluate_samples(
 
 def check_evaluation(recipe: Recipe, split: str | None) -> str:
     """The split that `evaluate_samples` would judge on. Raises `ConfigError` as it does, for all that the recipe tells."""
+    from bmm_engine.searching.recipe_tasks import RecipeTasks
+
     experts, tasks = recipe.experts, RecipeTasks(recipe)
     if tasks.options.kind not in CLASSIFICATION:
         raise ConfigError(

@@ -55,7 +55,7 @@ class Score:
 
 def classification_score(probabilities: Tensor, labels: Tensor, metric: str, task: str) -> Score:
     """ "accuracy" or "macro_f1" of the most probable class, `probabilities` (n, classes) and `labels` (n,), with `nll` (mean negative
-    log-likelihood) and `ece` (`expected_calibration_error`) among its details. Raises `DataError` for what is not finite."""
+    log-likelihood) and `expected_calibration_error` among its details. Raises `DataError` for what is not finite."""
     import numpy as np
     import torch
 
@@ -69,7 +69,10 @@ def classification_score(probabilities: Tensor, labels: Tensor, metric: str, tas
     value = float(function(cells[None], classes)[0])
     low, high = _interval(function(drawn, classes))
     chosen = probabilities[torch.arange(len(labels)), labels].clamp_min(torch.finfo(probabilities.dtype).tiny)
-    details = {"nll": float(-chosen.log().mean()), "ece": expected_calibration_error(probabilities, labels)}
+    details = {
+        "nll": float(-chosen.log().mean()),
+        "expected_calibration_error": expected_calibration_error(probabilities, labels),
+    }
     return Score(value, len(labels), low, high, metric, details)
 
 

@@ -48,6 +48,7 @@ class EvaluationRecipe(Strict):
         [], description="names of lm-eval's tasks, or what to call `function` with; default: the experts"
     )
     limit: int | None = Field(None, ge=1, description="of lm-eval: samples a task")
+    include_path: str | None = Field(None, description="of lm-eval: a folder of task files of one's own")
     function: str | None = None
 
     @model_validator(mode="after")

@@ -42,9 +42,9 @@ def search(
 ) -> None:
     """Search the ridge of each module group on validation data, and merge with the best. Killed or stopped, the same command goes on."""
     from bmm_engine.recipe import Recipe
-    from bmm_engine.search.join import join_search
-    from bmm_engine.search.run import search_recipe
-    from bmm_engine.search.view import Lines, LiveView
+    from bmm_engine.searching.join import join_search
+    from bmm_engine.searching.run import search_recipe
+    from bmm_engine.searching.view import Lines, LiveView
 
     # Absolute, so that the best recipe can lie elsewhere.
     loaded = Recipe.load(recipe.resolve(), local_files_only=offline, device=device)

@@ -40,7 +40,7 @@ def validation_fraction(
     as_json: Json = False,
 ) -> None:
     """Test scores against the share of the validation data that a search sees; mean and deviation over seeds."""
-    from bmm_engine.search import studies
+    from bmm_engine.searching import studies
 
     loaded, axes = _load(recipe, anchors, sources, seeds, offline, trials)
     points = studies.validation_fraction(
@@ -68,7 +68,7 @@ def number_of_trials(
     as_json: Json = False,
 ) -> None:
     """Test scores against the number of trials; mean and deviation over seeds."""
-    from bmm_engine.search import studies
+    from bmm_engine.searching import studies
 
     loaded, axes = _load(recipe, anchors, sources, seeds, offline, None)
     points = studies.number_of_trials(
@@ -85,7 +85,7 @@ def number_of_trials(
 
 def _load(path: Path, anchors: str, sources: str, seeds: int, offline: bool, trials: int | None) -> tuple[Any, Any]:
     from bmm_engine.recipe import Recipe
-    from bmm_engine.search.studies import Axes
+    from bmm_engine.searching.studies import Axes
 
     loaded = Recipe.load(path.resolve(), local_files_only=offline)
     if trials is not None:
@@ -108,7 +108,7 @@ def _numbers(text: str, option: str) -> list[float]:
 
 def _show(points: list[Any], output: Path, axis: str, as_json: bool) -> None:
     from bmm_engine.report.curves import study_picture
-    from bmm_engine.search.studies import summary
+    from bmm_engine.searching.studies import summary
 
     rows = summary(points)
     picture = study_picture(rows, axis, output / "study.png")

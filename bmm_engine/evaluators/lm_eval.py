@@ -23,19 +23,28 @@ class LmEvalEvaluator:
     def __init__(self, options: EvaluationRecipe, tokenizer_path: Path, split: str):
         try:
             import lm_eval
+            import lm_eval.tasks
+            from lm_eval.models.huggingface import HFLM
         except ImportError as error:
             raise ConfigError("evaluation by lm-eval needs the package: pip install 'bmm-engine[lm_eval]'") from error
         self._harness: Any = lm_eval
+        self._wrapper: Any = HFLM
         self.tasks, self.split, self._options = tuple(options.tasks), split, options
         self._tokenizer = load_tokenizer(tokenizer_path)
+        self._manager = lm_eval.tasks.TaskManager(include_path=options.include_path)
+        known = set(self._manager.all_tasks)
+        for task in self.tasks:
+            if task not in known:
+                raise ConfigError(
+                    f"evaluation.tasks: lm-eval has no task {task!r}; `lm-eval ls tasks` lists them, and `include_path` names a folder of your own."
+                )
 
     def __call__(self, model: nn.Module, task: str) -> Score:
-        from lm_eval.models.huggingface import HFLM
-
-        wrapped = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=self._options.batch_size)
+        wrapped = self._wrapper(pretrained=model, tokenizer=self._tokenizer, batch_size=self._options.batch_size)
         found = self._harness.simple_evaluate(
             model=wrapped,
             tasks=[task],
+            task_manager=self._manager,
             limit=self._options.limit,
             bootstrap_iters=0,
             log_samples=True,

@@ -95,7 +95,8 @@ class RayExecutor(Pool):
     """Each worker is an actor with one core, one torch thread, and its share of the GPUs. `address`: "local" starts a cluster on this machine.
 
     The package must be installed on every machine of the cluster, and paths must mean the same there. Actors are never restarted by Ray: a
-    dead one is replaced here, and its job given on. A worker for which the cluster has no free core waits until there is one. Raises `ConfigError` where the cluster does not answer.
+    dead one is replaced here, and its job given on. A worker for which the cluster has no free core waits until there is one. Raises
+    `ConfigError` where no cluster answers.
     """
 
     def __init__(self, address: str, workers: int):

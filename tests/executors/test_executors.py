@@ -187,17 +187,16 @@ def test_a_job_that_kills_every_worker_is_given_up(pool, tmp_path):
     assert run_all(pool, jobs.square_later, [(3, 0.0)]) == [9]
 
 
-def test_a_setup_that_kills_every_worker_is_given_up(tmp_path):
+def test_a_setup_that_kills_every_worker_is_given_up(pool, tmp_path):
     marks = tmp_path / "marks"
-    with open_executor(2) as executor:
-        executor.start(jobs.die_in_setup, str(marks))
-        executor.submit("a", jobs.square_later, 1, 0.0)
-        with pytest.raises(
-            WorkerLostError,
-            match="workers die while making their state: 3 workers were lost, the last one with exit code 7",
-        ):
-            executor.wait()
+    pool.start(jobs.die_in_setup, str(marks))
+    pool.submit("a", jobs.square_later, 1, 0.0)
+    expected = "workers die while making their state: 3 workers were lost, the last one with exit code 7"
+    with pytest.raises(WorkerLostError, match=expected):
+        pool.wait()
     assert marks.read_text() == "xxx"
+    pool.start(jobs.no_state)
+    assert run_all(pool, jobs.square_later, [(3, 0.0)]) == [9]
 
 
 @pytest.mark.parametrize("where", ["inline", "processes"])
@@ -256,6 +255,11 @@ def test_close_kills_what_runs_and_may_be_called_again(tmp_path):
     assert not psutil.pid_exists(pid)  # not even as a zombie
     with pytest.raises(ConfigError, match="job 1 has no worker"):
         executor.submit(1, jobs.no_state)
+
+
+def test_workers_leave_ctrl_c_to_their_parent(pool):
+    pool.start(jobs.no_state)
+    assert run_all(pool, jobs.interrupt_itself, [()]) == ["unmoved"]
 
 
 def test_jobs_may_start_processes_of_their_own(pool):

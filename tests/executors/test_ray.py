@@ -62,7 +62,7 @@ def test_errors_keep_their_type_and_the_setup_is_not_retried(pool, tmp_path):
     pool.submit("b", jobs.unsendable)
     (done,) = pool.wait()
     assert "generator" in str(done.error)
-    with pytest.raises(ConfigError, match="job 'c' .* cannot be sent to a worker"):
+    with pytest.raises(ConfigError, match=r"job 'c' .* cannot be sent to a worker"):
         pool.submit("c", jobs.fail, (number for number in range(3)))
     pool.start(jobs.refuse, str(tmp_path / "marks"))
     pool.submit("d", jobs.square_later, 1, 0.0)

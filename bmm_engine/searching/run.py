@@ -19,18 +19,18 @@ from bmm_engine.merging import MergeSettings, merge
 from bmm_engine.pipeline import run_recipe
 from bmm_engine.recipe import Recipe
 from bmm_engine.roles import Layers, module_role
-from bmm_engine.search.best import best_recipe, write_recipe
-from bmm_engine.search.driver import Watcher
-from bmm_engine.search.identity import identity_of, versions
-from bmm_engine.search.objective import get_objective
-from bmm_engine.search.problem import FunctionTasks, Problem
-from bmm_engine.search.proposer import check_optimizer
-from bmm_engine.search.recipe_tasks import RecipeTasks
-from bmm_engine.search.session import Session, no_state
-from bmm_engine.search.space import Candidate
-from bmm_engine.search.study import Study, Trial
-from bmm_engine.search.view import Silent
-from bmm_engine.search.workers import RecipeProblem, collect_grams_of
+from bmm_engine.searching.best import best_recipe, write_recipe
+from bmm_engine.searching.driver import Watcher
+from bmm_engine.searching.identity import identity_of, versions
+from bmm_engine.searching.objective import get_objective
+from bmm_engine.searching.problem import FunctionTasks, Problem
+from bmm_engine.searching.proposer import check_optimizer
+from bmm_engine.searching.recipe_tasks import RecipeTasks
+from bmm_engine.searching.session import Session, no_state
+from bmm_engine.searching.space import Candidate
+from bmm_engine.searching.study import Study, Trial
+from bmm_engine.searching.view import Silent
+from bmm_engine.searching.workers import RecipeProblem, collect_grams_of
 from bmm_engine.sections import SearchRecipe
 from bmm_engine.sources import Model
 
@@ -152,7 +152,7 @@ def search(
     Raises `ConfigError`, `SearchError`, and what `merge` raises.
     """
     from bmm_engine.recipe import parse_section
-    from bmm_engine.search.objective import objective_name
+    from bmm_engine.searching.objective import objective_name
 
     if not isinstance(base, nn.Module):
         raise ConfigError(

@@ -15,12 +15,12 @@ from bmm_engine.executors import Executor, WorkerInfo, run_all
 from bmm_engine.factors import FactorGroup, plain_alignment
 from bmm_engine.measure import Report
 from bmm_engine.scores import Score
-from bmm_engine.search.driver import Driver, Watcher, scores_plain
-from bmm_engine.search.objective import normalized
-from bmm_engine.search.problem import Problem, common_tensors
-from bmm_engine.search.proposer import Proposer
-from bmm_engine.search.study import Study, Trial
-from bmm_engine.search.workers import Opener, make_factors, open_runner, run_trial, score_expert
+from bmm_engine.searching.driver import Driver, Watcher, scores_plain
+from bmm_engine.searching.objective import normalized
+from bmm_engine.searching.problem import Problem, common_tensors
+from bmm_engine.searching.proposer import Proposer
+from bmm_engine.searching.study import Study, Trial
+from bmm_engine.searching.workers import Opener, make_factors, open_runner, run_trial, score_expert
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import yaml
 
 from bmm_engine.errors import OutputWriteError
 from bmm_engine.recipe import AnchorRecipe, Recipe
-from bmm_engine.search.problem import Problem
-from bmm_engine.search.space import Candidate
+from bmm_engine.searching.problem import Problem
+from bmm_engine.searching.space import Candidate
 
 
 def best_recipe(recipe: Recipe, problem: Problem, candidate: Candidate) -> Recipe:

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 from bmm_engine.errors import BmmError, NumericalWarning, SearchError, SearchExhaustedError
 from bmm_engine.executors import Completed, Executor
 from bmm_engine.scores import Score
-from bmm_engine.search.objective import Objective, normalized
-from bmm_engine.search.proposer import Proposer
-from bmm_engine.search.space import Candidate
-from bmm_engine.search.study import Study, Trial
-from bmm_engine.search.trial import Bar, Outcome, optimistic
-from bmm_engine.search.workers import run_trial
+from bmm_engine.searching.objective import Objective, normalized
+from bmm_engine.searching.proposer import Proposer
+from bmm_engine.searching.space import Candidate
+from bmm_engine.searching.study import Study, Trial
+from bmm_engine.searching.trial import Bar, Outcome, optimistic
+from bmm_engine.searching.workers import run_trial
 from bmm_engine.sections import SearchRecipe
 
 # So many failed trials in a row mean that something is wrong with more than one candidate.

@@ -9,8 +9,8 @@ from hypothesis import given
 
 from bmm_engine.errors import ConfigError
 from bmm_engine.roles import module_role
-from bmm_engine.search.objective import get_objective, normalized
-from bmm_engine.search.space import Candidate, Space, module_groups
+from bmm_engine.searching.objective import get_objective, normalized
+from bmm_engine.searching.space import Candidate, Space, module_groups
 from bmm_engine.sections import SearchRecipe
 
 BERT = ["attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense"]

@@ -12,11 +12,11 @@ from bmm_engine.evaluators import FunctionEvaluator
 from bmm_engine.executors import open_executor
 from bmm_engine.factors import Factors
 from bmm_engine.plan import MergeSettings
-from bmm_engine.search.objective import get_objective
-from bmm_engine.search.problem import FunctionTasks, Problem
-from bmm_engine.search.session import prepare
-from bmm_engine.search.space import Candidate
-from bmm_engine.search.trial import FreeWriter, TrialRunner, Writer
+from bmm_engine.searching.objective import get_objective
+from bmm_engine.searching.problem import FunctionTasks, Problem
+from bmm_engine.searching.session import prepare
+from bmm_engine.searching.space import Candidate
+from bmm_engine.searching.trial import FreeWriter, TrialRunner, Writer
 from bmm_engine.sections import SearchRecipe
 from tests.tiny import fine_tune, make_base, make_batches
 

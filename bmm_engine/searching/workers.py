@@ -19,10 +19,10 @@ from bmm_engine.parallel import in_order, share_of_memory
 from bmm_engine.pipeline import settings_of
 from bmm_engine.recipe import Recipe
 from bmm_engine.scores import Score
-from bmm_engine.search.problem import Problem, anchor_choices
-from bmm_engine.search.recipe_tasks import RecipeTasks
-from bmm_engine.search.space import Candidate
-from bmm_engine.search.trial import Bar, FreeWriter, Outcome, TrialRunner, Writer
+from bmm_engine.searching.problem import Problem, anchor_choices
+from bmm_engine.searching.recipe_tasks import RecipeTasks
+from bmm_engine.searching.space import Candidate
+from bmm_engine.searching.trial import Bar, FreeWriter, Outcome, TrialRunner, Writer
 
 Opener = Callable[[], Problem]
 

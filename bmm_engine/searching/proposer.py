@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bmm_engine.errors import ConfigError, SearchExhaustedError
-from bmm_engine.search.space import Candidate, Space
+from bmm_engine.searching.space import Candidate, Space
 
 # So many repetitions of known candidates in a row mean that the space has no more to offer.
 MOST_REPETITIONS = 50
@@ -52,7 +52,7 @@ class Proposer:
                 num_workers=1 if family.no_parallelization else most,
             )
         if self._bayesian:
-            from bmm_engine.search.bayesian import speed_up
+            from bmm_engine.searching.bayesian import speed_up
 
             speed_up(self._optimizer.bo)
         self._asked: dict[int, list[Any]] = {}  # trial -> Nevergrad's candidates of that point

@@ -17,8 +17,8 @@ from bmm_engine.inputs import Inputs
 from bmm_engine.live import LiveModels
 from bmm_engine.plan import MergePlan
 from bmm_engine.scores import Score
-from bmm_engine.search.objective import Objective
-from bmm_engine.search.space import Candidate, SearchGroup
+from bmm_engine.searching.objective import Objective
+from bmm_engine.searching.space import Candidate, SearchGroup
 from bmm_engine.solve import factorize, solve_with_factor
 
 

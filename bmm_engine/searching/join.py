@@ -9,11 +9,11 @@ from bmm_engine.errors import BmmError, ConfigError, SearchError
 from bmm_engine.executors import WorkerInfo, open_executor
 from bmm_engine.measure import Report
 from bmm_engine.recipe import Recipe
-from bmm_engine.search.identity import identity_of
-from bmm_engine.search.problem import common_tensors
-from bmm_engine.search.run import study_folder, with_grams
-from bmm_engine.search.study import Study
-from bmm_engine.search.workers import RecipeProblem, make_factors, open_runner, run_trial
+from bmm_engine.searching.identity import identity_of
+from bmm_engine.searching.problem import common_tensors
+from bmm_engine.searching.run import study_folder, with_grams
+from bmm_engine.searching.study import Study
+from bmm_engine.searching.workers import RecipeProblem, make_factors, open_runner, run_trial
 
 POLL_S = 0.2
 

@@ -20,8 +20,8 @@ from bmm_engine.merging import merge, plan_merge
 from bmm_engine.plan import MergePlan, MergeSettings
 from bmm_engine.recipe import AnchorRecipe, Recipe
 from bmm_engine.scores import Score
-from bmm_engine.search.objective import Objective, get_objective
-from bmm_engine.search.space import Candidate, SearchGroup, Space, common_value, module_groups
+from bmm_engine.searching.objective import Objective, get_objective
+from bmm_engine.searching.space import Candidate, SearchGroup, Space, common_value, module_groups
 from bmm_engine.sections import SearchRecipe
 from bmm_engine.sources import Model
 

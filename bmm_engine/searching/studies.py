@@ -23,14 +23,14 @@ from bmm_engine.measure import Report
 from bmm_engine.plan import MergePlan
 from bmm_engine.recipe import AnchorRecipe, Recipe
 from bmm_engine.scores import Score
-from bmm_engine.search.identity import identity_of
-from bmm_engine.search.problem import Problem, Tasks
-from bmm_engine.search.recipe_tasks import RecipeTasks
-from bmm_engine.search.run import open_study, with_grams
-from bmm_engine.search.session import Prepared, Session, prepare
-from bmm_engine.search.study import Trial
-from bmm_engine.search.view import Silent
-from bmm_engine.search.workers import RecipeProblem
+from bmm_engine.searching.identity import identity_of
+from bmm_engine.searching.problem import Problem, Tasks
+from bmm_engine.searching.recipe_tasks import RecipeTasks
+from bmm_engine.searching.run import open_study, with_grams
+from bmm_engine.searching.session import Prepared, Session, prepare
+from bmm_engine.searching.study import Trial
+from bmm_engine.searching.view import Silent
+from bmm_engine.searching.workers import RecipeProblem
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from bmm_engine.recipe import Recipe
-from bmm_engine.search.run import search_recipe
-from bmm_engine.search.study import Study
+from bmm_engine.searching.run import search_recipe
+from bmm_engine.searching.study import Study
 from tests.tiny import family
 
 JUDGE = """

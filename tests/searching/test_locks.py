@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from bmm_engine.errors import StudyBusyError, StudyError
-from bmm_engine.search.locks import LockFile
-from bmm_engine.search.study import LOCK, Study
+from bmm_engine.searching.locks import LockFile
+from bmm_engine.searching.study import LOCK, Study
 
 RECORD = {"identity": {}}
 
@@ -26,7 +26,7 @@ def study(tmp_path):
 @contextmanager
 def child(program, *arguments):
     """A process that has printed "ready"; killed in the end."""
-    start = "import sys\nfrom bmm_engine.search.study import Study\n"
+    start = "import sys\nfrom bmm_engine.searching.study import Study\n"
     command = [sys.executable, "-c", start + program, *map(str, arguments)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -83,7 +83,12 @@ print("ready", study.driver_alive(), [p.name for p in study.participants()])
 
 
 def seen_by_another_process(study):
-    command = [sys.executable, "-c", "import sys\nfrom bmm_engine.search.study import Study\n" + TRY, str(study.folder)]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys\nfrom bmm_engine.searching.study import Study\n" + TRY,
+        str(study.folder),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 

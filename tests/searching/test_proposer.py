@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bmm_engine.errors import ConfigError, SearchExhaustedError
-from bmm_engine.search.bayesian import maximize
-from bmm_engine.search.proposer import Proposer
-from bmm_engine.search.space import SearchGroup, Space
+from bmm_engine.searching.bayesian import maximize
+from bmm_engine.searching.proposer import Proposer
+from bmm_engine.searching.space import SearchGroup, Space
 from bmm_engine.sections import SearchRecipe
 
 GROUPS = tuple(SearchGroup(name, (name,)) for name in ("a", "b", "c"))

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from bmm_engine.errors import ConfigError, StudyBusyError, StudyError, StudyExistsError
 from bmm_engine.scores import Score
-from bmm_engine.search import database
-from bmm_engine.search.canonical import digest, dumps, plain
-from bmm_engine.search.study import DATABASE, Study
+from bmm_engine.searching import database
+from bmm_engine.searching.canonical import digest, dumps, plain
+from bmm_engine.searching.study import DATABASE, Study
 
 RECORD = {"identity": {"recipe": {"scale": 1.0, "alpha": [0.1, "inf"]}, "seed": 0}, "seed": 3, "tasks": ["b", "a"]}
 SCORES = {"b": Score(0.75, 40, 0.6, 0.85, "accuracy", {"loss": 0.5}), "a": Score(0.5, 10, 0.2, 0.8, "macro_f1")}
@@ -416,7 +416,7 @@ def test_readonly_changes_nothing(study):
 
 READ_ONLY_PLACE = """
 import os, sys
-from bmm_engine.search.study import Study
+from bmm_engine.searching.study import Study
 if os.getuid() == 0:
     os.setuid(65534)  # permissions do not bind root
 assert not os.access(sys.argv[1], os.W_OK)
@@ -468,7 +468,7 @@ def test_a_database_that_others_keep_busy_is_named(study, monkeypatch):
 
 def test_the_study_does_without_torch():
     """Reports and tools open studies at once, and so do the processes that these tests kill."""
-    program = "import sys, bmm_engine.search.study; print('torch' in sys.modules)"
+    program = "import sys, bmm_engine.searching.study; print('torch' in sys.modules)"
     assert (
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "False\n"
     )
@@ -479,7 +479,7 @@ def test_the_study_does_without_torch():
 WORK = """
 import random, sys
 from bmm_engine.scores import Score
-from bmm_engine.search.study import Study
+from bmm_engine.searching.study import Study
 rng = random.Random(int(sys.argv[2]))
 with Study.open(sys.argv[1]) as study, study.drive():
     for trial in study.trials(["running"]):
@@ -539,7 +539,7 @@ def test_nothing_that_was_told_is_lost_by_kills(tmp_path):
 CREATE = """
 import sys
 from pathlib import Path
-from bmm_engine.search.study import Study
+from bmm_engine.searching.study import Study
 print("ready", flush=True)
 for i in range(10000):
     Study.create(Path(sys.argv[1]) / f"{i}.study", {"identity": {"i": i}}).close()

@@ -9,7 +9,7 @@ import torch
 
 import bmm_engine as bmm
 from bmm_engine.errors import ConfigError, DataError, SearchError
-from bmm_engine.search.run import search
+from bmm_engine.searching.run import search
 from tests.tiny import fine_tune, make_base
 
 
@@ -65,7 +65,7 @@ def test_it_starts_from_the_anchor_and_the_default_and_beats_both(models, target
 
 
 def trials_of(folder):
-    from bmm_engine.search.study import Study
+    from bmm_engine.searching.study import Study
 
     with Study.open(folder, readonly=True) as study:
         return study.trials()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmm_engine.scores import Score
-from bmm_engine.search.canonical import dumps, plain
+from bmm_engine.searching.canonical import dumps, plain
 
 APPLICATION_ID = 0x424D4D53  # "BMMS", in the file's header: `file` and SQLite see whose it is
 FORMAT = 1

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from bmm_engine.errors import StudyBusyError, StudyError, StudyExistsError
-from bmm_engine.search.schema import APPLICATION_ID, FORMAT, SCHEMA
+from bmm_engine.searching.schema import APPLICATION_ID, FORMAT, SCHEMA
 
 BUSY_S = 30.0
 

@@ -1,1 +1,0 @@
-"""The outer search over hyper-parameters."""

@@ -1,0 +1,1 @@
+"""The outer level: a search over hyper-parameters of a merge, on validation data."""
