@@ -6,7 +6,8 @@
 
 sigma^2 is the mean squared error of the fit for each output feature, so the temperature has no unit: it means the same in every module, whatever
 the Grams' normalisation. With n independent calibration rows for each task, theory says temperature^2 = 1 / n; rows are tokens, and those of one
-text are anything but independent, so in practice it is chosen on validation data. Where experts agree sigma is 0, and a draw is the MAP.
+text are anything but independent, so in practice it is chosen on validation data. Task weights count as data do: four times as large, they halve
+the noise. Where experts agree sigma is 0, and a draw is the MAP.
 A module at `alpha = inf` has no posterior: it is the anchor.
 """
 

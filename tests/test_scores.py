@@ -62,7 +62,7 @@ def test_the_likelihood_of_texts():
     assert found.value == pytest.approx(math.exp(-0.9))
     assert found.details["perplexity"] == pytest.approx(1 / found.value)
     assert found.low < found.value < found.high
-    with pytest.raises(DataError, match="'t'.*loss is not finite"):
+    with pytest.raises(DataError, match=r"'t'.*loss is not finite"):
         likelihood_score(torch.tensor([math.inf]), torch.tensor([1.0]), "t")
     with pytest.raises(DataError, match="no text has a token to predict"):
         likelihood_score(torch.tensor([0.0]), torch.tensor([0.0]), "t")
@@ -94,5 +94,5 @@ def test_scores_survive_json():
 
 
 def test_probabilities_that_are_not_finite():
-    with pytest.raises(DataError, match="task 't'.*not finite"):
+    with pytest.raises(DataError, match=r"task 't'.*not finite"):
         classification_score(torch.tensor([[math.nan, 1.0]]), torch.tensor([0]), "accuracy", "t")

@@ -53,7 +53,10 @@ def search(
     report = reporter_of(as_json)
     if join:
         done = join_search(loaded, output, local_files_only=offline, report=report)
-        return print_json({"trials": done}) if as_json else make_console().print(f"{done} trials run here.")
+        if as_json:
+            return print_json({"trials": done})
+        make_console().print(f"{done} trials run here.")
+        return None
     console = make_console(stderr=True)
     shown = console.is_terminal and not as_json
     watcher: Any = LiveView(console, loaded.search) if shown else Lines(report)

@@ -13,7 +13,8 @@ from bmm_engine.scores import Score
 
 @dataclass(frozen=True)
 class TaskData:
-    """One task: its labelled file or folder, the checkpoint folder with its tokenizer or image processor and config, its own head's file, and metric."""
+    """One task: its labelled file or folder; the checkpoint folder with its tokenizer or image processor and config; the file of a head of its own;
+    its metric."""
 
     name: str
     path: Path | None

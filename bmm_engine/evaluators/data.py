@@ -114,6 +114,6 @@ def _label_names(path: Path, task: TaskData) -> dict[str, int]:
     if listed.is_file():
         return {name: number for number, name in enumerate(json.loads(listed.read_text(encoding="utf-8")))}
     raise ConfigError(
-        f"{path}: its labels are names, and no number is known for them. Write class numbers, put the list of names in the head's order into {listed}, or"
+        f"{path}: its labels are names, and no number is known for them. Write class numbers, list the names in the head's order in {listed}, or"
         f" set label2id in {config}."
     )

@@ -27,8 +27,8 @@ class LanguageModelEvaluator:
             if task.path is None:
                 raise ConfigError(f"task {task.name!r} has no {split} texts; give their file.")
             data: CalibrationData = read_calibration(task.path, samples=options.samples, field=options.field)
-            sizes = {"batch_size": options.batch_size, "max_length": options.max_length}
-            self._batches[task.name] = list(data.batches(task.model_path, **sizes))
+            batches = data.batches(task.model_path, batch_size=options.batch_size, max_length=options.max_length)
+            self._batches[task.name] = list(batches)
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, task: str) -> Score:

@@ -274,5 +274,5 @@ def _heat(
                       color="#10151a" if light else "#ffffff")  # fmt: skip
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.05, location="bottom" if look.narrow else "right")
     bar.set_label(label, fontsize="small")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize="small")

@@ -9,7 +9,8 @@ from typing import Any
 from bmm_engine.errors import BmmError
 from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective, normalized
-from bmm_engine.searching.study import Study, Trial
+from bmm_engine.searching.schema import Trial
+from bmm_engine.searching.study import Study
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def render(chart: Chart, look: Look, kind: str) -> bytes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("a report needs matplotlib: pip install 'bmm-engine[search]'") from error
-    settings = {
+    settings: Any = {
         "svg.hashsalt": "bmm_engine",
         "svg.fonttype": "path",
         "font.size": 9.5 if look.narrow else 10,

@@ -14,7 +14,8 @@ from bmm_engine.report.contents import Contents
 from bmm_engine.report.curves import write_bytes
 from bmm_engine.report.figures import Chart, Look, picture, render
 from bmm_engine.scores import Score
-from bmm_engine.searching.study import Study, Trial
+from bmm_engine.searching.schema import Trial
+from bmm_engine.searching.study import Study
 
 STYLE = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
 
@@ -94,9 +95,11 @@ def _headline(contents: Contents) -> str:
     total = sum(t.seconds or 0 for t in timed)
     share = f"; {100 * outside / total:.1f} % of a trial's time is not evaluation" if total else ""
     objective = escape(str(contents.record["objective"]))
+    split = "Test" if contents.test else "Validation"
+    counted = f"{done} of {budget}" if budget else str(done)
     return (
-        f"<section><div class='tiles'>{''.join(tiles)}</div><p class='fine'>{'Test' if contents.test else 'Validation'} objective ({objective} of the"
-        f" tasks), where the experts have 100 %. {done}{f' of {budget}' if budget else ''} trials in {_duration(contents.seconds)}{share}.</p></section>"
+        f"<section><div class='tiles'>{''.join(tiles)}</div><p class='fine'>{split} objective ({objective} of the tasks), where the experts have"
+        f" 100 %. {counted} trials in {_duration(contents.seconds)}{share}.</p></section>"
     )
 
 
@@ -111,8 +114,8 @@ def _interval_text(contents: Contents, trial: Trial | None, split: str) -> str:
 
 def _note(chart: Chart, contents: Contents) -> str:
     text = {
-        "ridge": "The ridge is relative to the mean diagonal of the module's Gram: small trusts the experts' behaviour, large the anchor. A marks the anchor itself.",
-        "alignment": "The cosine between the measured Gram and the one estimated from the task vector: how far a data-free merge can be trusted there.",
+        "ridge": "Relative to the mean diagonal of the Gram: small trusts the experts' behaviour, large the anchor. A marks the anchor itself.",
+        "alignment": "The cosine between the measured Gram and the task vector's estimate of it: how far a data-free merge can be trusted there.",
         "validation_test": "On the line a trial is worth on test data what it was on validation data; far below it the search has overfitted.",
         "tasks": "Whiskers are 95 % bootstrap intervals.",
     }.get(chart.name, "")
@@ -136,7 +139,8 @@ def _parameters(contents: Contents) -> str:
     )
     text = f"Anchor {best.parameters['anchor']}; task weights: {told}."
     table = _table(("group", "modules", "alpha", "scale"), rows)
-    return f"<section class='card'><h2>Values of the best trial</h2><p>{escape(text)}</p><details><summary>All {len(rows)} groups</summary>{table}</details></section>"
+    more = f"<details><summary>All {len(rows)} groups</summary>{table}</details>"
+    return f"<section class='card'><h2>Values of the best trial</h2><p>{escape(text)}</p>{more}</section>"
 
 
 def _lowest_alignment(contents: Contents) -> str:
@@ -189,7 +193,8 @@ def _about(contents: Contents) -> str:
         if recipe is None
         else f"<h3>Recipe</h3><pre>{escape(json.dumps(recipe, indent=1, ensure_ascii=False))}</pre>"
     )
-    return f"<section class='card'><details><summary>What this study is</summary>{_table(('', ''), rows)}{text}</details></section>"
+    table = _table(("", ""), rows)
+    return f"<section class='card'><details><summary>What this study is</summary>{table}{text}</details></section>"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -213,7 +218,7 @@ def _number(value: float | str) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return "?" if value is None else f"{100 * value:.1f} %"
 
 
 def _duration(seconds: float) -> str:

@@ -13,8 +13,9 @@ from bmm_engine.executors import Completed, Executor
 from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective, normalized
 from bmm_engine.searching.proposer import Proposer
+from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.space import Candidate
-from bmm_engine.searching.study import Study, Trial
+from bmm_engine.searching.study import Study
 from bmm_engine.searching.trial import Bar, Outcome, optimistic
 from bmm_engine.searching.workers import run_trial
 from bmm_engine.sections import SearchRecipe
@@ -211,8 +212,8 @@ class Driver:
                 self._told_failed(trial, SearchError(trial.error))
                 continue
             value = self._value(trial)
-            state = "finished" if set(trial.scores) == set(self.experts) else "pruned"
-            self.study.tell(trial.number, value, state=state)
+            complete = set(trial.scores) == set(self.experts)
+            self.study.tell(trial.number, value, state="finished" if complete else "pruned")
             self._failures = 0
             self._tell(self.study.trial(trial.number))
         self.clock.keep()

@@ -16,7 +16,7 @@ from bmm_engine.recipe import Recipe
 
 PROBE_BYTES = 2**20
 # Keys of a recipe that do not change what a trial is.
-_BESIDE = {"dtype": True, "max_shard_size": True, "device": True, "search": {"trials", "minutes"}}
+_BESIDE: dict[str, Any] = {"dtype": True, "max_shard_size": True, "device": True, "search": {"trials", "minutes"}}
 
 
 def identity_of(recipe: Recipe, workers: int, local_files_only: bool) -> dict[str, Any]:
@@ -86,10 +86,10 @@ def _path_digest(path: Path) -> str:
     elif path.exists():
         size = path.stat().st_size
         digest.update(str(size).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(PROBE_BYTES))
-            file.seek(max(0, size - PROBE_BYTES))
-            digest.update(file.read(PROBE_BYTES))
+        with path.open("rb") as opened:
+            digest.update(opened.read(PROBE_BYTES))
+            opened.seek(max(0, size - PROBE_BYTES))
+            digest.update(opened.read(PROBE_BYTES))
     return digest.hexdigest()[:16]
 
 

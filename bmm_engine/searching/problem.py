@@ -32,7 +32,8 @@ Visit = Callable[[str, nn.Module], None]
 class Tasks(Protocol):
     """What judges a merge. `names` in their order; an expert's score is what a merge's is measured against."""
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]: ...
 
     def live(self, plan: MergePlan, device: str) -> LiveModels:
         """Models of all tasks that share what is merged."""

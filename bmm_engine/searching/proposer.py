@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from bmm_engine.errors import ConfigError, SearchExhaustedError
@@ -132,15 +133,10 @@ class Proposer:
             self._optimizer.utility_kappa = KAPPA * 2.0 ** (self.pending + repetition)
 
 
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet(ng: Any) -> Iterator[None]:
     """Nevergrad warns of what it finds inefficient in a parametrization; that is our affair, not the user's."""
-
-    def __init__(self, ng: Any):
-        super().__init__()
-        self._category = ng.errors.NevergradWarning
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.simplefilter("ignore", self._category)
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with warnings.catch_warnings():
+        for category in (ng.errors.NevergradWarning, FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        yield

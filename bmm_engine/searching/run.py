@@ -15,20 +15,22 @@ from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.errors import ConfigError, SearchError
 from bmm_engine.executors import Executor, open_executor, run_all
 from bmm_engine.measure import Report
-from bmm_engine.merging import MergeSettings, merge
+from bmm_engine.merging import merge
 from bmm_engine.pipeline import run_recipe
-from bmm_engine.recipe import Recipe
+from bmm_engine.plan import MergeSettings
+from bmm_engine.recipe import Recipe, parse_section
 from bmm_engine.roles import Layers, module_role
 from bmm_engine.searching.best import best_recipe, write_recipe
 from bmm_engine.searching.driver import Watcher
 from bmm_engine.searching.identity import identity_of, versions
-from bmm_engine.searching.objective import get_objective
+from bmm_engine.searching.objective import get_objective, objective_name
 from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.proposer import check_optimizer
 from bmm_engine.searching.recipe_tasks import RecipeTasks
+from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.session import Session, no_state
 from bmm_engine.searching.space import Candidate
-from bmm_engine.searching.study import Study, Trial
+from bmm_engine.searching.study import Study
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import RecipeProblem, collect_grams_of
 from bmm_engine.sections import SearchRecipe
@@ -151,9 +153,6 @@ def search(
     (trials, minutes, seed, optimizer, groups, depth_bins, ...). `study`: a folder to keep and resume the trials in.
     Raises `ConfigError`, `SearchError`, and what `merge` raises.
     """
-    from bmm_engine.recipe import parse_section
-    from bmm_engine.searching.objective import objective_name
-
     if not isinstance(base, nn.Module):
         raise ConfigError(
             "search needs the base as a live model to evaluate; for checkpoints write a recipe and call search_recipe."

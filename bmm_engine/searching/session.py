@@ -19,7 +19,8 @@ from bmm_engine.searching.driver import Driver, Watcher, scores_plain
 from bmm_engine.searching.objective import normalized
 from bmm_engine.searching.problem import Problem, common_tensors
 from bmm_engine.searching.proposer import Proposer
-from bmm_engine.searching.study import Study, Trial
+from bmm_engine.searching.schema import Trial
+from bmm_engine.searching.study import Study
 from bmm_engine.searching.workers import Opener, make_factors, open_runner, run_trial, score_expert
 
 

@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bmm_engine.searching.study import Trial
+from bmm_engine.searching.schema import Trial
 from bmm_engine.sections import SearchRecipe
 
 LAST_TRIALS = 8

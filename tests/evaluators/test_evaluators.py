@@ -16,7 +16,24 @@ from bmm_engine.evaluators.heads import with_head
 from bmm_engine.sections import EvaluationRecipe
 from tests.tiny import make_base, make_batches, save
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "it", "rained", "and", "nobody", "came", "to", "see", "show", "again"]
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "it",
+    "rained",
+    "and",
+    "nobody",
+    "came",
+    "to",
+    "see",
+    "show",
+    "again",
+]
 
 
 def tokenizer_in(folder):
@@ -223,9 +240,9 @@ def test_functions(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     section = options(kind="function", function="own_judge:score", tasks=["four"])
     assert build_evaluator(section, [], "validation")(nn.Identity(), "four").value == 4
-    with pytest.raises(DataError, match="task 'a'.*returned None"):
+    with pytest.raises(DataError, match=r"task 'a'.*returned None"):
         FunctionEvaluator(lambda model, task: None, ["a"], "validation")(nn.Identity(), "a")
-    with pytest.raises(ConfigError, match="own_judge:other.*cannot be imported"):
+    with pytest.raises(ConfigError, match=r"own_judge:other.*cannot be imported"):
         build_evaluator(options(kind="function", function="own_judge:other"), [], "validation")
 
 

@@ -67,10 +67,14 @@ def test_a_space_without_more_candidates_is_exhausted():
     section = SearchRecipe(optimizer="OnePlusOne", scales="fixed", anchors=["a", "b"], alpha_range=(0.01, 0.0100001))
     own = Space((GROUPS[0],), ("x", "y"), {"a": 0.01}, {"a": 1.0}, "none", section)
     proposer = Proposer(own, seed=0, budget=20, workers=1)
-    with pytest.raises(SearchExhaustedError, match="no more to offer"):
+
+    def all_trials():
         for number in range(20):
             proposer.ask(number)
             proposer.tell(number, 1.0)
+
+    with pytest.raises(SearchExhaustedError, match="no more to offer"):
+        all_trials()
 
 
 def test_a_failed_trial_counts_as_the_worst_so_far():
