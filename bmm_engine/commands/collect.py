@@ -41,6 +41,10 @@ def collect(
     base: Annotated[
         str | None, typer.Option(help="The base of a LoRA adapter that is to be measured.", show_default=False)
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Of a recipe: local processes, one expert each at a time.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="Of a recipe: address of a Ray cluster, or `local`.", show_default=False)
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
     offline: Offline = False,
     as_json: Json = False,
@@ -65,6 +69,8 @@ def collect(
             from bmm_engine.anchors import get_anchor
 
             walk = get_anchor(loaded.anchor.name).needs == "sequential_grams"
+            if (workers > 1 or ray is not None) and not walk:
+                _spread(loaded, Path(source), workers, ray, offline, report)
             sets = gram_sets(loaded, Models(offline), report=report, sequential=walk, progress=progress)
         files = [str(path) for path in paths]
     else:
@@ -88,6 +94,15 @@ def collect(
         return print_json(summaries)
     for summary in summaries:
         make_console().print(f"[bold]{summary['file']}[/bold]: {summary['what']}, from {summary['calibration']}.")
+
+
+def _spread(recipe: Any, source: Path, workers: int, ray: str | None, offline: bool, report: Any) -> None:
+    """Measure the experts' missing Grams in several workers, each into its file."""
+    from bmm_engine.executors import open_executor
+    from bmm_engine.searching.workers import with_grams
+
+    with open_executor(workers, ray) as executor:
+        with_grams(recipe, source.parent, executor, offline, report)
 
 
 def _measured(found: Any, file: str) -> dict[str, Any]:

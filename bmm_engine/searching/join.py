@@ -11,9 +11,9 @@ from bmm_engine.measure import Report
 from bmm_engine.recipe import Recipe
 from bmm_engine.searching.identity import identity_of
 from bmm_engine.searching.problem import common_tensors
-from bmm_engine.searching.run import study_folder, with_grams
+from bmm_engine.searching.run import study_folder
 from bmm_engine.searching.study import Study
-from bmm_engine.searching.workers import RecipeProblem, make_factors, open_runner, run_trial
+from bmm_engine.searching.workers import RecipeProblem, make_factors, open_runner, run_trial, with_grams
 
 POLL_S = 0.2
 

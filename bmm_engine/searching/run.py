@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.errors import ConfigError, SearchError
-from bmm_engine.executors import Executor, open_executor, run_all
+from bmm_engine.executors import open_executor
 from bmm_engine.measure import Report
 from bmm_engine.merging import merge
 from bmm_engine.pipeline import run_recipe
@@ -28,11 +28,11 @@ from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.proposer import check_optimizer
 from bmm_engine.searching.recipe_tasks import RecipeTasks
 from bmm_engine.searching.schema import Trial
-from bmm_engine.searching.session import Session, no_state
+from bmm_engine.searching.session import Session
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.study import Study
 from bmm_engine.searching.view import Silent
-from bmm_engine.searching.workers import RecipeProblem, collect_grams_of
+from bmm_engine.searching.workers import RecipeProblem, with_grams
 from bmm_engine.sections import SearchRecipe
 from bmm_engine.sources import Model
 
@@ -213,29 +213,6 @@ def search(
             study=None if study is None else study_path,
             tensors=merged.tensors,
         )
-
-
-def with_grams(recipe: Recipe, folder: Path, executor: Executor, local_files_only: bool, report: Report) -> Recipe:
-    """The recipe with a Gram file for every expert: those that are lacking are measured, one expert for each worker, and kept in `folder`."""
-    if recipe.gram_source == "task_vectors":
-        return recipe
-    experts = [
-        e if e.grams is not None else e.model_copy(update={"grams": str(folder / "grams" / f"{i}.safetensors")})
-        for i, e in enumerate(recipe.experts)
-    ]
-    missing = [i for i, e in enumerate(experts) if not Path(str(e.grams)).exists()]
-    for i in missing:
-        if experts[i].calibration is None:
-            raise ConfigError(
-                f"expert {experts[i].label!r}: its Gram file {experts[i].grams!r} does not exist, and no `calibration` says how to make it."
-            )
-    if missing:
-        executor.start(no_state)
-        calls = [(recipe, i, str(experts[i].grams), local_files_only, recipe.device) for i in missing]
-        described = run_all(executor, collect_grams_of, calls, label="collecting Grams")
-        for i, text in zip(missing, described, strict=True):
-            report(f"{experts[i].label}: Grams collected from {text}")
-    return recipe.model_copy(update={"experts": experts})
 
 
 def open_study(folder: Path, problem: Problem, identity: Mapping[str, Any], recipe: Recipe | None) -> Study:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bmm_engine.executors import Executor, WorkerInfo, run_all
+from bmm_engine.executors import Executor, run_all
 from bmm_engine.factors import FactorGroup, plain_alignment
 from bmm_engine.measure import Report
 from bmm_engine.scores import Score
@@ -21,7 +21,7 @@ from bmm_engine.searching.problem import Problem, common_tensors
 from bmm_engine.searching.proposer import Proposer
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.study import Study
-from bmm_engine.searching.workers import Opener, make_factors, open_runner, run_trial, score_expert
+from bmm_engine.searching.workers import Opener, make_factors, no_state, open_runner, run_trial, score_expert
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,3 @@ class Session:
                 "output": None if output is None else str(output.resolve()),
             },
         )
-
-
-def no_state(info: WorkerInfo) -> None:
-    """Of workers whose jobs need nothing."""

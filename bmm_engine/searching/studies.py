@@ -26,11 +26,11 @@ from bmm_engine.scores import Score
 from bmm_engine.searching.identity import identity_of
 from bmm_engine.searching.problem import Problem, Tasks
 from bmm_engine.searching.recipe_tasks import RecipeTasks
-from bmm_engine.searching.run import open_study, with_grams
+from bmm_engine.searching.run import open_study
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.session import Prepared, Session, prepare
 from bmm_engine.searching.view import Silent
-from bmm_engine.searching.workers import RecipeProblem
+from bmm_engine.searching.workers import RecipeProblem, with_grams
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from bmm_engine.calibration import read_calibration
+from bmm_engine.errors import ConfigError
 from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
 from bmm_engine.factors import FactorGroup, FactorMaker, Factors
-from bmm_engine.measure import Models, collect_from_checkpoint
+from bmm_engine.measure import Models, Report, collect_from_checkpoint
 from bmm_engine.parallel import in_order, share_of_memory
 from bmm_engine.pipeline import settings_of
 from bmm_engine.recipe import Recipe
@@ -66,6 +67,29 @@ def collect_grams_of(state: Any, recipe: Recipe, index: int, path: str, local_fi
     grams = collect_from_checkpoint(source, data, options, modules=recipe.modules, device=device, progress=False)
     grams.save(path)
     return data.describe()
+
+
+def with_grams(recipe: Recipe, folder: Path, executor: Executor, local_files_only: bool, report: Report) -> Recipe:
+    """The recipe with a Gram file for every expert: those that are lacking are measured, one expert for each worker, and kept in `folder`."""
+    if recipe.gram_source == "task_vectors":
+        return recipe
+    experts = [
+        e if e.grams is not None else e.model_copy(update={"grams": str(folder / "grams" / f"{i}.safetensors")})
+        for i, e in enumerate(recipe.experts)
+    ]
+    missing = [i for i, e in enumerate(experts) if not Path(str(e.grams)).exists()]
+    for i in missing:
+        if experts[i].calibration is None:
+            raise ConfigError(
+                f"expert {experts[i].label!r}: its Gram file {experts[i].grams!r} does not exist, and no `calibration` says how to make it."
+            )
+    if missing:
+        executor.start(no_state)
+        calls = [(recipe, i, str(experts[i].grams), local_files_only, recipe.device) for i in missing]
+        described = run_all(executor, collect_grams_of, calls, label="collecting Grams")
+        for i, text in zip(missing, described, strict=True):
+            report(f"{experts[i].label}: Grams collected from {text}")
+    return recipe.model_copy(update={"experts": experts})
 
 
 # Factors
@@ -134,6 +158,10 @@ def open_runner(
 
 def run_trial(runner: TrialRunner, plain: Mapping[str, Any], bar: Bar | None) -> Outcome:
     return runner.run(Candidate.from_plain(plain), bar)
+
+
+def no_state(info: WorkerInfo) -> None:
+    """Of workers whose jobs need nothing."""
 
 
 def score_expert(state: Any, opener: Opener, split: str, index: int, device: str) -> dict[str, Score]:

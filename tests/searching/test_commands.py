@@ -1,0 +1,147 @@
+"""The commands of the outer level as a user meets them, on classifiers with heads of their own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from bmm_engine.cli import main
+from tests.evaluators.test_evaluators import WORDS, tokenizer_in
+from tests.tiny import family
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    family("bert", tmp_path)
+    for name in ("base", "expert-0", "expert-1"):
+        tokenizer_in(tmp_path / name)
+    experts = []
+    for i in range(2):
+        for part, first in (("val", 0), ("test", 30)):
+            rows = [f"{(n + i) % 3}\t{' '.join(WORDS[n % 7 : n % 7 + 2 + n % 5])}" for n in range(first, first + 24)]
+            (tmp_path / f"{part}-{i}.tsv").write_text("label\ttext\n" + "\n".join(rows) + "\n")
+        (tmp_path / f"cal-{i}.txt").write_text("\n".join(" ".join(WORDS[n : n + 4]) for n in range(8)))
+        experts.append({"name": f"task-{i}", "model": f"expert-{i}", "calibration": f"cal-{i}.txt",
+                        "validation": f"val-{i}.tsv", "test": f"test-{i}.tsv"})  # fmt: skip
+    recipe = {
+        "base": "base",
+        "experts": experts,
+        "evaluation": {"kind": "text_classification"},
+        "search": {"groups": "role"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch, capsys, *arguments):
+    """(exit code, standard output, standard error) of the command."""
+    monkeypatch.setattr("sys.argv", ["bmm", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out = capsys.readouterr()
+    return stop.value.code, out.out, out.err
+
+
+def test_search_merge_report_and_sample(project, monkeypatch, capsys):
+    code, out, err = run(monkeypatch, capsys, "search", "recipe.yaml", "-o", "merged", "--trials", "5", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["trials"] == 5
+    assert [row["name"] for row in found["rows"]] == ["experts", "anchor (average)", "default (average)", "best"]
+    for row in found["rows"]:
+        for split in ("validation", "test"):
+            score = row[split]["scores"]["task-0"]
+            assert score["samples"] == 24
+            assert score["low"] <= score["value"] <= score["high"]
+    recipe = yaml.safe_load((project / "merged.study" / "best.yaml").read_text())
+    assert all(e["grams"].startswith(str(project)) for e in recipe["experts"])
+    code, out, err = run(monkeypatch, capsys, "sample", "recipe.yaml", "-n", "2", "--split", "test", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["evaluation"]["rows"]
+    by_task = {row["task"]: row["value"] for row in rows if row["model"] == "MAP"}
+    # The recipe's own merge scores what the trial of the plain default scored.
+    default = next(row for row in found["rows"] if row["name"] == "default (average)")
+    assert by_task == {task: score["value"] for task, score in default["test"]["scores"].items()}
+    code, out, err = run(monkeypatch, capsys, "report", "merged", "--json")
+    assert code == 0, err
+    assert "task-0" in (project / "merged.study" / "report.html").read_text()
+    # The same command again has nothing to do, and may replace its own merge; another recipe may not.
+    code, _, err = run(monkeypatch, capsys, "search", "recipe.yaml", "-o", "merged", "--trials", "5", "--json")
+    assert code == 0, err
+    code, _, err = run(monkeypatch, capsys, "search", "recipe.yaml", "-o", "merged", "--trials", "5", "--seed", "3")
+    assert code == 2
+    assert "holds a study of another search" in err
+
+
+def test_studies_of_data_and_trials(project, monkeypatch, capsys):
+    common = ["recipe.yaml", "--anchors", "average", "--sources", "data,task_vectors", "--seeds", "2", "--json"]
+    code, out, err = run(
+        monkeypatch,
+        capsys,
+        "study",
+        "validation-fraction",
+        *common,
+        "-o",
+        "shares",
+        "--shares",
+        "0.5,1",
+        "--trials",
+        "3",
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert len(found["points"]) == 2 * 2 * 2
+    assert {(row["source"], row["x"]) for row in found["rows"]} == {
+        (s, x) for s in ("data", "task_vectors") for x in (0.5, 1.0)
+    }
+    assert all(row["seeds"] == 2 for row in found["rows"])
+    assert (project / "shares" / "study.png").read_bytes().startswith(b"\x89PNG")
+    _, out, err = run(
+        monkeypatch,
+        capsys,
+        "study",
+        "validation-fraction",
+        *common,
+        "-o",
+        "shares",
+        "--shares",
+        "0.5,1",
+        "--trials",
+        "3",
+    )
+    assert json.loads(out)["points"] == found["points"]
+    code, out, err = run(monkeypatch, capsys, "study", "trials", *common, "-o", "counts", "--counts", "2,5")
+    assert code == 0, err
+    points = json.loads(out)["points"]
+    assert {p["x"] for p in points} == {2, 5}
+    for seed in range(2):
+        two, five = (next(p for p in points if (p["seed"], p["x"], p["source"]) == (seed, x, "data")) for x in (2, 5))
+        assert five["validation"] >= two["validation"]
+
+
+def test_what_is_missing_is_said_before_anything_runs(project, monkeypatch, capsys):
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    cases = [
+        ({"evaluation": None}, "the recipe has no `evaluation`"),
+        ({"search": {"optimizer": "BOO"}}, "registers no 'BOO'; did you mean"),
+        ({"search": {"objective": "men"}}, "did you mean 'mean'"),
+        ({"search": {"trails": 3}}, "unknown key 'search.trails'; did you mean 'trials'?"),
+        ({"search": {"alpha_range": [1, 0.1]}}, "two positive numbers, the smaller first"),
+        (
+            {"experts": [{k: v for k, v in e.items() if k != "validation"} for e in recipe["experts"]]},
+            "has no `validation`",
+        ),
+        ({"experts": [{**e, "name": "same"} for e in recipe["experts"]]}, "two experts are called 'same'"),
+        ({"evaluation": {"kind": "function"}}, "`function` (package.module:name) goes with kind 'function'"),
+    ]
+    for changes, message in cases:
+        changed = {key: value for key, value in {**recipe, **changes}.items() if value is not None}
+        (project / "bad.yaml").write_text(yaml.safe_dump(changed))
+        code, _, err = run(monkeypatch, capsys, "search", "bad.yaml", "-o", "out")
+        assert code == 2
+        assert message in " ".join(err.split()), message
+        assert not (project / "out.study").exists()
+        assert not (project / "out").exists()
