@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "executors": {"errors", "progress"},
     "evaluators": {"architecture", "calibration", "errors", "progress", "scores", "sections"},
     "live": {"align", "architecture", "checkpoint", "errors", "evaluators"},
-    "posterior": {"errors", "moments", "ops", "solve"},
+    "posterior": {"errors", "moments", "ops", "parallel", "solve"},
     "grams": {"errors", "ops", "progress", "records"},
     "collect": {"architecture", "errors", "grams", "progress"},
     "moments": {"errors", "lowrank", "ops"},
@@ -127,7 +127,7 @@ def test_only_native_touches_compiled_modules(name, path):
     [
         ("bmm_engine.solve", "def f():\n    from bmm_engine import merging", {"merging"}),
         ("bmm_engine.ops.gram.cpu", "from ... import grams", {"grams"}),
-        ("bmm_engine.merging", "import bmm_engine.searching", {"search"}),
+        ("bmm_engine.merging", "import bmm_engine.searching", {"searching"}),
         ("bmm_engine.anything", "from .cli import main", {"cli"}),
         ("bmm_engine.searching", "from bmm_engine.merging import merge", set()),
         ("bmm_engine.solve", "import torch\nfrom bmm_engine.ops.gram import accumulate_gram", set()),

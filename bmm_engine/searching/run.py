@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.errors import ConfigError, SearchError
 from bmm_engine.executors import open_executor
 from bmm_engine.measure import Report
 from bmm_engine.merging import merge
-from bmm_engine.pipeline import run_recipe
+from bmm_engine.pipeline import check_output, run_recipe
 from bmm_engine.plan import MergeSettings
 from bmm_engine.recipe import Recipe, parse_section
 from bmm_engine.roles import Layers, module_role
@@ -85,9 +84,7 @@ def search_recipe(
     folder = study_folder(output)
     taken = _own_result(folder, output)
     if write_merge:
-        StagedDirectory(
-            output, overwrite=overwrite or taken, needed_bytes=0
-        )  # refuses a taken destination before any model runs
+        check_output(output, overwrite or taken)
     RecipeTasks(recipe, local_files_only).check()
     with ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from bmm_engine.searching.problem import Problem, common_tensors
 from bmm_engine.searching.proposer import Proposer
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.study import Study
-from bmm_engine.searching.workers import Opener, make_factors, no_state, open_runner, run_trial, score_expert
+from bmm_engine.searching.workers import Opener, make_factors, open_judge, open_runner, run_trial, score_expert
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Session:
         """Each task's score by its own expert (of several, the best); measured once in a study."""
         known = self.study.fact("experts") or {}
         if split not in known:
-            calls = [(self.opener, split, index, self.device) for index in range(len(self.problem.experts))]
-            self.executor.start(no_state)
+            calls = [(index,) for index in range(len(self.problem.experts))]
+            self.executor.start(open_judge, self.opener, split, self.device)
             found: dict[str, Score] = {}
             for scores in run_all(self.executor, score_expert, calls, label=f"scoring the experts ({split})"):
                 for task, score in scores.items():

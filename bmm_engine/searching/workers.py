@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bmm_engine.calibration import read_calibration
 from bmm_engine.errors import ConfigError
+from bmm_engine.evaluators import Evaluator
 from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
 from bmm_engine.factors import FactorGroup, FactorMaker, Factors
 from bmm_engine.measure import Models, Report, collect_from_checkpoint
@@ -20,7 +21,7 @@ from bmm_engine.parallel import in_order, share_of_memory
 from bmm_engine.pipeline import settings_of
 from bmm_engine.recipe import Recipe
 from bmm_engine.scores import Score
-from bmm_engine.searching.problem import Problem, anchor_choices
+from bmm_engine.searching.problem import Problem, Tasks, anchor_choices
 from bmm_engine.searching.recipe_tasks import RecipeTasks
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.trial import Bar, FreeWriter, Outcome, TrialRunner, Writer
@@ -164,8 +165,20 @@ def no_state(info: WorkerInfo) -> None:
     """Of workers whose jobs need nothing."""
 
 
-def score_expert(state: Any, opener: Opener, split: str, index: int, device: str) -> dict[str, Score]:
-    """One expert's own scores; {} where there is no data for the split."""
+@dataclass(frozen=True)
+class Judge:
+    """What scoring experts needs: the tasks, and their evaluator, or None where there is no data for a split."""
+
+    tasks: Tasks
+    evaluator: Evaluator | None
+    device: str
+
+
+def open_judge(info: WorkerInfo, opener: Opener, split: str, device: str) -> Judge:
     tasks = opener().tasks
-    evaluator = tasks.evaluator(split)
-    return {} if evaluator is None else tasks.expert_scores(index, evaluator, device)
+    return Judge(tasks, tasks.evaluator(split), info.device(device))
+
+
+def score_expert(judge: Judge, index: int) -> dict[str, Score]:
+    """One expert's own scores; {} where there is nothing to score by."""
+    return {} if judge.evaluator is None else judge.tasks.expert_scores(index, judge.evaluator, judge.device)

@@ -16,7 +16,7 @@ import yaml
 
 from tests.tiny import family
 
-KILLS = int(os.environ.get("BMM_KILLS", "3"))
+KILLS = int(os.environ.get("BMM_KILLS", "2"))
 TRIALS = 10
 JUDGE = """
 import os, time
