@@ -83,7 +83,7 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
         images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         data = CalibrationData(path, images=tuple(spread(images, samples)))
     elif path.suffix == ".safetensors":
-        data = CalibrationData(path, inputs=_read_inputs(path, samples))
+        data = CalibrationData(path, inputs=read_inputs(path, samples))
     else:
         texts = [text for text in _read_texts(path, field) if text.strip()]
         data = CalibrationData(path, texts=tuple(spread(texts, samples)))
@@ -105,6 +105,7 @@ def load_tokenizer(path: Path) -> Any:
             f"{path}: has no tokenizer that transformers can load ({str(error).splitlines()[0]}). Copy the base's tokenizer files there, or give"
             " calibration as .safetensors of model inputs."
         ) from error
+    tokenizer.padding_side = "right"  # on the left, absolute positions and the first token would depend on the batch
     if tokenizer.pad_token is None:
         tokenizer.pad_token = (
             tokenizer.eos_token
@@ -162,23 +163,22 @@ def _column(row: Any, field: str, where: str) -> Any:
     return row[field]
 
 
-def _read_inputs(path: Path, samples: int | None) -> dict[str, Tensor]:
+def read_inputs(path: Path, samples: int | None = None) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, samples first, or `samples` of them spread evenly. Raises `ConfigError`, `CheckpointError`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         inputs = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"calibration: {path} is not a readable safetensors file ({error}). Write it again."
-        ) from error
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). Write it again.") from error
     counts = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in inputs.items()}
     if len(set(counts.values())) > 1:
         raise ConfigError(
-            f"calibration: {path}: the inputs differ in their number of samples: {counts}. The first dimension is the sample."
+            f"{path}: the inputs differ in their number of samples: {counts}. The first dimension is the sample."
         )
     if not inputs:
-        raise EmptyCalibrationError(f"calibration: {path} holds no tensors.")
+        raise EmptyCalibrationError(f"{path} holds no tensors.")
     keep = torch.tensor(spread(range(next(iter(counts.values()))), samples), dtype=torch.long)
     return {name: tensor[keep] for name, tensor in inputs.items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,12 +63,16 @@ def classification_score(probabilities: Tensor, labels: Tensor, metric: str, tas
     if not torch.isfinite(probabilities).all():
         raise DataError(f"task {task!r}: the model's probabilities are not finite; a merge at these values overflows.")
     classes = probabilities.shape[1]
-    cells = np.bincount(labels.numpy() * classes + probabilities.argmax(1).numpy(), minlength=classes**2)
-    # To draw the samples again with replacement is to draw the cells of the confusion matrix from a multinomial.
-    drawn = np.random.default_rng(SEED).multinomial(len(labels), cells / len(labels), size=RESAMPLES)
+    # Only the cells of the confusion matrix that occur: at most one for each sample, however many classes there are.
+    guessed = probabilities.argmax(1)
+    codes = labels * classes + guessed if metric == "macro_f1" else (labels != guessed).long()  # accuracy needs no more
+    cells, counts = np.unique(codes.numpy(), return_counts=True)
+    true, predicted = cells // classes, cells % classes
+    # To draw the samples again with replacement is to draw the cells from a multinomial.
+    drawn = np.random.default_rng(SEED).multinomial(len(labels), counts / len(labels), size=RESAMPLES)
     function = {"accuracy": _accuracy, "macro_f1": _macro_f1}[metric]
-    value = float(function(cells[None], classes)[0])
-    low, high = _interval(function(drawn, classes))
+    value = float(function(counts[None], true, predicted)[0])
+    low, high = _interval(function(drawn, true, predicted))
     chosen = probabilities[torch.arange(len(labels)), labels].clamp_min(torch.finfo(probabilities.dtype).tiny)
     details = {
         "nll": float(-chosen.log().mean()),
@@ -90,7 +95,8 @@ def likelihood_score(losses: Tensor, tokens: Tensor, task: str) -> Score:
     drawn = np.random.default_rng(SEED).integers(len(losses), size=(RESAMPLES, len(losses)))
     numerators, denominators = (x.double().numpy()[drawn].sum(1) for x in (losses, tokens))
     low, high = _interval(np.exp(-numerators / np.maximum(denominators, 1)))
-    return Score(math.exp(-loss), len(losses), low, high, "likelihood", {"loss": loss, "perplexity": math.exp(loss)})
+    perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+    return Score(math.exp(-loss), len(losses), low, high, "likelihood", {"loss": loss, "perplexity": perplexity})
 
 
 def mean_score(values: np.ndarray, metric: str) -> Score:
@@ -117,19 +123,33 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     return float(sums.abs().sum() / len(labels))
 
 
-def _accuracy(cells: np.ndarray, classes: int) -> np.ndarray:
-    return cells[:, :: classes + 1].sum(1) / cells.sum(1)
+def _accuracy(counts: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Of `counts` (draws, cells), where a cell is a pair of classes `true`, `predicted` (cells,): (draws,)."""
+    return counts[:, true == predicted].sum(1) / counts.sum(1)
 
 
-def _macro_f1(cells: np.ndarray, classes: int) -> np.ndarray:
-    """The mean over the classes that occur, in truth or prediction, of 2 hits / (true + predicted)."""
+def _macro_f1(counts: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """The mean over the classes that occur in a draw, in truth or prediction, of 2 hits / (true + predicted)."""
     import numpy as np
 
-    matrix = cells.reshape(-1, classes, classes)
-    hits = np.einsum("bii->bi", matrix)
-    total = matrix.sum(1) + matrix.sum(2)
+    classes, index = np.unique(np.concatenate([true, predicted]), return_inverse=True)
+    true, predicted = index[: len(true)], index[len(true) :]
+    hits = _sums(counts[:, true == predicted], true[true == predicted], len(classes))
+    total = _sums(counts, true, len(classes)) + _sums(counts, predicted, len(classes))
     f1 = np.divide(2 * hits, total, out=np.zeros(hits.shape), where=total > 0)
     return f1.sum(1) / (total > 0).sum(1)
+
+
+def _sums(counts: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """(draws, cells) -> (draws, size): the sum of the cells of each key."""
+    import numpy as np
+
+    found = np.zeros((len(counts), size), dtype=counts.dtype)
+    if len(keys):
+        order = np.argsort(keys, kind="stable")
+        present, starts = np.unique(keys[order], return_index=True)
+        found[:, present] = np.add.reduceat(counts[:, order], starts, axis=1)
+    return found
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

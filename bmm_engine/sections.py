@@ -55,6 +55,10 @@ class EvaluationRecipe(Strict):
     def _check(self) -> EvaluationRecipe:
         if (self.kind == "function") != (self.function is not None):
             raise ValueError("`function` (package.module:name) goes with kind 'function', and only with it")
+        if self.tasks and self.kind not in ("lm_eval", "function"):
+            raise ValueError(
+                f"`tasks` goes with the kinds lm_eval and function; of kind {self.kind!r} the tasks are the experts'"
+            )
         if self.kind == "lm_eval" and not self.tasks:
             raise ValueError("kind 'lm_eval' needs `tasks`, the names of the harness's tasks")
         return self

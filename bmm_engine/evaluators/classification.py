@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.errors import CheckpointError
+from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.evaluators.contract import TaskData
 from bmm_engine.evaluators.data import LabelledData, check_labels, read_labelled
 from bmm_engine.scores import Score, classification_score
@@ -25,6 +25,9 @@ class ClassificationEvaluator:
     """
 
     def __init__(self, tasks: Sequence[TaskData], options: EvaluationRecipe, split: str):
+        names = [task.name for task in tasks]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two tasks have one name ({', '.join(names)}); give each its own.")
         self._prepare(
             {task.name: task for task in tasks}, {t.name: read_labelled(t, options) for t in tasks}, options, split
         )
@@ -52,13 +55,15 @@ class ClassificationEvaluator:
     @torch.inference_mode()
     def probabilities(self, model: nn.Module, task: str) -> Tensor:
         """Softmax of the logits (n, classes), float32, in the file's order."""
-        device = next(model.parameters()).device
+        if task not in self._tasks:
+            raise ConfigError(f"there is no task {task!r}; there are {', '.join(self.tasks)}.")
+        weight = next(p for p in model.parameters() if p.is_floating_point())
         was_training = model.training
         model.eval()
         result: Tensor | None = None
         try:
             for rows, inputs in self._batches[task]:
-                output = model(**{key: value.to(device) for key, value in inputs.items()})
+                output = model(**{key: _like(value, weight) for key, value in inputs.items()})
                 logits = getattr(output, "logits", None)
                 if logits is None or logits.dim() != 2:
                     raise CheckpointError(
@@ -77,6 +82,11 @@ class ClassificationEvaluator:
     def score(self, probabilities: Tensor, task: str) -> Score:
         """Of probabilities (n, classes) that need not be one model's."""
         return classification_score(probabilities, self.labels(task), self._tasks[task].metric, task)
+
+
+def _like(value: Tensor, weight: Tensor) -> Tensor:
+    """On the model's device; pictures in its dtype too."""
+    return value.to(weight.device, weight.dtype if value.is_floating_point() else None)
 
 
 def random_rows(count: int, share: float, seed: int) -> list[int]:

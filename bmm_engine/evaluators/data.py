@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from bmm_engine.calibration import IMAGE_SUFFIXES, CalibrationData, read_rows, spread
+from bmm_engine.calibration import IMAGE_SUFFIXES, CalibrationData, read_inputs, read_rows, spread
 from bmm_engine.errors import ConfigError, DataError, EmptyCalibrationError
 from bmm_engine.evaluators.contract import TaskData
 from bmm_engine.sections import EvaluationRecipe
@@ -52,7 +51,7 @@ def read_labelled(task: TaskData, options: EvaluationRecipe) -> LabelledData:
     data, raw = _read(path, options)
     if not len(data):
         raise EmptyCalibrationError(f"task {task.name!r}: {path} holds no samples.")
-    found = LabelledData(data, torch.tensor([_number(label, path, task) for label in raw], dtype=torch.long))
+    found = LabelledData(data, torch.tensor(_numbers(raw, path, task), dtype=torch.long))
     return found.take(spread(range(len(data)), options.samples))
 
 
@@ -77,11 +76,16 @@ def _read(path: Path, options: EvaluationRecipe) -> tuple[CalibrationData, list[
             )
         return CalibrationData(path, images=tuple(p for p, _ in images)), [name for _, name in images]
     if path.suffix == ".safetensors":
-        tensors = load_file(path)
+        tensors = read_inputs(path)
         labels = tensors.pop(options.label_field, None)
         if labels is None:
             raise ConfigError(
                 f"{path}: has no tensor {options.label_field!r} of labels (it has: {', '.join(tensors)})."
+            )
+        if not tensors or labels.dim() != 1:
+            raise ConfigError(
+                f"{path}: holds labels of shape {tuple(labels.shape)} and the inputs {', '.join(tensors) or 'none'}; it needs labels (samples,) and"
+                " an input of the model at least."
             )
         return CalibrationData(path, inputs=tensors), labels.tolist()
     if path.suffix == ".txt":
@@ -92,18 +96,35 @@ def _read(path: Path, options: EvaluationRecipe) -> tuple[CalibrationData, list[
     return CalibrationData(path, texts=tuple(str(text) for text, _ in rows)), [label for _, label in rows]
 
 
-def _number(label: Any, path: Path, task: TaskData) -> int:
-    text = str(label)
-    if text.lstrip("-").isdigit():
-        return int(text)
-    names = _label_names(path, task)
-    if text not in names:
-        known = ", ".join(list(names)[:5])
-        raise DataError(f"{path}: the label {text!r} is none of the names of task {task.name!r} ({known} ...).")
-    return names[text]
+def _numbers(raw: Sequence[Any], path: Path, task: TaskData) -> list[int]:
+    """Class numbers of labels that are numbers, or names; names that look like numbers ("1" star is class 0) are names."""
+    texts = [str(label) for label in raw]
+    if all(text.removeprefix("-").isdecimal() for text in texts):
+        numbers, known = [int(text) for text in texts], _label_names(path, task, needed=False) or {}
+        named = [known.get(text, -1) for text in texts]
+        if min(named) < 0 or named == numbers:
+            return numbers
+        if max(numbers) < len(known):
+            raise ConfigError(
+                f"{path}: its labels could be class numbers, or names that look like numbers, as task {task.name!r} has them ({known}). Give the"
+                " classes names that are no numbers, in the checkpoint's label2id or in labels.json, and in the data."
+            )
+        return named
+    names = _label_names(path, task, needed=True)
+    if names is None:
+        raise ConfigError(
+            f"{path}: its labels are names, and no number is known for them. Write class numbers, put the list of names in the head's order into"
+            f" {path.parent / 'labels.json'}, or set label2id in {task.model_path / 'config.json'}."
+        )
+    for text in texts:
+        if text not in names:
+            some = ", ".join(list(names)[:5])
+            raise DataError(f"{path}: the label {text!r} is none of the names of task {task.name!r} ({some} ...).")
+    return [names[text] for text in texts]
 
 
-def _label_names(path: Path, task: TaskData) -> dict[str, int]:
+def _label_names(path: Path, task: TaskData, needed: bool) -> dict[str, int] | None:
+    """Name -> class number; None where nothing says so. Raises `ConfigError` for a labels.json that is no list of different names, if `needed`."""
     listed = path.parent / "labels.json"
     config = task.model_path / "config.json"
     names: dict[str, int] = {}
@@ -112,8 +133,10 @@ def _label_names(path: Path, task: TaskData) -> dict[str, int]:
     if names and not all(name.startswith("LABEL_") for name in names):
         return {name: int(number) for name, number in names.items()}
     if listed.is_file():
-        return {name: number for number, name in enumerate(json.loads(listed.read_text(encoding="utf-8")))}
-    raise ConfigError(
-        f"{path}: its labels are names, and no number is known for them. Write class numbers, list the names in the head's order in {listed}, or"
-        f" set label2id in {config}."
-    )
+        found = json.loads(listed.read_text(encoding="utf-8"))
+        if not isinstance(found, list) or len(set(map(str, found))) != len(found):
+            if not needed:
+                return None
+            raise ConfigError(f"{listed}: it must be a list of different names, in the order of the head's classes.")
+        return {str(name): number for number, name in enumerate(found)}
+    return None

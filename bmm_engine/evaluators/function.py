@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from bmm_engine.errors import ConfigError, DataError
@@ -24,12 +25,18 @@ class FunctionEvaluator:
         self.tasks, self.split = tuple(tasks), split
 
     def __call__(self, model: nn.Module, task: str) -> Score:
-        found = self.function(model, task)
-        if isinstance(found, Score):
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.inference_mode():
+                found = self.function(model, task)
+        finally:
+            model.train(was_training)
+        if isinstance(found, Score) and math.isfinite(found.value):
             return found
         try:
             value = float(found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):
             value = math.nan
         if not math.isfinite(value):
             raise DataError(f"task {task!r}: the evaluation returned {found!r}, not a finite number.")

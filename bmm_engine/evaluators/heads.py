@@ -47,7 +47,7 @@ def with_head(encoder: nn.Module, head: Path, pooling: str) -> EncoderWithHead:
         raise CheckpointError(
             f"{head}: no linear head can be read ({error}). It must be a safetensors file with `weight` (classes, width) and `bias`."
         ) from error
-    width = getattr(getattr(encoder, "config", None), "hidden_size", weight.shape[-1])
+    width = getattr(getattr(encoder, "config", None), "hidden_size", weight.shape[-1] if weight.dim() else 0)
     if weight.dim() != 2 or bias.shape != weight.shape[:1] or weight.shape[1] != width:
         raise CheckpointError(
             f"{head}: `weight` is {tuple(weight.shape)} and `bias` {tuple(bias.shape)}; the encoder's width is {width}, so they must be"

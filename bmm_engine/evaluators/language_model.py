@@ -32,6 +32,8 @@ class LanguageModelEvaluator:
 
     @torch.inference_mode()
     def __call__(self, model: nn.Module, task: str) -> Score:
+        if task not in self._batches:
+            raise ConfigError(f"there is no task {task!r}; there are {', '.join(self.tasks)}.")
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()
@@ -40,7 +42,9 @@ class LanguageModelEvaluator:
             for batch in self._batches[task]:
                 inputs = {key: value.to(device) for key, value in batch.items()}
                 logits = model(**inputs).logits[:, :-1].float()
-                targets, kept = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:].double()
+                targets = inputs["input_ids"][:, 1:]
+                mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).double()
+                kept = mask[:, 1:] * mask[:, :-1]  # what is read, and what is predicted, are both tokens of the text
                 each = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
                 losses.append((each.double() * kept).sum(1).cpu())
                 tokens.append(kept.sum(1).cpu())

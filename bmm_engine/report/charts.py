@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bmm_engine.report.contents import Contents
-from bmm_engine.report.figures import Chart, Look, tidy
+from bmm_engine.report.figures import Chart, Look, label, tidy
 from bmm_engine.roles import ROLES
+from bmm_engine.searching.schema import Trial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,25 +44,37 @@ def _best_so_far(contents: Contents) -> Chart:
     anchors = list(contents.record["anchors"])
     told = contents.told
 
+    floor = _floor(contents)
+
     def draw(figure: Figure, look: Look) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes = figure.add_subplot()
         tidy(axes, look)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+        def scatter(own: Sequence[Trial], name: str | None, **style: Any) -> None:
+            """What lies below the picture is a triangle at its foot."""
+            for low in (False, True):
+                part = [t for t in own if (_percent(t) < floor) == low]
+                if part:
+                    marker = {"marker": "v"} if low else {}
+                    axes.scatter(
+                        [t.number for t in part], [max(_percent(t), floor) for t in part], label=name, **style, **marker
+                    )
+                    name = None
+
         for i, anchor in enumerate(anchors):
             own = [t for t in told if t.state == "finished" and t.parameters["anchor"] == anchor]
-            axes.scatter(
-                [t.number for t in own], [100 * (t.value or 0) for t in own], s=22, color=look.colour(i), alpha=0.85,
-                linewidths=0, label=anchor if len(anchors) > 1 else "trial", zorder=3,
-            )  # fmt: skip
+            name = label(anchor, 24) if len(anchors) > 1 else "trial"
+            scatter(own, name, s=22, color=look.colour(i), alpha=0.85, linewidths=0, zorder=3)
         pruned = [t for t in told if t.state == "pruned"]
-        axes.scatter([t.number for t in pruned], [100 * (t.value or 0) for t in pruned], s=20, facecolors="none",
-                     edgecolors=look.muted, label="given up" if pruned else None, zorder=2)  # fmt: skip
+        scatter(pruned, "given up", s=20, facecolors="none", edgecolors=look.muted, zorder=2)
         failed = [t.number for t in told if t.state == "failed"]
-        low = min(100 * (t.value or 0) for t in contents.finished)
-        axes.scatter(
-            failed, [low] * len(failed), marker="x", s=24, color=look.colour(1), label="failed" if failed else None
-        )
+        if failed:
+            axes.scatter(failed, [floor] * len(failed), marker="x", s=24, color=look.colour(1), label="failed")
         finished = sorted(contents.finished, key=lambda t: t.number)
-        top = np.maximum.accumulate([100 * (t.value or 0) for t in finished])
+        top = np.maximum(np.maximum.accumulate([_percent(t) for t in finished]), floor)
         axes.step(
             [t.number for t in finished],
             top,
@@ -74,9 +87,7 @@ def _best_so_far(contents: Contents) -> Chart:
         for name, style in (("anchor", ":"), ("default", "--")):
             trial = contents.first(name)
             if trial is not None:
-                axes.axhline(
-                    100 * (trial.value or 0), color=look.muted, linestyle=style, linewidth=1.1, label=name, zorder=1
-                )
+                axes.axhline(_percent(trial), color=look.muted, linestyle=style, linewidth=1.1, label=name, zorder=1)
         axes.set_xlabel("trial")
         axes.set_ylabel("% of the experts")
         figure.legend(loc="outside upper right", fontsize="small", ncols=2 if look.narrow else 5)
@@ -84,6 +95,18 @@ def _best_so_far(contents: Contents) -> Chart:
     best = contents.best
     alt = f"Objective of {len(told)} trials and the best so far, which ends at {100 * (best.value if best and best.value else 0):.1f} %."
     return Chart("best_so_far", "Best so far", alt, draw, 3.8, 3.3)
+
+
+def _floor(contents: Contents) -> float:
+    """The lowest value shown: a few very bad trials must not flatten the rest."""
+    values = [_percent(t) for t in contents.finished]
+    marked = [_percent(t) for t in (contents.first("anchor"), contents.first("default")) if t is not None]
+    low = min([float(np.quantile(values, 0.1)), *marked])
+    return low - 0.05 * (max(values) - low)
+
+
+def _percent(trial: Trial) -> float:
+    return 100 * (trial.value or 0.0)
 
 
 def _tasks(contents: Contents) -> Chart:
@@ -116,7 +139,7 @@ def _bars(axes: Axes, look: Look, contents: Contents, split: str, tasks: Sequenc
     width = 0.8 / len(rows)
     place = np.arange(len(tasks))
     colours = {
-        "experts": look.grid if not look.dark else "#484f58",
+        "experts": "#c3cad2" if not look.dark else "#57606a",
         "anchor": look.colour(5),
         "default": look.colour(0),
         "best": look.colour(1),
@@ -140,7 +163,7 @@ def _bars(axes: Axes, look: Look, contents: Contents, split: str, tasks: Sequenc
             axes.barh(-at, values, width * 0.92, xerr=errors, **style)
         else:
             axes.bar(at, values, width * 0.92, yerr=errors, **style)
-    short = [t if len(t) <= 16 else t[:15] + "…" for t in tasks]
+    short = [label(t) for t in tasks]
     if look.narrow:
         axes.set_yticks(-place, short)
         axes.set_xlim(0, 100)

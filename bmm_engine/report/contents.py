@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
-from bmm_engine.errors import BmmError
 from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective, normalized
 from bmm_engine.searching.schema import Trial
@@ -32,10 +32,9 @@ class Contents:
     def of(cls, study: Study) -> Contents:
         experts = study.fact("experts") or {}
         result = study.fact("result") or {}
-        try:
-            objective = get_objective(study.record["objective"])
-        except BmmError:  # a function that is not importable here: what it gave is recorded all the same
-            objective = None
+        # A function is not imported: to look at somebody's study is not to run their code. What it gave is recorded.
+        name = study.record["objective"]
+        objective = None if ":" in name else get_objective(name)
         return cls(
             study.folder.name.removesuffix(".study"),
             study.record,
@@ -45,7 +44,7 @@ class Contents:
             study.fact("alignment") or {},
             float(result.get("seconds") or study.fact("active_seconds") or 0.0),
             study.driver_alive(),
-            bool(result),
+            bool(result) and not _went_on(study, result),
             objective,
         )
 
@@ -95,6 +94,16 @@ class Contents:
             return None
         values = ({task: own[task].value for task in self.tasks} for own in (scores, experts))
         return self.objective(normalized(*values))
+
+
+def _went_on(study: Study, result: Mapping[str, Any]) -> bool:
+    """Did a finished study go on with a larger budget, and stop?"""
+    if study.trials(["waiting", "running", "evaluated"]):
+        return True
+    ended = datetime.fromisoformat(result["finished_at"])
+    return any(
+        t.finished_at and datetime.fromisoformat(t.finished_at).replace(microsecond=0) > ended for t in study.trials()
+    )
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, Score]:

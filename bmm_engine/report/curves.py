@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmm_engine.report.figures import Chart, Look, render, tidy
+from bmm_engine.report.figures import Chart, Look, label, render, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +24,7 @@ def study_picture(rows: Sequence[Mapping[str, Any]], axis: str, path: Path) -> P
             own = [row for row in rows if (row["anchor"], row["source"]) == (anchor, source)]
             x, y, deviation = ([row[key] for row in own] for key in ("x", "test", "test_std"))
             mean = [100 * v for v in y]
-            axes.plot(x, mean, marker="o", markersize=4, color=look.colour(i), label=f"{anchor}, {source}")
+            axes.plot(x, mean, marker="o", markersize=4, color=look.colour(i), label=label(f"{anchor}, {source}", 40))
             low, high = ([m + sign * 100 * d for m, d in zip(mean, deviation, strict=True)] for sign in (-1, 1))
             axes.fill_between(x, low, high, color=look.colour(i), alpha=0.15, linewidth=0)
             axes.axhline(100 * own[-1]["default_test"], color=look.colour(i), linestyle=":", linewidth=1)

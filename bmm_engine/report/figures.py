@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -112,6 +113,24 @@ def picture(chart: Chart) -> str:
         f'<img src="{uri(Look(False, False))}" alt="{escape(chart.alt, quote=True)}">'
         "</picture>"
     )
+
+
+def label(text: str, limit: int = 18) -> str:
+    """A name as pictures show it: shortened in its middle, never read as a formula, with a box for letters that the font lacks."""
+    known = _letters()
+    clean = "".join(c if ord(c) in known and c.isprintable() else "\N{WHITE SQUARE}" for c in text)
+    if len(clean) > limit:
+        half = (limit - 1) // 2
+        clean = f"{clean[: limit - 1 - half]}…{clean[-half:]}"
+    return clean.replace("$", r"\$")
+
+
+@lru_cache
+def _letters() -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
 
 
 def tidy(axes: Axes, look: Look, *, grid: str = "y") -> None:

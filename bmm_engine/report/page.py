@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bmm_engine.report.charts import charts
+from bmm_engine.errors import OutputWriteError
+from bmm_engine.report.charts import MOST_BARS, charts
 from bmm_engine.report.contents import Contents
 from bmm_engine.report.curves import write_bytes
 from bmm_engine.report.figures import Chart, Look, picture, render
@@ -23,12 +24,15 @@ STYLE = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
 def write_report(study_folder: Path, output: Path | None = None) -> Path:
     """Write `report.html`, and a PNG for each of its pictures, into the study's folder or `output`; the path of the page.
 
-    The study may be running, killed or finished. Raises `StudyError`, and `ConfigError` without matplotlib.
+    The study may be running, killed or finished. Raises `StudyError`, `OutputWriteError`, and `ConfigError` without matplotlib.
     """
     with Study.open(study_folder, readonly=True) as study:
         contents = Contents.of(study)
     folder = output or Path(study_folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputWriteError(f"{folder}: the report cannot be written there ({error}). Choose a folder.") from error
     found = charts(contents)
     for chart in found:
         write_bytes(folder / f"{chart.name}.png", render(chart, Look(dark=False, narrow=False), "png"))
@@ -119,6 +123,9 @@ def _note(chart: Chart, contents: Contents) -> str:
         "validation_test": "On the line a trial is worth on test data what it was on validation data; far below it the search has overfitted.",
         "tasks": "Whiskers are 95 % bootstrap intervals.",
     }.get(chart.name, "")
+    hidden = len(contents.tasks) - MOST_BARS
+    if chart.name == "tasks" and hidden > 0:
+        text += f" The first {MOST_BARS} tasks; the scores of all {len(contents.tasks)} are in the table of trials."
     return f"<p class='fine'>{escape(text)}</p>" if text else ""
 
 

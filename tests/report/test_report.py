@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bmm_engine.errors import StudyError
+from bmm_engine.errors import OutputWriteError, StudyError
 from bmm_engine.report import write_report
 from bmm_engine.report.charts import charts
 from bmm_engine.report.contents import Contents
@@ -39,7 +39,8 @@ def make_study(
     for module, own in modules.items():
         groups.setdefault(own["group"], []).append(module)
     record = {
-        "identity": {}, "recipe": {"base": f"b{odd}"}, "tasks": names, "anchors": list(anchors), "objective": "mean", "optimizer": "BO",
+        "identity": {"of": folder.name}, "recipe": {"base": f"b{odd}"}, "tasks": names, "anchors": list(anchors),
+        "objective": "mean", "optimizer": "BO",
         "seed": 0, "budget": {"trials": trials, "minutes": None}, "modules": modules, "versions": {"torch": "2"},
         "groups": [{"name": g, "role": g.split(".")[0], "depth": 0, "modules": own} for g, own in groups.items()],
     }  # fmt: skip
@@ -78,7 +79,7 @@ def make_study(
             study.set_fact("alignment", {m: {t: rng.random() for t in names} for m in modules})
         if done and best is not None:
             study.set_fact(
-                "result", {"best": best.number, "seconds": 120.0, "finished_at": "2026-01-01T00:00:00+00:00"}
+                "result", {"best": best.number, "seconds": 120.0, "finished_at": "2999-01-01T00:00:00+00:00"}
             )
     return folder
 
@@ -171,6 +172,34 @@ def test_names_are_text_and_never_markup(tmp_path):
     page = parsed(path)
     assert "script" not in page.tags
     assert any("<script>alert('x')</script>" in text for text in page.text)
+
+
+def test_names_that_no_font_or_formula_can_hold(tmp_path):
+    folder = make_study(tmp_path / "m.study", trials=3, layers=1, test=False, odd="$a_{$ 日本", alignment=False)
+    with Study.open(folder, readonly=True) as study:
+        for chart in charts(Contents.of(study)):
+            assert render(chart, Look(False, False), "svg")
+
+
+def test_a_finished_study_that_went_on_and_stopped_says_so(tmp_path):
+    folder = make_study(tmp_path / "m.study", trials=3, layers=1, test=False, alignment=False)
+    with Study.open(folder) as study:
+        study.set_fact("result", {"best": 0, "seconds": 1.0, "finished_at": "2999-01-01T00:00:00+00:00"})
+        assert Contents.of(study).complete
+        study.add("proposed", study.trial(2).parameters | {"anchor": "tsv_m"}, waiting=True)
+        assert not Contents.of(study).complete
+
+
+def test_a_report_runs_no_code_that_a_study_names(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = make_study(tmp_path / "m.study", trials=2, layers=1, test=False, alignment=False)
+    with Study.open(folder, readonly=True) as study:
+        study.record["objective"] = "evil:objective"
+        assert Contents.of(study).objective is None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputWriteError, match="file"):
+        write_report(folder, tmp_path / "file")
 
 
 def test_the_same_study_gives_the_same_bytes(tmp_path):
