@@ -145,3 +145,31 @@ def test_what_is_missing_is_said_before_anything_runs(project, monkeypatch, caps
         assert message in " ".join(err.split()), message
         assert not (project / "out.study").exists()
         assert not (project / "out").exists()
+
+
+def test_language_models_with_tied_embeddings(tmp_path, monkeypatch, capsys):
+    family("llama", tmp_path)
+    for name in ("base", "expert-0", "expert-1"):
+        tokenizer_in(tmp_path / name)
+    experts = []
+    for i in range(2):
+        texts = "\n".join(" ".join(WORDS[(n + i) % 8 : (n + i) % 8 + 5]) for n in range(10))
+        (tmp_path / f"texts-{i}.txt").write_text(texts)
+        experts.append({"name": f"domain-{i}", "model": f"expert-{i}", "validation": f"texts-{i}.txt"})
+    recipe = {"base": "base", "experts": experts, "evaluation": {"kind": "language_model"}, "search": {"groups": "all"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, "search", "recipe.yaml", "-o", "merged", "--trials", "4", "--json")
+    assert code == 0, err
+    best = json.loads(out)["rows"][-1]["validation"]["scores"]["domain-0"]
+    # The checkpoint on disk, read by transformers, gives the texts the likelihood that the trial had.
+    from transformers import AutoModelForCausalLM
+
+    from bmm_engine.evaluators import TaskData, build_evaluator
+    from bmm_engine.sections import EvaluationRecipe
+
+    section = EvaluationRecipe(kind="language_model")
+    evaluator = build_evaluator(section, [TaskData("t", tmp_path / "texts-0.txt", tmp_path / "merged")], "validation")
+    score = evaluator(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), "t")
+    assert score.value == pytest.approx(best["value"], rel=1e-5)
+    assert score.details["perplexity"] == pytest.approx(1 / score.value)

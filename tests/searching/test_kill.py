@@ -17,7 +17,7 @@ import yaml
 from tests.tiny import family
 
 KILLS = int(os.environ.get("BMM_KILLS", "2"))
-TRIALS = 10
+TRIALS = 8
 JUDGE = """
 import os, time
 
@@ -94,12 +94,12 @@ def test_killed_at_random_moments_a_search_ends_as_if_it_had_not_been(project):
 
 @pytest.mark.slow
 def test_a_second_process_is_refused_or_joins(project, monkeypatch):
-    monkeypatch.setenv("JUDGE_SECONDS", "0.3")
-    driver = start("out", "--trials", "40")
+    monkeypatch.setenv("JUDGE_SECONDS", "0.4")
+    driver = start("out", "--trials", "24")
     study = project / "out.study" / "trials.sqlite"
     while not study.exists() and driver.poll() is None:
         time.sleep(0.1)
-    refused = start("out", "--trials", "40")
+    refused = start("out", "--trials", "24")
     joined = start("out", "--join")
     _, err = refused.communicate(timeout=120)
     assert refused.returncode == 2
@@ -107,8 +107,8 @@ def test_a_second_process_is_refused_or_joins(project, monkeypatch):
     assert "--join" in err
     result = finish(driver)
     done = finish(joined)
-    assert result["trials"] == 40
+    assert result["trials"] == 24
     with sqlite3.connect(study) as connection:
         by_worker = dict(connection.execute("SELECT worker, count(*) FROM trials GROUP BY worker").fetchall())
-    assert by_worker == {"driver": 40 - done["trials"], "worker-1": done["trials"]}
+    assert by_worker == {"driver": 24 - done["trials"], "worker-1": done["trials"]}
     assert done["trials"] > 0

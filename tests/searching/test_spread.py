@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 
@@ -50,15 +49,13 @@ def trials(folder):
 def test_a_worker_that_is_killed_gives_its_trial_back(recipe, tmp_path, monkeypatch):
     quiet = search_recipe(recipe, tmp_path / "quiet", workers=2, write_merge=False)
     monkeypatch.setenv("JUDGE_SECONDS", "0.2")
-    killed = []
+    killed, before = [], {c.pid for c in psutil.Process().children(recursive=True)}
 
     def kill_one():
         database = tmp_path / "disturbed.study" / "trials.sqlite"
         while not database.exists() or len(trials(database.parent)) < 4:
             time.sleep(0.05)
-        child = next(
-            c for c in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(c.cmdline())
-        )
+        child = workers(before)[0]
         killed.append(child.pid)
         child.kill()
 
@@ -69,8 +66,13 @@ def test_a_worker_that_is_killed_gives_its_trial_back(recipe, tmp_path, monkeypa
     assert killed
     assert trials(tmp_path / "disturbed.study") == trials(tmp_path / "quiet.study")
     assert disturbed.best.parameters == quiet.best.parameters
-    assert not [c for c in psutil.Process().children() if c.pid != os.getpid() and c.status() != psutil.STATUS_ZOMBIE
-                and "resource_tracker" not in " ".join(c.cmdline())]  # fmt: skip
+    assert not workers(before)
+
+
+def workers(before):
+    """Processes that were started since `before` and live, but for multiprocessing's own."""
+    own = [c for c in psutil.Process().children(recursive=True) if c.pid not in before]
+    return [c for c in own if c.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(c.cmdline())]
 
 
 @pytest.mark.slow
