@@ -58,7 +58,7 @@ def _best_so_far(contents: Contents) -> Chart:
             for low in (False, True):
                 part = [t for t in own if (_percent(t) < floor) == low]
                 if part:
-                    marker = {"marker": "v"} if low else {}
+                    marker: dict[str, Any] = {"marker": "v"} if low else {}
                     axes.scatter(
                         [t.number for t in part], [max(_percent(t), floor) for t in part], label=name, **style, **marker
                     )
