@@ -60,17 +60,21 @@ def search(
     console = make_console(stderr=True)
     shown = console.is_terminal and not as_json
     watcher: Any = LiveView(console, loaded.search) if shown else Lines(report)
-    result = search_recipe(
-        loaded,
-        output,
-        workers=workers,
-        ray=ray,
-        overwrite=overwrite,
-        write_merge=not no_merge,
-        local_files_only=offline,
-        watcher=watcher,
-        report=report,
-    )
+    try:
+        result = search_recipe(
+            loaded,
+            output,
+            workers=workers,
+            ray=ray,
+            overwrite=overwrite,
+            write_merge=not no_merge,
+            local_files_only=offline,
+            watcher=watcher,
+            report=report,
+        )
+    except KeyboardInterrupt:
+        report("Stopped. Every finished trial is kept; run the same command again to go on.")
+        raise
     summary = {
         "study": str(result.study),
         "recipe": str(result.recipe),

@@ -26,7 +26,6 @@ from bmm_engine.sections import SearchRecipe
 from bmm_engine.sources import Model
 
 DEFAULT_ALPHA = 0.03
-Visit = Callable[[str, nn.Module], None]
 
 
 class Tasks(Protocol):
