@@ -16,7 +16,7 @@ import yaml
 
 from tests.tiny import family
 
-KILLS = int(os.environ.get("BMM_KILLS", "2"))
+KILLS = int(os.environ.get("BMM_KILLS", "1"))
 TRIALS = 8
 JUDGE = """
 import os, time
