@@ -33,18 +33,16 @@ class LiveModels:
 def share_parameters(
     alignment: Alignment,
     models: Iterable[tuple[str, int | None, Callable[[], nn.Module]]],
-    visit: Callable[[str, nn.Module], None] = lambda task, model: None,
 ) -> LiveModels:
     """Build the tasks' models one by one, each (task, expert's index or None for the base's own architecture, how to make it), and tie
     what is merged, or kept from the base, to the first one's tensors.
 
-    `visit` sees each model before it is tied: still the expert itself. The tied tensors hold the first model's values until `load`.
+    The tied tensors hold the first model's values until `load`.
     Raises `CheckpointError` for a merged tensor that a live model lacks, or has in another shape.
     """
     live = LiveModels({})
     for task, expert, make in models:
         model = make().eval().requires_grad_(False)
-        visit(task, model)
         found = _live_tensors(alignment, expert, model)
         for name, tensor in found.items():
             shared = live.parameters.setdefault(name, tensor)

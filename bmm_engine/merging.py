@@ -17,7 +17,7 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet, as_gram_sets
 from bmm_engine.output import Target, inputs_of, output_specs, write_sidecars
-from bmm_engine.plan import MergePlan, MergeSettings, build_plan, find_linear_modules
+from bmm_engine.plan import MergePlan, MergeSettings, build_plan, find_linear_modules, given_task_weights
 from bmm_engine.posterior import Posterior
 from bmm_engine.progress import track
 from bmm_engine.sources import Model, open_expert, open_model
@@ -135,11 +135,7 @@ def merge(
         normalization=normalization,
         alpha=alpha,
         scale=scale,
-        task_weights="none"
-        if task_weights is None
-        else task_weights
-        if isinstance(task_weights, str)
-        else tuple(task_weights),
+        task_weights=given_task_weights(task_weights),
         fit_bias=fit_bias,
         device=device,
     )

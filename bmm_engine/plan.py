@@ -77,6 +77,13 @@ class MergeSettings:
         return self.solves or self.rule.needs_grams
 
 
+def given_task_weights(weights: str | Sequence[float] | None) -> str | tuple[float, ...]:
+    """Task weights as a caller gives them, as settings hold them: None is "none"."""
+    if weights is None:
+        return "none"
+    return weights if isinstance(weights, str) else tuple(weights)
+
+
 def _ridge(value: Any) -> float:
     number = _number(value)
     if not number >= 0:

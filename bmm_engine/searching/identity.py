@@ -11,8 +11,10 @@ from typing import Any
 
 import bmm_engine
 from bmm_engine.checkpoint.compose import checkpoints_of
+from bmm_engine.checkpoint.safetensors_io import byte_view
 from bmm_engine.measure import Models
 from bmm_engine.recipe import Recipe
+from bmm_engine.searching.problem import Problem
 
 PROBE_BYTES = 2**20
 # Keys of a recipe that do not change what a trial is.
@@ -32,7 +34,9 @@ def identity_of(recipe: Recipe, workers: int, local_files_only: bool) -> dict[st
     }
     for expert in recipe.experts:
         source = models.expert(recipe, expert)
-        files = [expert.validation, expert.test, expert.head, expert.calibration, expert.fisher]
+        # A Gram file that comes of calibration may not be there yet; the calibration stands for it.
+        grams = expert.grams if expert.calibration is None else None
+        files = [expert.validation, expert.test, expert.head, expert.calibration, expert.fisher, grams]
         identity["experts"].append(
             {
                 "name": expert.label,
@@ -47,6 +51,12 @@ def identity_of(recipe: Recipe, workers: int, local_files_only: bool) -> dict[st
     return identity
 
 
+def models_of(problem: Problem) -> list[str]:
+    """Digests of the base and the experts of a search in memory."""
+    alignment = problem.plan.alignment
+    return [_digest(_probes(source)) for source in (alignment.base, *(e.source for e in alignment.experts))]
+
+
 def versions() -> dict[str, str]:
     """Of what a study's numbers depend on."""
     found = {"bmm_engine": bmm_engine.__version__, "python": platform.python_version()}
@@ -59,17 +69,18 @@ def versions() -> dict[str, str]:
 
 
 def _models_digest(source: Any) -> str:
+    return _digest(probe for own in checkpoints_of(source) for probe in _probes(own))
+
+
+def _digest(probes: Iterable[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
-    for own in checkpoints_of(source):
-        for name, tensor in _probes(own):
-            digest.update(f"{name}\0{tensor}".encode())
+    for name, tensor in probes:
+        digest.update(f"{name}\0{tensor}".encode())
     return digest.hexdigest()[:16]
 
 
 def _probes(source: Any) -> Iterable[tuple[str, str]]:
     """Every tensor's name, shape and first values: enough to tell one fine-tune from another without reading all of it."""
-    from bmm_engine.checkpoint.safetensors_io import byte_view
-
     for name in source.names():
         spec = source.spec(name)
         rows = slice(0, 1) if spec.shape else None

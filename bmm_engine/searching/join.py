@@ -10,10 +10,10 @@ from bmm_engine.executors import WorkerInfo, open_executor
 from bmm_engine.measure import Report
 from bmm_engine.recipe import Recipe
 from bmm_engine.searching.identity import identity_of
-from bmm_engine.searching.problem import common_tensors
 from bmm_engine.searching.run import study_folder
+from bmm_engine.searching.session import prepare
 from bmm_engine.searching.study import Study
-from bmm_engine.searching.workers import RecipeProblem, make_factors, open_runner, run_trial, with_grams
+from bmm_engine.searching.workers import RecipeProblem, open_runner, run_trial, with_grams
 
 POLL_S = 0.2
 
@@ -39,16 +39,9 @@ def join_search(
         measured = with_grams(recipe, folder, executor, local_files_only, report)
         opener = RecipeProblem(measured, local_files_only)
         problem = opener()
-        anchors = {label: problem.anchor_tensors(label) for label in problem.anchors}
-        tensors = common_tensors(problem, anchors)
-        shared = executor.share({name: t for name, t in tensors.items() if name.startswith("a ")})
-        groups = []
-        if not problem.space.free_tasks:
-            for group, own in make_factors(executor, opener, problem, shared):
-                groups.append(group)
-                tensors.update(own)
+        prepared = prepare(problem, opener, executor)
         runner = open_runner(
-            WorkerInfo(0, 1), lambda: problem, groups, executor.share(tensors), "validation", recipe.device
+            WorkerInfo(0, 1), lambda: problem, prepared.groups, prepared.shared, "validation", recipe.device
         )
         done = 0
         with study.join() as worker:

@@ -21,7 +21,7 @@ from bmm_engine.plan import MergePlan, MergeSettings
 from bmm_engine.recipe import AnchorRecipe, Recipe
 from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective
-from bmm_engine.searching.space import Candidate, SearchGroup, Space, common_value, module_groups
+from bmm_engine.searching.space import Candidate, SearchGroup, Space, common_value, module_groups, weighting_label
 from bmm_engine.sections import SearchRecipe
 from bmm_engine.sources import Model
 
@@ -168,11 +168,6 @@ class Problem:
         ]
         # A filter takes every name that it is part of: the longer ones first.
         return sorted(cases, key=lambda case: -len(str(case["filter"])))
-
-
-def weighting_label(rule: str | Sequence[float]) -> str:
-    """How factors name a way of task weights."""
-    return rule if isinstance(rule, str) else "given"
 
 
 def anchor_choices(recipe: Recipe) -> dict[str, tuple[str, dict[str, Any]]]:

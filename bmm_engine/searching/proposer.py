@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Any
 
 from bmm_engine.errors import ConfigError, SearchExhaustedError
 from bmm_engine.searching.space import Candidate, Space
+
+logger = logging.getLogger(__name__)
 
 # So many repetitions of known candidates in a row mean that the space has no more to offer.
 MOST_REPETITIONS = 50
@@ -121,7 +124,7 @@ class Proposer:
             with _quiet(ng):
                 self._optimizer.tell(own, -value)
         except ng.errors.TellNotAskedNotSupportedError:
-            pass  # it then knows only what it asked for itself
+            logger.info("%s takes no values of points that it did not ask for", self.space.options.optimizer)
 
     @property
     def _bayesian(self) -> bool:

@@ -16,12 +16,12 @@ from bmm_engine.executors import open_executor
 from bmm_engine.measure import Report
 from bmm_engine.merging import merge
 from bmm_engine.pipeline import check_output, run_recipe
-from bmm_engine.plan import MergeSettings
+from bmm_engine.plan import MergeSettings, given_task_weights
 from bmm_engine.recipe import Recipe, parse_section
 from bmm_engine.roles import Layers, module_role
 from bmm_engine.searching.best import best_recipe, write_recipe
 from bmm_engine.searching.driver import Watcher
-from bmm_engine.searching.identity import identity_of, versions
+from bmm_engine.searching.identity import identity_of, models_of, versions
 from bmm_engine.searching.objective import get_objective, objective_name
 from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.proposer import check_optimizer
@@ -164,11 +164,7 @@ def search(
         gram_source="task_vectors" if isinstance(grams, str) else "data",
         alpha=alpha,
         scale=scale,
-        task_weights="none"
-        if task_weights is None
-        else task_weights
-        if isinstance(task_weights, str)
-        else tuple(task_weights),
+        task_weights=given_task_weights(task_weights),
         device=device,
     )
     chosen = {name: (name, dict(anchor_parameters or {}) if name == anchor else {}) for name in (anchors or [anchor])}
@@ -191,6 +187,9 @@ def search(
             "search": {**section.model_dump(exclude={"trials", "minutes"}), "objective": objective_name(objective)},
             "tasks": list(names),
             "anchors": {label: [rule, repr(own)] for label, (rule, own) in chosen.items()},
+            "settings": {"alpha": repr(alpha), "scale": repr(scale), "task_weights": repr(settings.task_weights)},
+            "grams": settings.gram_source,
+            "models": models_of(problem),
         }
         kept = stack.enter_context(open_study(study_path, problem, identity, None))
         stack.enter_context(kept.drive())

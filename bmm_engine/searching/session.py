@@ -9,9 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from bmm_engine.executors import Executor, run_all
+from bmm_engine.executors import Executor, Shared, run_all
 from bmm_engine.factors import FactorGroup, plain_alignment
 from bmm_engine.measure import Report
 from bmm_engine.scores import Score
@@ -26,10 +24,10 @@ from bmm_engine.searching.workers import Opener, make_factors, open_judge, open_
 
 @dataclass(frozen=True)
 class Prepared:
-    """Anchors and factors of a problem, once for all trials: groups, and tensors by the names of `Factors`."""
+    """Anchors and factors of a problem, once for all trials: groups, and tensors by the names of `Factors`, at hand for every worker."""
 
     groups: list[FactorGroup]
-    tensors: dict[str, Tensor]
+    shared: Shared
     seconds: float
 
 
@@ -43,7 +41,7 @@ def prepare(problem: Problem, opener: Opener, executor: Executor) -> Prepared:
         for group, own in make_factors(executor, opener, problem, shared):
             groups.append(group)
             tensors.update(own)
-    return Prepared(groups, tensors, time.perf_counter() - started)
+    return Prepared(groups, executor.share(tensors), time.perf_counter() - started)
 
 
 class Session:
@@ -65,7 +63,6 @@ class Session:
         self.objective = problem.goal
         self.seconds = 0.0
         self._prepared = prepared
-        self._shared: Any = None
 
     def run(self) -> Trial:
         """The best trial of the whole study, with the test scores of the trials that matter."""
@@ -79,7 +76,6 @@ class Session:
             )
         if self.study.fact("alignment") is None and self._prepared.groups:
             self.study.set_fact("alignment", plain_alignment(self._prepared.groups, self._expert_labels()))
-        self._shared = self.executor.share(self._prepared.tensors)
         driver = self._driver(experts)
         best = driver.run()
         self.seconds = driver.clock.seconds
@@ -104,7 +100,8 @@ class Session:
 
     def _start(self, split: str, tick: Callable[[], None] | None = None) -> None:
         assert self._prepared is not None
-        self.executor.start(open_runner, self.opener, self._prepared.groups, self._shared, split, self.device, tick)
+        prepared = self._prepared
+        self.executor.start(open_runner, self.opener, prepared.groups, prepared.shared, split, self.device, tick)
 
     def expert_scores(self, split: str) -> dict[str, Score]:
         """Each task's score by its own expert (of several, the best); measured once in a study."""

@@ -205,6 +205,11 @@ class Space:
         return [""] if self.options.scales == "global" else [g.name for g in self.groups]
 
 
+def weighting_label(rule: str | Sequence[float]) -> str:
+    """How factors name a way of task weights."""
+    return rule if isinstance(rule, str) else "given"
+
+
 def common_value(values: Iterable[float], group: str, key: str) -> float:
     """The one value that a group's modules have. Raises `ConfigError` if they have several."""
     found = sorted(set(values))

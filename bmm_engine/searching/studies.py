@@ -183,6 +183,7 @@ def _run(
             for source in axes.sources:
                 chosen = _with_choice(recipe, anchor, source)
                 measured = with_grams(chosen, output, executor, local_files_only, report)
+                identity = identity_of(chosen, executor.workers, local_files_only)
                 prepared: Prepared | None = None
                 for share in shares:
                     for seed in range(axes.seeds):
@@ -191,15 +192,15 @@ def _run(
                         opener = CellProblem(own, share, seed, local_files_only)
                         if prepared is None:
                             prepared = prepare(opener(), opener, executor)
-                        identity = {
-                            **identity_of(chosen, executor.workers, local_files_only),
+                        own_identity = {
+                            **identity,
                             "share": share,
                             "seed": seed,
                         }
                         found += _cell(
                             cells / f"{cell.name}.study",
                             opener,
-                            identity,
+                            own_identity,
                             own,
                             executor,
                             prepared,

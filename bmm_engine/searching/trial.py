@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from bmm_engine.architecture import LinearModule
 from bmm_engine.evaluators import Evaluator
@@ -18,8 +19,8 @@ from bmm_engine.live import LiveModels
 from bmm_engine.plan import MergePlan
 from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective
-from bmm_engine.searching.space import Candidate, SearchGroup
-from bmm_engine.solve import factorize, solve_with_factor
+from bmm_engine.searching.space import Candidate, SearchGroup, weighting_label
+from bmm_engine.solve import Factor, factorize, solve_with_factor
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Writer:
             own = self.factors.anchor(candidate.anchor)
             self.live.load({name: tensor for name, tensor in own.items() if name not in self._solved})
             self._anchor = candidate.anchor
-        weighting = candidate.task_weights if isinstance(candidate.task_weights, str) else "given"
+        weighting = weighting_label(candidate.task_weights)
         for module in self._modules:
             group = self._group[module.name]
             alpha, scale = candidate.alpha[group], candidate.scale[group]
@@ -101,15 +102,15 @@ class FreeWriter:
         self,
         module: LinearModule,
         opened: OpenGroup,
-        weights: tuple,
-        anchor: Mapping,
-        factor: object,
+        weights: tuple[Tensor, list[Tensor]],
+        anchor: Mapping[str, Tensor],
+        factor: Factor,
         candidate: Candidate,
     ) -> None:
         with_bias = opened.group.with_bias
         base, experts = weights
         start = oriented(anchor, module, with_bias).to(self.inputs.dtype)
-        solved = solve_with_factor(start, experts, opened.moments, factor)  # type: ignore[arg-type]
+        solved = solve_with_factor(start, experts, opened.moments, factor)
         scale = candidate.scale[self._group[module.name]]
         merged = solved if scale == 1 else base + scale * (solved - base)
         weight = merged[:, :-1] if with_bias else merged

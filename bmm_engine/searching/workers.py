@@ -147,8 +147,10 @@ def open_runner(
     evaluator = problem.tasks.evaluator(split)
     if evaluator is None:
         raise AssertionError(f"no data for {split}")
-    writer: Writer | FreeWriter = Writer(live, factors, problem.groups)
-    if problem.space.free_tasks:
+    writer: Writer | FreeWriter
+    if not problem.space.free_tasks:
+        writer = Writer(live, factors, problem.groups)
+    else:
         plan = replace(problem.plan, settings=replace(problem.plan.settings, device=device))
         writer = FreeWriter(plan, live, factors, problem.groups)
     runner = TrialRunner(live, writer, evaluator, problem.goal)

@@ -69,7 +69,7 @@ def test_a_written_candidate_is_the_merge_it_stands_for(architecture, data):
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")
-    writer = Writer(live, Factors(prepared.groups, prepared.tensors), problem.groups)
+    writer = Writer(live, Factors(prepared.groups, prepared.shared.tensors()), problem.groups)
     assert set(live.parameters) >= {m.weight for m in problem.plan.linear.values()}
     for candidate in candidates(problem):
         check(problem, live, writer, candidate)
@@ -80,7 +80,7 @@ def test_biases_that_are_solved_with_the_weights():
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")
-    writer = Writer(live, Factors(prepared.groups, prepared.tensors), problem.groups)
+    writer = Writer(live, Factors(prepared.groups, prepared.shared.tensors()), problem.groups)
     for candidate in candidates(problem):
         check(problem, live, writer, candidate)
 
@@ -91,7 +91,7 @@ def test_free_task_weights(architecture):
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")
-    writer = FreeWriter(problem.plan, live, Factors(prepared.groups, prepared.tensors), problem.groups)
+    writer = FreeWriter(problem.plan, live, Factors(prepared.groups, prepared.shared.tensors()), problem.groups)
     for i, candidate in enumerate(candidates(problem)):
         free = Candidate(candidate.anchor, candidate.alpha, candidate.scale, (1.0 + 0.3 * i, 1.0 - 0.2 * i))
         check(problem, live, writer, free)
@@ -102,7 +102,7 @@ def test_only_what_changed_is_computed(monkeypatch):
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")
-    factors = Factors(prepared.groups, prepared.tensors)
+    factors = Factors(prepared.groups, prepared.shared.tensors())
     solved = []
     solve = Factors.solve
     monkeypatch.setattr(

@@ -104,6 +104,11 @@ def test_another_search_is_refused_in_the_same_place(models, target, tmp_path):
     run(models, Distance(target), study=tmp_path / "s.study", trials=3)
     with pytest.raises(ConfigError, match=r"seed.*0.*1"):
         run(models, Distance(target), study=tmp_path / "s.study", trials=3, seed=1)
+    with pytest.raises(ConfigError, match=r"alpha.*0\.03.*0\.5"):
+        run(models, Distance(target), study=tmp_path / "s.study", trials=3, alpha=0.5)
+    others = (models[0], [fine_tune(models[0], seed) for seed in (1, 7)])
+    with pytest.raises(ConfigError, match="models"):
+        run(others, Distance(target), study=tmp_path / "s.study", trials=3)
 
 
 def test_identical_trials_are_not_run_twice(models, target, tmp_path):
