@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bmm_engine.errors import ConfigError
 
@@ -133,11 +133,11 @@ def _letters() -> frozenset[int]:
     return frozenset(FT2Font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap())
 
 
-def tidy(axes: Axes, look: Look, *, grid: str = "y") -> None:
+def tidy(axes: Axes, look: Look, *, grid: Literal["x", "y", "both", ""] = "y") -> None:
     """No box, a quiet grid behind."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.set_axisbelow(True)
     if grid:
-        axes.grid(axis=grid, color=look.grid, linewidth=0.8)  # type: ignore[arg-type]
+        axes.grid(axis=grid, color=look.grid, linewidth=0.8)
     axes.tick_params(length=0)
