@@ -15,10 +15,11 @@ _PUBLIC = {
     "collect_grams": "bmm_engine.collect",
     "collect_fisher": "bmm_engine.fisher",
     "FisherSet": "bmm_engine.fisher",
-    "collect_sequential": "bmm_engine.sequential",
+    "collect_sequential": "bmm_engine.sequential_grams",
     "ContinualMerge": "bmm_engine.continual",
     "GramAccumulator": "bmm_engine.grams",
     "GramSet": "bmm_engine.grams",
+    "merge_sequential": "bmm_engine.sequential.run",
     "solve_map": "bmm_engine.solve",
     "MapSolution": "bmm_engine.solve",
     "accumulate_gram": "bmm_engine.ops.gram",
@@ -32,6 +33,8 @@ _PUBLIC = {
     "SpectralPath": "bmm_engine.spectral",
     "blend": "bmm_engine.ops.blend",
     "magnitude_ranks": "bmm_engine.ops.ranks",
+    "solve_drift": "bmm_engine.drift",
+    "DriftAccumulator": "bmm_engine.drift",
     "alignment": "bmm_engine.moments",
     "LowRank": "bmm_engine.lowrank",
     "search": "bmm_engine.searching.run",
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from bmm_engine.checkpoint import Checkpoint
     from bmm_engine.collect import collect_grams
     from bmm_engine.continual import ContinualMerge
+    from bmm_engine.drift import DriftAccumulator, solve_drift
     from bmm_engine.errors import BmmError, NumericalWarning
     from bmm_engine.fisher import FisherSet, collect_fisher
     from bmm_engine.grams import GramAccumulator, GramSet
@@ -75,7 +79,8 @@ if TYPE_CHECKING:
     from bmm_engine.scores import Score
     from bmm_engine.searching.run import SearchResult, search, search_recipe
     from bmm_engine.searching.study import Study
-    from bmm_engine.sequential import collect_sequential
+    from bmm_engine.sequential.run import merge_sequential
+    from bmm_engine.sequential_grams import collect_sequential
     from bmm_engine.solve import MapSolution, solve_map
     from bmm_engine.spectral import SpectralPath, spectral_path
 

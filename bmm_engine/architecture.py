@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from bmm_engine.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -171,6 +173,46 @@ def meta_model(path: Path, overrides: Mapping[str, Any] | None = None) -> nn.Mod
     cls = model_class(config)
     with torch.device("meta"):
         return transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+
+
+def weightless_model(path: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> nn.Module:
+    """The architecture of a checkpoint directory in evaluation mode: its parameters on the meta device, its buffers as they are made
+    (rotary frequencies, position ids), so that it runs with tensors that stand in for the parameters (`torch.func.functional_call`).
+
+    Raises `CheckpointError`.
+    """
+    import torch
+    import transformers
+
+    config = load_config(path, overrides)
+    cls = model_class(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _parameters_on_meta():
+            model = transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made meanwhile lose each parameter's data as soon as they register it."""
+    from torch import nn
+
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: Any) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def stored_layout(path: Path) -> tuple[dict[str, str], list[str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bmm_engine.architecture import linear_module
 from bmm_engine.collect import Mask, call_model, mask_of, placement, to_device
@@ -76,10 +78,24 @@ class _Call:
             )
         return cls(args, {**kwargs, key: None}, key), kwargs[key]
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
+    def __call__(self, block: Runnable, hidden: Tensor) -> Any:
         if isinstance(self.key, int):
             return block(hidden, *self.args[1:], **self.kwargs)
         return block(*self.args, **{**self.kwargs, self.key: hidden})
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A module that runs with `tensors`, by its own names for them, in the place of its parameters and buffers."""
+
+    module: nn.Module
+    tensors: Mapping[str, Tensor]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.module, dict(self.tensors), args, kwargs)
+
+
+Runnable = nn.Module | Weighted
 
 
 class BlockWalk:
@@ -93,48 +109,84 @@ class BlockWalk:
         walk.finish(batch, model)                   # after the last block: what comes after the blocks, in any model of the architecture
     """
 
-    def __init__(self, model: nn.Module, blocks: str, batches: Iterable[Any], mask: Mask):
-        """`blocks`: the name of the list, as `find_blocks` gives it. Raises `CollectionError`, `EmptyCalibrationError`."""
-        device, _ = placement(model)
-        self.batches = [to_device(batch, device) for batch in batches]
-        self.masks = [mask_of(batch, mask) for batch in self.batches]
-        self.hidden: list[Tensor] = []
+    def __init__(
+        self,
+        model: Runnable,
+        blocks: str,
+        batches: Iterable[Any],
+        mask: Mask,
+        *,
+        device: torch.device | None = None,
+        hidden: MutableSequence[Tensor] | None = None,
+    ):
+        """`blocks`: the name of the list, as `find_blocks` gives it. `device`: of the model, by default that of its first parameter. `hidden`:
+        where the hidden states are kept, an empty sequence; by default a list. Raises `CollectionError`, `EmptyCalibrationError`."""
+        self.device = placement(module_of(model))[0] if device is None else device
+        self.blocks = blocks
+        self.batches = list(batches)
+        self.masks = [mask_of(to_device(batch, self.device), mask) for batch in self.batches]
+        self.hidden: MutableSequence[Tensor] = [] if hidden is None else hidden
         self._calls: list[list[_Call]] = []
-        self._outputs: list[Any] = [None] * len(self.batches)
+        self._forms: list[Any] = []
+        held = len(self.hidden)  # of an earlier walk that goes on here
         with torch.inference_mode():
-            for batch in self.batches:
-                calls, hidden = _record(model, blocks, batch)
+            for number in range(len(self.batches)):
+                calls, first, form = _record(model, blocks, self.batch(number))
                 self._calls.append(calls)
-                self.hidden.append(hidden)
+                self._forms.append(form)
+                if not held:
+                    self.hidden.append(first)
 
     def __len__(self) -> int:
         """Batches."""
         return len(self.batches)
 
-    def call(self, batch: int, index: int, block: nn.Module) -> Any:
+    def batch(self, number: int) -> Any:
+        """A batch on the walk's device."""
+        return to_device(self.batches[number], self.device)
+
+    def call(self, batch: int, index: int, block: Runnable) -> Any:
         """What `block`, in the place of block `index`, gives for the hidden states of batch number `batch`."""
         with torch.inference_mode():
             # A block may add to its input in place, and the next one to be asked must find it as it was.
-            return self._calls[batch][index](block, self.hidden[batch].clone())
+            return self._calls[batch][index](block, self.hidden[batch].to(self.device, copy=True))
 
     def advance(self, batch: int, output: Any) -> None:
         """Carry on with a block's `output`."""
         self.hidden[batch] = _hidden_of(output)
-        self._outputs[batch] = output
 
-    def finish(self, batch: int, model: nn.Module, blocks: str) -> None:
-        """Run `model` on the batch with the carried output in the place of its blocks."""
-        with torch.inference_mode(), replaced(model, blocks, lambda *_: self._outputs[batch]):
-            call_model(model, self.batches[batch])
+    def finish(self, batch: int, model: Runnable) -> Any:
+        """Run `model` on the batch with the carried hidden states in the place of what its blocks give."""
+        output = _with_hidden(self._forms[batch], self.hidden[batch].to(self.device, copy=True))
+        with torch.inference_mode(), replaced(module_of(model), self.blocks, lambda *_: output):
+            return call_model(model, self.batch(batch))
 
 
-def _record(model: nn.Module, blocks: str, batch: Any) -> tuple[list[_Call], Tensor]:
-    """How `model` calls each of its blocks, and the hidden states that the first one gets.
+def module_of(model: Runnable) -> nn.Module:
+    return model.module if isinstance(model, Weighted) else model
+
+
+def before_blocks(model: Runnable, blocks: str, batch: Any) -> None:
+    """Run `model` on the batch as far as its first block. Raises `CollectionError` where it calls none."""
+
+    def stop(*_: Any) -> Any:
+        raise Stop
+
+    with replaced(module_of(model), blocks, stop):
+        try:
+            call_model(model, batch)
+        except Stop:
+            return
+    raise CollectionError(f"a calibration batch does not reach the first of the model's blocks {blocks}.")
+
+
+def _record(model: Runnable, blocks: str, batch: Any) -> tuple[list[_Call], Tensor, Any]:
+    """How `model` calls each of its blocks, the hidden states that the first one gets, and the form of what a block gives.
 
     The first block runs, and its output stands for that of all others: what depends on the form of an output, or is handed on from the first
     block (T5's position bias), is then as it should be.
     """
-    last = len(block_list(model, blocks)) - 1
+    last = len(block_list(module_of(model), blocks)) - 1
     calls: list[_Call] = []
     states: list[Any] = []
 
@@ -148,17 +200,16 @@ def _record(model: nn.Module, blocks: str, batch: Any) -> tuple[list[_Call], Ten
         calls.append(call)
         if index == 0:
             states.append(hidden.clone())
+            states.append(forward(*args, **kwargs))
         if index == last:
             raise Stop
-        if index == 0:
-            states.append(forward(*args, **kwargs))
         return states[1]
 
     try:
-        with replaced(model, blocks, listen):
+        with replaced(module_of(model), blocks, listen):
             call_model(model, batch)
     except Stop:
-        return calls, states[0]
+        return calls, states[0], _with_hidden(states[1], torch.empty(0))
     raise CollectionError(
         f"{blocks}: the model called {len(calls)} of its {last + 1} blocks for a calibration batch, so it cannot be walked block by block."
     )
@@ -198,6 +249,17 @@ def _hidden_of(output: Any) -> Tensor:
     if not isinstance(first, Tensor):
         raise CollectionError(f"A block gave a {type(output).__name__} whose first part is no tensor of hidden states.")
     return first
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with other hidden states in it."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, Mapping):
+        changed: Any = copy.copy(output)
+        changed[next(iter(output))] = hidden
+        return changed
+    return (hidden, *output[1:])
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class Recorder:
         if gram is None:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             gram = self.grams[name] = GramAccumulator(x.shape[-1], name=name, dtype=dtype, device=x.device)
-        gram.update(self._kept_rows(name, x), backend=self.backend)
+        gram.update(kept_rows(name, x, self._mask), backend=self.backend)
 
     def _leader_of(self, name: str, x: Tensor) -> str:
         if name not in self.leader:
@@ -118,21 +118,6 @@ class Recorder:
         raise CollectionError(
             f"{name} read the same input as {leader} at first, {problem}: their Grams cannot be shared. Measure them in two passes, each with"
             " `modules` naming one of them."
-        )
-
-    def _kept_rows(self, name: str, x: Tensor) -> Tensor:
-        mask = self._mask
-        if mask is None:
-            return x
-        rows = x.reshape(-1, x.shape[-1])
-        if x.shape[:-1] == mask.shape or rows.shape[0] == mask.numel():
-            keep = mask.reshape(-1) != 0
-            return rows if bool(keep.all()) else rows[keep]
-        if x.dim() == 2 and x.shape[0] == mask.shape[0]:  # one row for each sequence (a pooler): no padding in it
-            return x
-        raise CollectionError(
-            f"{name}: its input has shape {tuple(x.shape)}, the padding mask {tuple(mask.shape)}: which rows are padding cannot be told. Pass"
-            " mask=None (all rows count), a function that returns the mask that fits, or leave the module out with `modules`."
         )
 
     def finish(self, calibration: str = "") -> GramSet:
@@ -214,7 +199,23 @@ def mask_of(batch: Any, mask: Mask) -> Tensor | None:
     return found
 
 
-def call_model(model: nn.Module, batch: Any) -> Any:
+def kept_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of module `name`'s input `x` (..., in) that `mask` (batch, length) keeps. Raises `CollectionError` where it does not fit."""
+    if mask is None:
+        return x
+    rows = x.reshape(-1, x.shape[-1])
+    if x.shape[:-1] == mask.shape or rows.shape[0] == mask.numel():
+        keep = mask.reshape(-1) != 0
+        return rows if bool(keep.all()) else rows[keep]
+    if x.dim() == 2 and x.shape[0] == mask.shape[0]:  # one row for each sequence (a pooler): no padding in it
+        return x
+    raise CollectionError(
+        f"{name}: its input has shape {tuple(x.shape)}, the padding mask {tuple(mask.shape)}: which rows are padding cannot be told. Pass"
+        " mask=None (all rows count), a function that returns the mask that fits, or leave the module out with `modules`."
+    )
+
+
+def call_model(model: Callable[..., Any], batch: Any) -> Any:
     """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a mapping, a tuple or neither."""
     if isinstance(batch, Mapping):
         return model(**batch)

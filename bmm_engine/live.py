@@ -60,28 +60,38 @@ def share_parameters(
     return live
 
 
-def _live_tensors(alignment: Alignment, expert: int | None, model: nn.Module) -> dict[str, Tensor]:
-    """Base tensor name -> the live tensor that it becomes in `model`."""
-    # A bare encoder within a wrapper (a head of its own) is known by the encoder's names.
-    inner = model.encoder if isinstance(model, EncoderWithHead) else model
-    state = inner.state_dict(keep_vars=True)
-    by_file = {modern_name(file): state[name] for name, file in checkpoint_names(inner).items()}
-    by_file = {**state, **by_file}  # a base that is itself live goes by live names
-    prefix = getattr(inner, "base_model_prefix", "")
+def live_names(alignment: Alignment, expert: int | None, model: nn.Module) -> dict[str, str]:
+    """Base tensor name -> its name in the state dict of `model`, of the base's own architecture (None) or an expert's; some may have none there.
+
+    Raises `CheckpointError` for a merged tensor that the live model lacks.
+    """
+    state = model.state_dict(keep_vars=True)
+    by_file = {modern_name(file): live for live, file in checkpoint_names(model).items()}
+    by_file = {**{name: name for name in state}, **by_file}  # a base that is itself live goes by live names
+    prefix = getattr(model, "base_model_prefix", "")
     found, missing = {}, []
     for name in (*alignment.merged, *alignment.kept):
         own = name if expert is None else alignment.experts[expert].mapping.get(name, name)
-        tensor = next((by_file[n] for n in _spellings((own, name), prefix) if n in by_file), None)
-        if tensor is not None:
-            found[name] = tensor
+        live = next((by_file[n] for n in _spellings((own, name), prefix) if n in by_file), None)
+        if live is not None:
+            found[name] = live
         elif name in alignment.merged and name not in alignment.base.aliases:
             missing.append(name)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{missing[0]!r}{more} is merged, but the live {type(model).__name__} has no such tensor of its own (transformers fuses or splits some"
-            " between file and model). Keep it from the base (keep_base), or merge without a search."
+            " between file and model). Keep it from the base (keep_base), or merge without running the model: no search, and mode plain."
         )
+    return found
+
+
+def _live_tensors(alignment: Alignment, expert: int | None, model: nn.Module) -> dict[str, Tensor]:
+    """Base tensor name -> the live tensor that it becomes in `model`."""
+    # A bare encoder within a wrapper (a head of its own) is known by the encoder's names.
+    inner = model.encoder if isinstance(model, EncoderWithHead) else model
+    state = inner.state_dict(keep_vars=True)
+    found = {name: state[live] for name, live in live_names(alignment, expert, inner).items()}
     for name, tensor in found.items():
         stored = tuple(alignment.base.spec(name).shape)
         if tuple(tensor.shape) != stored:

@@ -219,7 +219,7 @@ def _missing_data(
 def _walk(
     recipe: Recipe, models: Models, data: list[CalibrationData], report: Report, progress: bool | None
 ) -> list[GramSet]:
-    from bmm_engine.sequential import collect_sequential
+    from bmm_engine.sequential_grams import collect_sequential
 
     options = recipe.calibration
     base, _ = live_model(models.source(recipe.base), dtype=options.dtype, device=recipe.device)

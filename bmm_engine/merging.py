@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bmm_engine.align import align
 from bmm_engine.checkpoint import CheckpointWriter, InputRecords
+from bmm_engine.drift import InputRecord
 from bmm_engine.errors import ConfigError
 from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet, as_gram_sets
@@ -28,7 +29,7 @@ from bmm_engine.stream import MergeStream, ModuleRecord
 class MergeResult:
     """`tensors` (name -> tensor) for a merge in memory, else `path` of the written checkpoint; what was done to each module; the plan.
 
-    `posterior`: which draw from the posterior it is; None for the MAP.
+    `posterior`: which draw from the posterior it is; None for the MAP. `inputs`: of a sequential merge, what was found at each input.
     """
 
     plan: MergePlan
@@ -36,6 +37,7 @@ class MergeResult:
     tensors: dict[str, Tensor] | None = None
     path: Path | None = None
     posterior: Posterior | None = None
+    inputs: list[InputRecord] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON: counts, what was left out, and a record for each module."""
@@ -48,6 +50,7 @@ class MergeResult:
             "left_out_of_experts": {label: list(names) for label, names in alignment.expert_only.items() if names},
             "posterior": None if self.posterior is None else asdict(self.posterior),
             "modules": [asdict(record) for record in self.modules],
+            "inputs": [asdict(record) for record in self.inputs],
         }
 
 
@@ -155,26 +158,32 @@ def merge(
     if output is None:
         target = Target(specs)
         stream = MergeStream(plan, target.finish, posterior)
-        _run(stream, target, progress)
-        ordered = {name: target.tensors[name] for name in specs}
-        ordered.update({alias: ordered[name] for alias, name in plan.alignment.base.aliases.items() if name in ordered})
-        return MergeResult(plan, stream.records, tensors=ordered, posterior=posterior)
+        run_stream(stream, target, progress)
+        return MergeResult(plan, stream.records, tensors=tensors_of(target, plan), posterior=posterior)
     # Sharding and the output path are refused before any work.
     writer = CheckpointWriter(Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite)
     with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
         target = Target(specs, writer)
         stream = MergeStream(plan, target.finish, posterior)
-        _run(stream, target, progress)
+        run_stream(stream, target, progress)
         result = MergeResult(plan, stream.records, posterior=posterior)
         write_sidecars(writer, plan, inputs.result(), result.summary(), recipe, dtype)
         path = writer.commit()
     return replace(result, path=path)
 
 
-def _run(stream: MergeStream, target: Target, progress: bool | None) -> None:
-    for pieces in track(stream, "merging", total=len(stream), show=progress):
+def run_stream(stream: MergeStream, target: Target, progress: bool | None, label: str = "merging") -> None:
+    """Carry out a merge, and put all its pieces into the target."""
+    for pieces in track(stream, label, total=len(stream), show=progress):
         for piece in pieces:
             target.put(piece)
+
+
+def tensors_of(target: Target, plan: MergePlan) -> dict[str, Tensor]:
+    """What a merge in memory gave, in the base's order, tied names included."""
+    ordered = {name: target.tensors[name] for name in target.specs}
+    ordered.update({alias: ordered[name] for alias, name in plan.alignment.base.aliases.items() if name in ordered})
+    return ordered
 
 
 def _gram_source(grams: Any, hybrid: float | None) -> str:

@@ -23,7 +23,7 @@ from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
 from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet
-from bmm_engine.sequential import check_sequential
+from bmm_engine.sequential_grams import check_sequential
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "solve": {"errors", "moments", "ops"},
     "blocks": {"architecture", "collect", "errors"},
     "fisher": {"architecture", "collect", "errors", "grams", "progress", "records"},
-    "sequential": {"anchors", "architecture", "blocks", "collect", "errors", "grams", "moments", "progress"},
+    "sequential_grams": {"anchors", "architecture", "blocks", "collect", "errors", "grams", "moments", "progress"},
     "parallel": set(),
     "ordering": {"align", "checkpoint"},
     "spectral": {"errors", "moments", "ops", "solve"},

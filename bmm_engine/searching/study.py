@@ -23,7 +23,7 @@ from bmm_engine.errors import ConfigError, StudyBusyError, StudyError, StudyExis
 from bmm_engine.scores import Score
 from bmm_engine.searching.canonical import digest, dumps, first_difference, plain
 from bmm_engine.searching.database import BUSY_S, Database, create_database
-from bmm_engine.searching.locks import LockFile
+from bmm_engine.locks import LockFile
 from bmm_engine.searching.schema import IN_FLIGHT, KINDS, TOLD, Trial, insert_scores, select_trials
 
 DATABASE = "trials.sqlite"

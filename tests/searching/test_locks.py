@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from bmm_engine.errors import StudyBusyError, StudyError
-from bmm_engine.searching.locks import LockFile
+from bmm_engine.locks import LockFile
 from bmm_engine.searching.study import LOCK, Study
 
 RECORD = {"identity": {}}

@@ -27,8 +27,8 @@ from bmm_engine.architecture import (
     is_head,
     linear_modules,
 )
-from bmm_engine.blocks import BlockWalk, Stop, block_list, find_blocks, replaced, without_cache
-from bmm_engine.collect import Mask, Recorder, call_model, evaluating, mask_of, placement, to_device
+from bmm_engine.blocks import BlockWalk, before_blocks, block_list, find_blocks, without_cache
+from bmm_engine.collect import Mask, Recorder, evaluating, mask_of, placement, to_device
 from bmm_engine.errors import (
     CollectionError,
     ConfigError,
@@ -185,27 +185,19 @@ class _SequentialMerge:
             after = [name for name in outside if name not in before]
             if after:
                 for t, walk in enumerate(walks):
-                    path = self.names[t].module(self.blocks)
-                    self._listen(t, walk, after, partial(walk.finish, model=self.experts[t], blocks=path))
+                    walk.blocks = self.names[t].module(self.blocks)
+                    self._listen(t, walk, after, partial(walk.finish, model=self.experts[t]))
         labels = [label or f"{len(own)} batches" for label, own in zip(calibration, batches, strict=True)]
         return [recorder.finish(label) for recorder, label in zip(self.recorders, labels, strict=True)]
 
     def _read_before_blocks(self, t: int, batches: Sequence[Any], mask: Mask, names: Sequence[str]) -> None:
         expert, recorder = self.experts[t], self.recorders[t]
         device, _ = placement(expert)
-
-        def stop(*_: Any) -> Any:
-            raise Stop
-
         with recorder.hooked(self.names[t].module(name) for name in names), torch.inference_mode():
             for batch in batches:
                 batch = to_device(batch, device)
-                with recorder.batch(mask_of(batch, mask)), replaced(expert, self.names[t].module(self.blocks), stop):
-                    try:
-                        call_model(expert, batch)
-                    except Stop:
-                        continue
-                raise CollectionError(f"expert {t}: a calibration batch does not reach the first of its {self.blocks}.")
+                with recorder.batch(mask_of(batch, mask)):
+                    before_blocks(expert, self.names[t].module(self.blocks), batch)
 
     def _listen(self, t: int, walk: BlockWalk, names: Sequence[str], run: Callable[[int], Any]) -> None:
         recorder = self.recorders[t]

@@ -20,7 +20,7 @@ from bmm_engine.errors import (
     ShapeMismatchError,
 )
 from bmm_engine.grams import GramSet
-from bmm_engine.sequential import check_sequential, collect_sequential
+from bmm_engine.sequential_grams import check_sequential, collect_sequential
 from tests.numerics import relative_error
 from tests.reference_merge import linear_names, module_inputs
 from tests.tiny import fine_tune, make_base, make_batches
@@ -223,7 +223,7 @@ def test_a_walk_with_the_models_own_blocks_is_the_model():
             walk.advance(batch, output)
     seen = []
     handle = model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    walk.finish(1, model, "model.layers")
+    walk.finish(1, model)
     with torch.inference_mode():
         model(**batches[1])
     handle.remove()

@@ -1,0 +1,1 @@
+"""Sequential BMM: the merge that corrects its own drift (`merge_sequential`)."""

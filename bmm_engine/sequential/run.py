@@ -1,0 +1,240 @@
+"""Merge in the order in which the network computes: every module is solved on the inputs that the merged modules below it really give it."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import bmm_engine
+from bmm_engine.align import float_dtype
+from bmm_engine.checkpoint import Checkpoint, CheckpointWriter, InputRecords, StateDictSource, TensorSource, parse_size
+from bmm_engine.checkpoint.compose import checkpoints_of
+from bmm_engine.collect import Mask, placement
+from bmm_engine.errors import ConfigError, OutputExistsError
+from bmm_engine.fisher import FisherSet
+from bmm_engine.identity import as_texts, batches_digest, model_digest
+from bmm_engine.locks import LockFile
+from bmm_engine.merging import MergeResult, plan_merge, run_stream, tensors_of
+from bmm_engine.output import Target, inputs_of, output_specs, parse_dtype, recipe_of, write_sidecars
+from bmm_engine.plan import MergePlan, MergeSettings, given_task_weights
+from bmm_engine.progress import track
+from bmm_engine.sequential.skeleton import Skeleton, architecture
+from bmm_engine.sequential.state import Merged, Sweep, open_folder, writing
+from bmm_engine.sequential.walk import Report, SequentialWalk, WalkOptions
+from bmm_engine.sources import Model
+from bmm_engine.stream import MergeStream, Piece, row_slabs
+
+
+def merge_sequential(
+    base: Model,
+    experts: Sequence[Model],
+    batches: Sequence[Iterable[Any]],
+    *,
+    anchor: str = "average",
+    anchor_parameters: Mapping[str, Any] | None = None,
+    grams: Any = "task_vectors",
+    fishers: Sequence[FisherSet | str | os.PathLike[str]] = (),
+    alpha: Any = 0.03,
+    scale: Any = 1.0,
+    task_weights: str | Sequence[float] | None = "energy",
+    fit_bias: bool = True,
+    sweeps: int = 1,
+    blocks: str | None = None,
+    modules: Iterable[str] | None = None,
+    mask: Mask = "attention_mask",
+    keep_base: Iterable[str] = (),
+    vocabulary: str = "error",
+    walk_dtype: torch.dtype | str | None = None,
+    hidden_memory: int | str = "4GB",
+    hidden_dtype: torch.dtype | str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    device: str = "cpu",
+    recipe: Mapping[str, Any] | None = None,
+    local_files_only: bool = False,
+    progress: bool | None = None,
+    report: Report = lambda line: None,
+) -> MergeResult:
+    """Sequential BMM: from input to output, each group of modules that share an input is solved on what the merged network reads there,
+
+        W* = argmin_W  sum_t beta_t / n_t ||X~_t W^T - X_t W_t^T||_F^2 + lam ||W - W_a||_F^2,
+
+    towards what each expert gives on its own inputs (see `bmm_engine.drift`), before the modules after it are looked at.
+
+    `base`: a checkpoint (directory or hub id) that transformers can build, or a live model; `experts` as in `merge`. `batches[t]`: expert t's
+    calibration data, as for `collect_grams`. Each expert and the merged network pass over them once; within a block, and only there, once
+    more for each input. The blocks are found where a model has one longest list of modules of a class (transformers, timm), or named with
+    `blocks` (a name or shell pattern). The model's own blocks are called; of each model one block at a time is held, read from its files.
+    `anchor`, `anchor_parameters`, `grams`, `fishers`: the prior, as in `merge`; it also gives all that is no linear module. `alpha`, `scale`,
+    `modules`, `keep_base`, `vocabulary`: as in `merge`. `task_weights`: "energy" (per input `1 / ||X_t U_t^T||^2`), None, or a number per
+    expert. `fit_bias`: solve biases with their weights. `sweeps`: walks, each with the result of the one before as its anchor.
+    `walk_dtype`: of the models that are run (default: a live base's own, else float32). `hidden_memory`: hidden states kept in memory, in all, the
+    rest in files; `hidden_dtype`: how they are kept (bfloat16 halves them).
+    `output` and what follows: as in `merge`. What is finished is kept in `output` + ".walk", block by block: called again after it was killed,
+    the merge goes on from there, to the same bits.
+
+    Raises what `merge` and `collect_grams` raise.
+    """
+    if not (isinstance(sweeps, int) and sweeps >= 1):
+        raise ConfigError(f"sweeps must be a whole number >= 1, not {sweeps!r}.")
+    calibration = [list(own) for own in batches]
+    if len(calibration) != len(experts):
+        raise ConfigError(
+            f"{len(experts)} experts and {len(calibration)} calibration sets (batches); give one for each expert."
+        )
+    settings = MergeSettings(
+        anchor=anchor,
+        anchor_parameters=dict(anchor_parameters or {}),
+        alpha=alpha,
+        scale=scale,
+        task_weights=given_task_weights(task_weights),
+        device=device,
+    )
+    options = {
+        "modules": [modules] if isinstance(modules, str) else list(modules) if modules is not None else None,
+        "keep_base": list(keep_base),
+        "vocabulary": vocabulary,
+        "fishers": fishers,
+        "local_files_only": local_files_only,
+    }
+    plan = plan_merge(base, experts, settings=settings, **options)
+    needed = "task_vectors" if isinstance(grams, str) else "data"
+    prior = replace(settings, alpha=math.inf, scale=1.0, task_weights="none", gram_source=needed)
+    anchor_plan = plan_merge(base, experts, grams=grams, settings=prior, **options)
+    anchor_plan.check_statistics()
+    where = torch.device(device)
+    run_in = parse_dtype(walk_dtype) or (placement(base)[1] if isinstance(base, nn.Module) else torch.float32)
+    skeleton = Skeleton(
+        plan.alignment, architecture(base, plan.alignment, run_in), blocks=blocks, dtype=run_in, device=where
+    )
+    walk_options = WalkOptions(
+        fit_bias=fit_bias, mask=mask, hidden_memory=parse_size(hidden_memory), hidden_dtype=parse_dtype(hidden_dtype)
+    )
+    specs = output_specs(plan.alignment, dtype)
+    target = Path(output).expanduser().resolve() if output is not None else None
+    writer = None
+    if target is not None:  # sharding and the output path are refused before any work
+        writer = CheckpointWriter(target, list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite)
+    with ExitStack() as stack:
+        folder = None
+        if target is not None:
+            identity = _identity(plan, anchor_plan, calibration, walk_options, sweeps, skeleton)
+            folder = stack.enter_context(_taken(walk_folder(target), identity))
+        source: TensorSource = _anchor(anchor_plan, folder, progress)
+        walk = None
+        for number in range(sweeps):
+            sweep = Sweep(None if folder is None else folder / f"sweep-{number + 1}")
+            stack.callback(sweep.close)
+            walk = SequentialWalk(plan, skeleton, source, calibration, sweep, walk_options, report)
+            walk.run(progress)
+            source = Merged(source, sweep)
+        assert walk is not None
+        result = MergeResult(plan, walk.modules, inputs=walk.inputs)
+        if writer is None or folder is None:
+            return replace(result, tensors=tensors_of(_written(source, Target(specs), progress), plan))
+        record = recipe if recipe is not None else _recipe(plan, walk_options, sweeps)
+        with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
+            _written(source, Target(specs, writer), progress)
+            write_sidecars(writer, plan, inputs.result(), result.summary(), record, dtype)
+            path = writer.commit()
+        shutil.rmtree(folder)
+        return replace(result, path=path)
+
+
+def walk_folder(output: Path) -> Path:
+    """Where an unfinished sequential merge to `output` keeps its state."""
+    return output.with_name(f"{output.name}.walk")
+
+
+@contextmanager
+def _taken(folder: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder of an unfinished merge, for this process alone. Raises `ConfigError`, `OutputExistsError`, `OutputWriteError`."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = LockFile.open(folder / "lock", create=True)
+    try:
+        if not lock.acquire(0):
+            raise OutputExistsError(
+                f"{folder}: process {lock.holder(0)} is at work on this merge; wait for it, or choose another output."
+            )
+        open_folder(folder, identity)
+        yield folder
+    finally:
+        lock.close()
+
+
+def _anchor(plan: MergePlan, folder: Path | None, progress: bool | None) -> TensorSource:
+    """The anchor's own merge, in float32 or wider: in memory, or in `folder`, where it may be already."""
+    wide = float_dtype(plan.alignment.base.spec(n).dtype for n in plan.alignment.merged)
+    specs = output_specs(plan.alignment, wide)
+    label = f"anchor {plan.settings.anchor!r}"
+    if folder is None:
+        target = Target(specs)
+        run_stream(MergeStream(plan, target.finish), target, progress, "anchor")
+        return StateDictSource(target.tensors, label)
+    path = folder / "anchor"
+    if not path.exists():
+        with CheckpointWriter(path, list(specs.values())) as writer:
+            target = Target(specs, writer)
+            run_stream(MergeStream(plan, target.finish), target, progress, "anchor")
+            writer.commit()
+    return Checkpoint.open(path, label=label)
+
+
+def _written(source: TensorSource, target: Target, progress: bool | None) -> Target:
+    """All tensors of the merge, in their final dtype."""
+    for name, spec in track(list(target.specs.items()), "writing", show=progress):
+        for rows in row_slabs(spec.shape):
+            target.put(target.finish(Piece(name, source.load(name, rows), rows)))
+    return target
+
+
+def _identity(
+    plan: MergePlan,
+    anchor_plan: MergePlan,
+    batches: Sequence[Sequence[Any]],
+    options: WalkOptions,
+    sweeps: int,
+    skeleton: Skeleton,
+) -> dict[str, Any]:
+    """What decides the bits of the result."""
+    settings, alignment = plan.settings, plan.alignment
+    return as_texts(
+        {
+            "version": bmm_engine.__version__,
+            "base": model_digest(*checkpoints_of(alignment.base)),
+            "experts": [model_digest(*checkpoints_of(e.source)) for e in alignment.experts],
+            "calibration": [batches_digest(own) for own in batches],
+            "anchor": {"name": settings.anchor, "parameters": repr(settings.anchor_parameters)},
+            "grams": [own.fingerprints and sorted(own.fingerprints.items()) for own in anchor_plan.gram_sets],
+            "alpha": repr(settings.alpha),
+            "scale": repr(settings.scale),
+            "task_weights": settings.task_weights,
+            "modules": {m.name: m.stored_shape for g in plan.groups for m in g.members},
+            "keep_base": alignment.kept,
+            "blocks": skeleton.blocks,
+            "fit_bias": options.fit_bias,
+            "mask": options.mask if isinstance(options.mask, str) else repr(type(options.mask)),
+            "sweeps": sweeps,
+            "walk_dtype": str(skeleton.dtype),
+            "hidden_dtype": str(options.hidden_dtype),
+            "device": settings.device,
+        }
+    )
+
+
+def _recipe(plan: MergePlan, options: WalkOptions, sweeps: int) -> dict[str, Any]:
+    """What was merged, and how, for the record of a merge that was called from Python."""
+    known = {key: value for key, value in recipe_of(plan).items() if key not in ("gram_source", "hybrid_share")}
+    return {**known, "mode": "sequential", "fit_bias": options.fit_bias, "sequential": {"sweeps": sweeps}}

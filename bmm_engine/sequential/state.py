@@ -1,0 +1,203 @@
+"""Where a sequential merge keeps what is finished: solved tensors and hidden states, stage by stage, so that a killed one goes on.
+
+    FOLDER/identity.json           what is merged, and how
+    FOLDER/anchor/                 the anchor's merge, a checkpoint
+    FOLDER/sweep-1/stage-003/      solved.safetensors, record.json, and the hidden states that the next stage starts from (the last stage's only)
+
+A stage's folder is written under another name and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bmm_engine.checkpoint import TensorSource
+from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
+from bmm_engine.errors import ConfigError, OutputWriteError
+
+SOLVED, RECORD = "solved.safetensors", "record.json"
+
+
+class Sweep:
+    """The stages of one sweep. Without a folder all is kept in memory, but for hidden states that find no room there."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._solved: dict[str, Tensor] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        self.records: list[dict[str, Any]] = []
+        self.finished = -1
+        if folder is None:
+            return
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".stage-*"):
+                shutil.rmtree(left)
+        for path in sorted(folder.glob("stage-*")):
+            self._take(path)
+            self.finished = int(path.name.removeprefix("stage-"))
+
+    @property
+    def resumable(self) -> bool:
+        return self.folder is not None
+
+    def hidden_index(self) -> tuple[Path, dict[str, Any]] | None:
+        """Of the last finished stage: its folder, and where in their files its hidden states lie; None where there is none to go on from."""
+        if self.folder is None or self.finished < 0:
+            return None
+        path = self._stage(self.finished)
+        return path, self.records[-1]["hidden"]
+
+    @contextmanager
+    def stage(self, number: int) -> Iterator[Path]:
+        """The folder to write stage `number`'s files into."""
+        if self.folder is None:
+            if self._temporary is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="bmm-hidden-")
+            yield Path(self._temporary.name) / f"stage-{number:03d}"
+            return
+        path = self.folder / f".stage-{number:03d}"
+        with writing(path):
+            path.mkdir()
+        yield path
+
+    def publish(self, number: int, solved: Mapping[str, Tensor], record: Mapping[str, Any]) -> Path | None:
+        """Keep a finished stage; returns its folder, if it has one. What earlier ones hold of hidden states is removed.
+
+        Raises `OutputWriteError`.
+        """
+        from safetensors.torch import save_file
+
+        if self.folder is None:
+            self._solved.update(solved)
+            self.records.append(dict(record))
+            self.finished = number
+            if self._temporary is not None:
+                for path in Path(self._temporary.name).glob("stage-*"):
+                    if path.name != f"stage-{number:03d}":
+                        shutil.rmtree(path)
+            return None
+        staged, path = self.folder / f".stage-{number:03d}", self._stage(number)
+        with writing(staged):
+            save_file({name: t.contiguous() for name, t in solved.items()}, staged / SOLVED)
+            (staged / RECORD).write_text(json.dumps(record))
+            for name in (SOLVED, RECORD):
+                _sync(staged / name)
+            _sync(staged)
+            os.rename(staged, path)
+            _sync(self.folder)
+            if self.finished >= 0:
+                for file in self._stage(self.finished).glob("*.bin"):
+                    file.unlink()
+        self._take(path)
+        self.finished = number
+        return path
+
+    def __contains__(self, name: object) -> bool:
+        """Is there a solved tensor of that name?"""
+        return name in self._solved or name in self._files
+
+    def load(self, name: str, rows: slice | None = None) -> Tensor:
+        """A solved tensor, as the base's files hold it but for its dtype."""
+        if name in self._solved:
+            tensor = self._solved[name]
+            return (tensor if rows is None else tensor[rows]).clone()
+        return self._files[name].read(name, rows)
+
+    def close(self) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
+
+    def _stage(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"stage-{number:03d}"
+
+    def _take(self, path: Path) -> None:
+        file = SafetensorsFile.open(path / SOLVED)
+        self._files.update(dict.fromkeys(file.specs, file))
+        self.records.append(json.loads((path / RECORD).read_text()))
+
+
+class Merged(TensorSource):
+    """The anchor's tensors, with the solved ones in their place."""
+
+    def __init__(self, anchor: TensorSource, sweep: Sweep):
+        self.anchor, self.sweep = anchor, sweep
+        self.label = f"{anchor.label}, solved"
+
+    def names(self) -> tuple[str, ...]:
+        return self.anchor.names()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.anchor
+
+    def spec(self, name: str) -> Any:
+        return self.anchor.spec(name)
+
+    def load(self, name: str, rows: slice | None = None) -> Tensor:
+        return self.sweep.load(name, rows) if name in self.sweep else self.anchor.load(name, rows)
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        return self.anchor.config
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return self.anchor.aliases
+
+
+def open_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder of a merge, or go on in it. Raises `ConfigError` where it is another merge's, `OutputWriteError`."""
+    path = folder / "identity.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        differs = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+        if differs:
+            key = differs[0]
+            raise ConfigError(
+                f"{folder}: holds an unfinished sequential merge with another {key} ({found.get(key)!r} there, {identity.get(key)!r} here). Finish that"
+                " one first, or remove the folder to start anew."
+            )
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        staged = folder / ".identity.json"
+        staged.write_text(json.dumps(identity, indent=1))
+        os.replace(staged, path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into an `OutputWriteError`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputWriteError):
+            raise
+        raise OutputWriteError(
+            f"{path}: the state of the merge could not be written ({error}). Free some space or choose another path; what is finished is kept, and"
+            " the same command goes on from there."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

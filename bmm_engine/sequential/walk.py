@@ -1,0 +1,310 @@
+"""From input to output: at each input of the network's modules, measure how far it drifts, and solve the modules that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bmm_engine.architecture import LinearModule
+from bmm_engine.blocks import BlockWalk, Weighted, before_blocks, without_cache
+from bmm_engine.checkpoint import TensorSource
+from bmm_engine.collect import Mask, evaluating, kept_rows, mask_of, to_device
+from bmm_engine.drift import DriftAccumulator, InputRecord
+from bmm_engine.errors import CollectionError, EmptyCalibrationError
+from bmm_engine.inputs import Inputs
+from bmm_engine.memory import release_free_memory
+from bmm_engine.plan import MergePlan
+from bmm_engine.progress import track
+from bmm_engine.sequential.hidden import HiddenStates, Room
+from bmm_engine.sequential.reading import Reader, Run, shared_inputs
+from bmm_engine.sequential.skeleton import Load, Skeleton, reader_of
+from bmm_engine.sequential.solving import ModuleSolver, Solved, accumulators
+from bmm_engine.sequential.state import Sweep
+from bmm_engine.stream import ModuleRecord
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class WalkOptions:
+    """How a walk is made; every field as in `merge_sequential`."""
+
+    fit_bias: bool = True
+    mask: Mask = "attention_mask"
+    hidden_memory: int = 4 * 2**30
+    hidden_dtype: torch.dtype | None = None
+    backend: str = "auto"
+
+
+class Passage:
+    """One model on its way through one task's calibration data: an expert, or the merged network."""
+
+    def __init__(self, batches: Sequence[Any], read: Load, hidden: HiddenStates):
+        self.batches, self.read, self.hidden = batches, read, hidden
+        self.walk: BlockWalk | None = None
+        self.tensors: dict[str, Tensor] = {}  # of the block at work, by their names in it
+
+    def walking(self) -> BlockWalk:
+        assert self.walk is not None, "the walk through the blocks has not begun"
+        return self.walk
+
+
+class SequentialWalk:
+    """One sweep over the network. `run` it; then `sweep` holds the solved tensors, and `inputs`, `modules` say what was done."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        skeleton: Skeleton,
+        anchor: TensorSource,
+        batches: Sequence[Sequence[Any]],
+        sweep: Sweep,
+        options: WalkOptions,
+        report: Report = lambda line: None,
+    ):
+        """`plan`: of modules one by one (its settings' `gram_source` is "task_vectors"); `batches` by expert, as the plan lists them.
+
+        Raises `EmptyCalibrationError`.
+        """
+        for t, own in enumerate(batches):
+            if not own:
+                raise EmptyCalibrationError(f"expert {t}: its calibration set is empty: no batches.")
+        self.skeleton, self.sweep, self.options, self.report = skeleton, sweep, options, report
+        self.anchor, self.model = anchor, skeleton.model
+        self.experts_inputs = Inputs(plan)
+        self.solver = ModuleSolver(plan, self.experts_inputs, anchor, fit_bias=options.fit_bias)
+        self._modules: dict[str, LinearModule] = {}  # by live name
+        for module in (m for group in plan.groups for m in group.members):
+            live = skeleton.live_module(module.name)
+            if live is None:
+                raise CollectionError(
+                    f"{module.name}: is no module of the live {type(self.model).__name__}; leave it out with `modules`."
+                )
+            self._modules[live] = module
+        room, dtype = Room(options.hidden_memory), options.hidden_dtype or skeleton.dtype
+        ordered = self.experts_inputs.ordered(batches)
+        readers = [reader_of(plan.alignment, expert) for expert in self.experts_inputs.experts]
+        self.experts, self.merged = (
+            [
+                Passage(own, read, HiddenStates(f"{whose}-{t}", room, dtype, keep=sweep.resumable))
+                for t, (own, read) in enumerate(zip(ordered, reading, strict=True))
+            ]
+            for whose, reading in (("expert", readers), ("merged", [self._read_merged] * len(readers)))
+        )
+        self._now = Solved()
+        self._left = set(self._modules)
+
+    @property
+    def inputs(self) -> list[InputRecord]:
+        """What was done at each input, in order."""
+        return [_as_record(InputRecord, raw) for stage in self.sweep.records for raw in stage["inputs"]]
+
+    @property
+    def modules(self) -> list[ModuleRecord]:
+        return [_as_record(ModuleRecord, raw) for stage in self.sweep.records for raw in stage["modules"]]
+
+    def run(self, progress: bool | None = None) -> None:
+        """Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(without_cache(self.model))
+            stack.enter_context(torch.no_grad())
+            self._resume()
+            for number in track(range(self.skeleton.count + 2), "merging block by block", show=progress):
+                if number > self.sweep.finished and self._left:
+                    self._carry_out(number)
+                    release_free_memory()
+        if self._left:
+            raise self._never_called(self._left)
+
+    def _resume(self) -> None:
+        for record in self.sweep.records:
+            done = {name for raw in record["inputs"] for name in raw["modules"]}
+            self._left -= {live for live, module in self._modules.items() if module.name in done}
+        found = self.sweep.hidden_index()
+        if found is None or not self._left:
+            return
+        folder, index = found
+        for passage in (*self.experts, *self.merged):
+            passage.hidden.resume(folder, index[passage.hidden.name])
+        self.report(f"going on after {self.sweep.records[-1]['stage']}")
+        self._begin_walks()
+
+    def _carry_out(self, number: int) -> None:
+        self._now = Solved()
+        passages = (*self.experts, *self.merged)
+        with self.sweep.stage(number) as folder:
+            for passage in passages:
+                passage.hidden.into(folder)
+            if number == 0:
+                label = self._before_blocks()
+            elif number <= self.skeleton.count:
+                label = self._block(number - 1)
+            else:
+                label = self._after_blocks()
+            for passage in passages:
+                passage.hidden.turn()
+            record = {
+                "stage": label,
+                "inputs": [asdict(r) for r in self._now.inputs],
+                "modules": [asdict(r) for r in self._now.modules],
+                "hidden": {p.hidden.name: p.hidden.index() for p in passages} if self._left else {},
+            }
+            path = self.sweep.publish(number, self._now.tensors, record)
+        if path is not None:
+            for passage in passages:
+                passage.hidden.moved(path)
+        for own in self._now.inputs:
+            self.report(_line(own))
+
+    # The stages
+
+    def _before_blocks(self) -> str:
+        label, device = "before the blocks", self.skeleton.device
+        outside = [live for live in self._left if self.skeleton.place(live) is None]
+
+        def run_of(passage: Passage) -> Run:
+            model = Weighted(self.model, self.skeleton.outside(passage.read))
+            return lambda b: before_blocks(model, self.skeleton.blocks, to_device(passage.batches[b], device))
+
+        if outside:
+            self._solve_stage(label, outside, run_of)
+        if self._left:
+            self._begin_walks()
+        return label
+
+    def _begin_walks(self) -> None:
+        """What the blocks are called with, and the hidden states before the first (unless an earlier walk left later ones)."""
+        skeleton, options = self.skeleton, self.options
+        first = skeleton.tensor_names(0)
+        for passage in (*self.experts, *self.merged):
+            tensors = {**skeleton.outside(passage.read), **skeleton.load(first, passage.read)}
+            passage.walk = BlockWalk(
+                Weighted(self.model, tensors),
+                skeleton.blocks,
+                passage.batches,
+                options.mask,
+                device=skeleton.device,
+                hidden=passage.hidden,
+            )
+
+    def _block(self, index: int) -> str:
+        skeleton, label = self.skeleton, f"{self.skeleton.blocks}.{index}"
+        inside = [live for live in self._left if skeleton.place(live) == index]
+        block, names = skeleton.block(index), skeleton.tensor_names(index)
+
+        def run_of(passage: Passage) -> Run:
+            return lambda b: passage.walking().call(b, index, Weighted(block, passage.tensors))
+
+        for passage in self.experts:
+            passage.tensors = skeleton.within(index, skeleton.load(names, passage.read))
+        shared = skeleton.within(index, skeleton.load(names, self._read_merged))
+        for passage in self.merged:
+            passage.tensors = shared
+        goes_on = set(inside) != self._left
+        advanced = bool(inside) and self._solve_stage(label, inside, run_of, shared, advance=goes_on)
+        never = [live for live in inside if live in self._left]
+        if never:
+            raise self._never_called(never)
+        if goes_on:
+            for passage in (*(() if advanced else self.experts), *self.merged):
+                run = run_of(passage)
+                for batch in range(len(passage.batches)):
+                    passage.walking().advance(batch, run(batch))
+        for passage in (*self.experts, *self.merged):
+            passage.tensors = {}
+        return label
+
+    def _after_blocks(self) -> str:
+        label = "after the blocks"
+
+        def run_of(passage: Passage) -> Run:
+            model = Weighted(self.model, self.skeleton.outside(passage.read))
+            return lambda b: passage.walking().finish(b, model)
+
+        self._solve_stage(label, sorted(self._left), run_of)
+        return label
+
+    # One stage
+
+    def _solve_stage(
+        self,
+        label: str,
+        names: Iterable[str],
+        run_of: Callable[[Passage], Run],
+        merged: dict[str, Tensor] | None = None,
+        *,
+        advance: bool = False,
+    ) -> bool:
+        """Solve the modules called `names` (live), in the order in which they read; those that the stage does not call are left.
+
+        `merged`: the merged network's tensors of the block, kept up to date. With `advance`, the experts' hidden states go on with the last
+        pass. Returns whether they did.
+        """
+        listened = {name: self.model.get_submodule(name) for name in self._modules if name in set(names)}
+        found = shared_inputs(listened, run_of(self.merged[0]))
+        for shared in found:
+            through = advance and shared is found[-1]
+            modules = [self._modules[name] for name in shared.modules]
+            measured = accumulators(
+                len(self.experts), modules[0].in_features, modules[0].name, self.skeleton.dtype, self.skeleton.device
+            )
+            with Reader(shared, listened[shared.leader]).listening() as reader:
+                for t, accumulator in enumerate(measured):
+                    self._measure(reader, accumulator, t, run_of, through)
+            before = set(self._now.tensors)
+            self.solver.solve(label, modules, measured, self._now)
+            self._left -= set(shared.modules)
+            if merged is not None:
+                for name in set(self._now.tensors) - before:
+                    live = self.skeleton.names[name].removeprefix(f"{label}.")
+                    merged[live] = self.skeleton.ready(self._now.tensors[name])
+        return bool(found) and advance
+
+    def _measure(
+        self, reader: Reader, accumulator: DriftAccumulator, t: int, run_of: Callable[[Passage], Run], through: bool
+    ) -> None:
+        expert, merged = self.experts[t], self.merged[t]
+        expert_run, merged_run = run_of(expert), run_of(merged)
+        for b, batch in enumerate(expert.batches):
+            if through:
+                own, output = reader.read_through(expert_run, b)
+                expert.walking().advance(b, output)
+            else:
+                own = reader.read(expert_run, b)
+            drifted = reader.read(merged_run, b)
+            mask = mask_of(to_device(batch, self.skeleton.device), self.options.mask)
+            for x, y in zip(own, drifted, strict=True):
+                rows = (kept_rows(accumulator.name, rows, mask) for rows in (x, y))
+                accumulator.update(*rows, backend=self.options.backend)
+
+    def _read_merged(self, name: str) -> Tensor:
+        """The merged network's tensor as far as it is solved, the anchor's elsewhere."""
+        if name in self._now.tensors:
+            return self._now.tensors[name]
+        return self.sweep.load(name) if name in self.sweep else self.anchor.load(name)
+
+    def _never_called(self, names: Iterable[str]) -> CollectionError:
+        missing = [module.name for live, module in self._modules.items() if live in set(names)]
+        return CollectionError(
+            f"{len(missing)} linear modules were never called by the calibration batches where they stand, the first is {missing[0]!r}. Leave them"
+            " out with `modules`, or give batches that reach them."
+        )
+
+
+def _as_record(kind: Any, raw: dict[str, Any]) -> Any:
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+
+
+def _line(record: InputRecord) -> str:
+    def mean(values: Sequence[float | None]) -> str:
+        known = [v for v in values if v is not None]
+        return f"{sum(known) / len(known):.3f}" if known else "-"
+
+    more = f" and {len(record.modules) - 1} more" if len(record.modules) > 1 else ""
+    return f"{record.modules[0]}{more}: relative residual {mean(record.before)} with the anchor, {mean(record.after)} solved"
