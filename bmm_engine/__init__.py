@@ -33,8 +33,8 @@ _PUBLIC = {
     "SpectralPath": "bmm_engine.spectral",
     "blend": "bmm_engine.ops.blend",
     "magnitude_ranks": "bmm_engine.ops.ranks",
-    "solve_drift": "bmm_engine.drift",
-    "DriftAccumulator": "bmm_engine.drift",
+    "solve_drift": "bmm_engine.sequential.solve",
+    "DriftAccumulator": "bmm_engine.sequential.moments",
     "alignment": "bmm_engine.moments",
     "LowRank": "bmm_engine.lowrank",
     "search": "bmm_engine.searching.run",
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from bmm_engine.checkpoint import Checkpoint
     from bmm_engine.collect import collect_grams
     from bmm_engine.continual import ContinualMerge
-    from bmm_engine.drift import DriftAccumulator, solve_drift
     from bmm_engine.errors import BmmError, NumericalWarning
     from bmm_engine.fisher import FisherSet, collect_fisher
     from bmm_engine.grams import GramAccumulator, GramSet
@@ -79,7 +78,9 @@ if TYPE_CHECKING:
     from bmm_engine.scores import Score
     from bmm_engine.searching.run import SearchResult, search, search_recipe
     from bmm_engine.searching.study import Study
+    from bmm_engine.sequential.moments import DriftAccumulator
     from bmm_engine.sequential.run import merge_sequential
+    from bmm_engine.sequential.solve import solve_drift
     from bmm_engine.sequential_grams import collect_sequential
     from bmm_engine.solve import MapSolution, solve_map
     from bmm_engine.spectral import SpectralPath, spectral_path

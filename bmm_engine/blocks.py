@@ -130,8 +130,10 @@ class BlockWalk:
         self._forms: list[Any] = []
         held = len(self.hidden)  # of an earlier walk that goes on here
         with torch.inference_mode():
+            form: Any = None
             for number in range(len(self.batches)):
-                calls, first, form = _record(model, blocks, self.batch(number))
+                # Where a block gives nothing beside hidden states, one run of the first tells the form of what all of them give.
+                calls, first, form = _record(model, blocks, self.batch(number), form if _only_hidden(form) else None)
                 self._calls.append(calls)
                 self._forms.append(form)
                 if not held:
@@ -180,11 +182,11 @@ def before_blocks(model: Runnable, blocks: str, batch: Any) -> None:
     raise CollectionError(f"a calibration batch does not reach the first of the model's blocks {blocks}.")
 
 
-def _record(model: Runnable, blocks: str, batch: Any) -> tuple[list[_Call], Tensor, Any]:
+def _record(model: Runnable, blocks: str, batch: Any, form: Any = None) -> tuple[list[_Call], Tensor, Any]:
     """How `model` calls each of its blocks, the hidden states that the first one gets, and the form of what a block gives.
 
-    The first block runs, and its output stands for that of all others: what depends on the form of an output, or is handed on from the first
-    block (T5's position bias), is then as it should be.
+    Unless a `form` is given, the first block runs, and its output stands for that of all others: what depends on the form of an output, or is
+    handed on from the first block (T5's position bias), is then as it should be.
     """
     last = len(block_list(module_of(model), blocks)) - 1
     calls: list[_Call] = []
@@ -200,7 +202,7 @@ def _record(model: Runnable, blocks: str, batch: Any) -> tuple[list[_Call], Tens
         calls.append(call)
         if index == 0:
             states.append(hidden.clone())
-            states.append(forward(*args, **kwargs))
+            states.append(forward(*args, **kwargs) if form is None else _with_hidden(form, hidden.clone()))
         if index == last:
             raise Stop
         return states[1]
@@ -249,6 +251,10 @@ def _hidden_of(output: Any) -> Tensor:
     if not isinstance(first, Tensor):
         raise CollectionError(f"A block gave a {type(output).__name__} whose first part is no tensor of hidden states.")
     return first
+
+
+def _only_hidden(form: Any) -> bool:
+    return isinstance(form, Tensor) or (isinstance(form, (tuple, list)) and len(form) == 1)
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:

@@ -54,17 +54,14 @@ class CalibrationData:
                 yield {key: value[start : start + batch_size] for key, value in self.inputs.items()}
         elif self.texts:
             tokenizer = load_tokenizer(model_path)
-            texts = self.texts if ordered else [self.texts[i] for i in self.by_length()]
-            for start in range(0, len(texts), batch_size):
-                yield dict(
-                    tokenizer(
-                        list(texts[start : start + batch_size]),
-                        padding=True,
-                        truncation=True,
-                        max_length=max_length,
-                        return_tensors="pt",
-                    )
-                )
+            tokens = tokenizer(list(self.texts), truncation=True, max_length=max_length)
+            order = list(range(len(self)))
+            if not ordered:
+                order.sort(key=lambda i: len(tokens["input_ids"][i]))
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                chosen = {key: [values[i] for i in rows] for key, values in tokens.items()}
+                yield dict(tokenizer.pad(chosen, padding=True, return_tensors="pt"))
         else:
             yield from _image_batches(self.images, model_path, batch_size)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bmm_engine.align import align
 from bmm_engine.checkpoint import CheckpointWriter, InputRecords
-from bmm_engine.drift import InputRecord
 from bmm_engine.errors import ConfigError
 from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet, as_gram_sets
@@ -22,7 +21,7 @@ from bmm_engine.plan import MergePlan, MergeSettings, build_plan, find_linear_mo
 from bmm_engine.posterior import Posterior
 from bmm_engine.progress import track
 from bmm_engine.sources import Model, open_expert, open_model
-from bmm_engine.stream import MergeStream, ModuleRecord
+from bmm_engine.stream import InputRecord, MergeStream, ModuleRecord
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,22 @@ class ModuleRecord:
     tau: float = 0.0
 
 
+@dataclass(frozen=True)
+class InputRecord:
+    """What a sequential merge found at one input of the network: the modules solved there and, per expert as listed, its task weight and its
+    relative residual `||X~ W^T - X W_t^T|| / ||X U_t^T||` with the anchor's weights and with the solved ones; None where fine-tuning changed
+    nothing."""
+
+    stage: str
+    modules: tuple[str, ...]
+    alpha: float
+    ridge: float
+    jitter: float
+    task_weights: tuple[float, ...]
+    before: tuple[float | None, ...]
+    after: tuple[float | None, ...]
+
+
 class MergeStream:
     """Iterate to get every tensor of the merged model, in pieces; `records` fills as modules are solved.
 

@@ -8,24 +8,25 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmm_engine.architecture import LinearModule
 from bmm_engine.blocks import BlockWalk, Weighted, before_blocks, without_cache
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.collect import Mask, evaluating, kept_rows, mask_of, to_device
-from bmm_engine.drift import DriftAccumulator, InputRecord
 from bmm_engine.errors import CollectionError, EmptyCalibrationError
 from bmm_engine.inputs import Inputs
 from bmm_engine.memory import release_free_memory
 from bmm_engine.plan import MergePlan
 from bmm_engine.progress import track
 from bmm_engine.sequential.hidden import HiddenStates, Room
-from bmm_engine.sequential.reading import Reader, Run, shared_inputs
+from bmm_engine.sequential.reading import Reader, Run, SharedInput, shared_inputs
+from bmm_engine.sequential.replay import Replay, finished_parts
 from bmm_engine.sequential.skeleton import Load, Skeleton, reader_of
-from bmm_engine.sequential.solving import ModuleSolver, Solved, accumulators
+from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting
+from bmm_engine.sequential.moments import Accumulator
 from bmm_engine.sequential.state import Sweep
-from bmm_engine.stream import ModuleRecord
+from bmm_engine.stream import InputRecord, ModuleRecord
 
 Report = Callable[[str], None]
 
@@ -47,7 +48,20 @@ class Passage:
     def __init__(self, batches: Sequence[Any], read: Load, hidden: HiddenStates):
         self.batches, self.read, self.hidden = batches, read, hidden
         self.walk: BlockWalk | None = None
-        self.tensors: dict[str, Tensor] = {}  # of the block at work, by their names in it
+        # Of the block at work: its tensors by their names in it, what need not be computed again, and which of its parts are finished.
+        self.tensors: dict[str, Tensor] = {}
+        self.replay: Replay | None = None
+        self.finished: Sequence[str] = ()
+
+    def through(self, index: int, block: nn.Module) -> Run:
+        """Runs batches through the block at work."""
+
+        def run(batch: int) -> Any:
+            assert self.replay is not None
+            with self.replay.passing(batch, self.finished):
+                return self.walking().call(batch, index, Weighted(block, self.tensors))
+
+        return run
 
     def walking(self) -> BlockWalk:
         assert self.walk is not None, "the walk through the blocks has not begun"
@@ -86,12 +100,12 @@ class SequentialWalk:
                     f"{module.name}: is no module of the live {type(self.model).__name__}; leave it out with `modules`."
                 )
             self._modules[live] = module
-        room, dtype = Room(options.hidden_memory), options.hidden_dtype or skeleton.dtype
+        self._room, dtype = Room(options.hidden_memory), options.hidden_dtype or skeleton.dtype
         ordered = self.experts_inputs.ordered(batches)
         readers = [reader_of(plan.alignment, expert) for expert in self.experts_inputs.experts]
         self.experts, self.merged = (
             [
-                Passage(own, read, HiddenStates(f"{whose}-{t}", room, dtype, keep=sweep.resumable))
+                Passage(own, read, HiddenStates(f"{whose}-{t}", self._room, dtype, keep=sweep.resumable))
                 for t, (own, read) in enumerate(zip(ordered, reading, strict=True))
             ]
             for whose, reading in (("expert", readers), ("merged", [self._read_merged] * len(readers)))
@@ -198,26 +212,34 @@ class SequentialWalk:
         inside = [live for live in self._left if skeleton.place(live) == index]
         block, names = skeleton.block(index), skeleton.tensor_names(index)
 
-        def run_of(passage: Passage) -> Run:
-            return lambda b: passage.walking().call(b, index, Weighted(block, passage.tensors))
-
+        passages = (*self.experts, *self.merged)
+        shared = skeleton.within(index, skeleton.load(names, self._read_merged))
+        for passage in passages:
+            passage.replay = Replay(block, self._room, len(passage.batches))
         for passage in self.experts:
             passage.tensors = skeleton.within(index, skeleton.load(names, passage.read))
-        shared = skeleton.within(index, skeleton.load(names, self._read_merged))
         for passage in self.merged:
             passage.tensors = shared
         goes_on = set(inside) != self._left
-        advanced = bool(inside) and self._solve_stage(label, inside, run_of, shared, advance=goes_on)
+        advanced = False
+        if inside:
+            advanced = self._solve_stage(
+                label, inside, lambda passage: passage.through(index, block), block, shared, advance=goes_on
+            )
         never = [live for live in inside if live in self._left]
         if never:
             raise self._never_called(never)
-        if goes_on:
-            for passage in (*(() if advanced else self.experts), *self.merged):
-                run = run_of(passage)
+        for passage in passages:
+            if goes_on and not (advanced and passage in self.experts):
+                passage.finished = ()
+                run = passage.through(index, block)
                 for batch in range(len(passage.batches)):
                     passage.walking().advance(batch, run(batch))
-        for passage in (*self.experts, *self.merged):
-            passage.tensors = {}
+        for passage in passages:
+            passage.tensors, passage.finished = {}, ()
+            if passage.replay is not None:
+                passage.replay.clear()
+                passage.replay = None
         return label
 
     def _after_blocks(self) -> str:
@@ -237,28 +259,29 @@ class SequentialWalk:
         label: str,
         names: Iterable[str],
         run_of: Callable[[Passage], Run],
+        block: nn.Module | None = None,
         merged: dict[str, Tensor] | None = None,
         *,
         advance: bool = False,
     ) -> bool:
         """Solve the modules called `names` (live), in the order in which they read; those that the stage does not call are left.
 
-        `merged`: the merged network's tensors of the block, kept up to date. With `advance`, the experts' hidden states go on with the last
-        pass. Returns whether they did.
+        `block`: the block that it is, if it is one, and `merged`: the merged network's tensors of it, kept up to date. With `advance`, the
+        experts' hidden states go on with the last pass. Returns whether they did.
         """
         listened = {name: self.model.get_submodule(name) for name in self._modules if name in set(names)}
         found = shared_inputs(listened, run_of(self.merged[0]))
         for shared in found:
             through = advance and shared is found[-1]
-            modules = [self._modules[name] for name in shared.modules]
-            measured = accumulators(
-                len(self.experts), modules[0].in_features, modules[0].name, self.skeleton.dtype, self.skeleton.device
-            )
+            if block is not None:
+                self._finish_parts(label, block, found, shared, through)
+            parts = self.solver.parts([self._modules[name] for name in shared.modules])
+            measured = [self.solver.accumulator(parts, t, self.skeleton.dtype) for t in range(len(self.experts))]
             with Reader(shared, listened[shared.leader]).listening() as reader:
                 for t, accumulator in enumerate(measured):
                     self._measure(reader, accumulator, t, run_of, through)
             before = set(self._now.tensors)
-            self.solver.solve(label, modules, measured, self._now)
+            self.solver.solve(label, parts, measured, self._now)
             self._left -= set(shared.modules)
             if merged is not None:
                 for name in set(self._now.tensors) - before:
@@ -266,11 +289,27 @@ class SequentialWalk:
                     merged[live] = self.skeleton.ready(self._now.tensors[name])
         return bool(found) and advance
 
+    def _finish_parts(
+        self, label: str, block: nn.Module, found: Sequence[SharedInput], now: SharedInput, through: bool
+    ) -> None:
+        """What of the block will not change any more, now that the inputs before `now` are solved."""
+        at = found.index(now)
+        solved, unsolved = (
+            [name.removeprefix(f"{label}.") for shared in part for name in shared.modules]
+            for part in (found[:at], found[at:])
+        )
+        parts = finished_parts(block, solved, unsolved)
+        for passage in self.merged:
+            passage.finished = parts
+        for passage in self.experts:
+            passage.finished = () if through else parts  # the last pass is not followed by another
+
     def _measure(
-        self, reader: Reader, accumulator: DriftAccumulator, t: int, run_of: Callable[[Passage], Run], through: bool
+        self, reader: Reader, accumulator: Accumulator, t: int, run_of: Callable[[Passage], Run], through: bool
     ) -> None:
         expert, merged = self.experts[t], self.merged[t]
         expert_run, merged_run = run_of(expert), run_of(merged)
+        waiting = Waiting(accumulator, self.options.backend)
         for b, batch in enumerate(expert.batches):
             if through:
                 own, output = reader.read_through(expert_run, b)
@@ -280,8 +319,8 @@ class SequentialWalk:
             drifted = reader.read(merged_run, b)
             mask = mask_of(to_device(batch, self.skeleton.device), self.options.mask)
             for x, y in zip(own, drifted, strict=True):
-                rows = (kept_rows(accumulator.name, rows, mask) for rows in (x, y))
-                accumulator.update(*rows, backend=self.options.backend)
+                waiting.add(kept_rows(accumulator.name, x, mask), kept_rows(accumulator.name, y, mask))
+        waiting.flush()
 
     def _read_merged(self, name: str) -> Tensor:
         """The merged network's tensor as far as it is solved, the anchor's elsewhere."""

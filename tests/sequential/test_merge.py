@@ -39,7 +39,7 @@ def assert_close(found, truth, tolerance):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"fit_bias": False, "energy": False, "alpha": 1e-3}, {"scale": 0.7, "alpha": 1.0}, {"sweeps": 2}],
+    [{}, {"fit_bias": False, "energy": False, "alpha": 0.01}, {"scale": 0.7, "alpha": 1.0}, {"sweeps": 2}],
     ids=["defaults", "plain", "scaled", "sweeps"],
 )
 def test_it_is_the_formula_walked_through_the_network(architecture, options):

@@ -1,0 +1,158 @@
+"""The modules that read one input: measure what is needed there, and solve them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bmm_engine.architecture import LinearModule
+from bmm_engine.checkpoint import TensorSource
+from bmm_engine.inputs import Inputs
+from bmm_engine.plan import MergePlan
+from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
+from bmm_engine.sequential.solve import drift_factor, drift_task_weights, relative_residuals, solve_module
+from bmm_engine.stream import InputRecord, ModuleRecord
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Tensors by the base's names, as its files hold them but for the dtype; and the records."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    inputs: list[InputRecord] = field(default_factory=list)
+    modules: list[ModuleRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of the modules that read one input, those with one ridge, and all or none of them with a bias to solve."""
+
+    members: tuple[LinearModule, ...]
+    alpha: float
+    with_bias: bool
+
+    @property
+    def outputs(self) -> list[slice]:
+        """Where each member's outputs are in the stack of all."""
+        stops = [0]
+        for module in self.members:
+            stops.append(stops[-1] + module.out_features)
+        return [slice(*pair) for pair in zip(stops, stops[1:], strict=False)]
+
+
+class ModuleSolver:
+    """Solves a plan's linear modules against an anchor's tensors (float32 or wider, by the base's names)."""
+
+    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource, *, fit_bias: bool):
+        self.settings, self.inputs, self.anchor, self.fit_bias = plan.settings, inputs, anchor, fit_bias
+        self._alphas = {m.name: group.alpha for group in plan.groups for m in group.members}
+        self._merged = set(plan.alignment.merged)
+
+    def parts(self, modules: Sequence[LinearModule]) -> list[Part]:
+        found: dict[tuple[float, bool], list[LinearModule]] = {}
+        for module in modules:
+            with_bias = self.fit_bias and module.has_bias and module.bias in self._merged
+            found.setdefault((self._alphas[module.name], with_bias), []).append(module)
+        return [Part(tuple(members), *key) for key, members in found.items()]
+
+    def accumulator(self, parts: Sequence[Part], t: int, dtype: torch.dtype) -> Accumulator:
+        """For what expert `t` (in the inputs' order) and the merged network read there, of the cheaper kind."""
+        part, device = parts[0], self.inputs.device
+        name, width = part.members[0].name, part.members[0].in_features
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        outputs = sum(m.out_features for m in part.members)
+        # Products for each row: 4 in^2 against in^2 + 6 in out.
+        if len(parts) > 1 or 2 * outputs > width:
+            return DriftAccumulator(width, name=name, dtype=wide, device=device)
+        experts = torch.cat([self._expert(t, m, part.with_bias) for m in part.members])
+        bases = torch.cat([self._base(m, part.with_bias) for m in part.members])
+        return ProjectedAccumulator(
+            experts, experts - bases, with_bias=part.with_bias, name=name, dtype=wide, device=device
+        )
+
+    def solve(self, stage: str, parts: Sequence[Part], measured: Sequence[Accumulator], out: Solved) -> None:
+        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`."""
+        for part in parts:
+            moments = [
+                own.moments() if isinstance(own, ProjectedAccumulator) else own.moments(with_bias=part.with_bias)
+                for own in measured
+                if isinstance(own, (ProjectedAccumulator, DriftAccumulator))
+            ]
+            self._solve_part(stage, part, moments, out)
+
+    def _solve_part(self, stage: str, part: Part, moments: Sequence[TaskMoments], out: Solved) -> None:
+        inputs, with_bias, name = self.inputs, part.with_bias, part.members[0].name
+        energies = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
+        betas = drift_task_weights(self._given_weights(), energies, len(moments), name)
+        factor = drift_factor(moments, betas, alpha=part.alpha, name=name)
+        assert factor is not None, "modules at alpha = inf are in no plan"
+        before, after = ([0.0] * len(moments) for _ in range(2))
+        listed = tuple(self._listed(betas))
+        for module, outputs in zip(part.members, part.outputs, strict=True):
+            anchor = inputs.oriented(self.anchor, module, with_bias)
+            base = self._base(module, with_bias)
+            experts = [self._expert(t, module, with_bias) for t in range(len(moments))]
+            solved, *misfits = solve_module(anchor, experts, [own.of(outputs) for own in moments], betas, factor)
+            for total, own in zip((before, after), misfits, strict=True):
+                total[:] = [a + b for a, b in zip(total, own, strict=True)]
+            moved = float((anchor - base).norm())
+            shift = float((solved - anchor).norm()) / moved if moved else 0.0
+            shape = (module.out_features, module.in_features)
+            out.modules.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, listed, shift))
+            scale = self.settings.scale_setting.at(module.weight, inputs.depth(module.weight), len(moments))
+            self._put(module, solved if scale == 1 else base + scale * (solved - base), with_bias, out)
+        residuals = (tuple(self._listed(relative_residuals(total, energies))) for total in (before, after))
+        names = tuple(m.name for m in part.members)
+        out.inputs.append(InputRecord(stage, names, part.alpha, factor.ridge, factor.jitter, listed, *residuals))
+
+    def _base(self, module: LinearModule, with_bias: bool) -> Tensor:
+        return self.inputs.oriented(self.inputs.base, module, with_bias)
+
+    def _expert(self, t: int, module: LinearModule, with_bias: bool) -> Tensor:
+        return self.inputs.oriented(self.inputs.experts[t], module, with_bias)
+
+    def _task_vectors(self, t: int, part: Part) -> Iterator[Tensor]:
+        for module in part.members:
+            yield self._expert(t, module, part.with_bias) - self._base(module, part.with_bias)
+
+    def _given_weights(self) -> str | tuple[float, ...]:
+        given = self.settings.task_weights
+        return given if isinstance(given, str) else self.inputs.ordered(given)
+
+    def _listed(self, values: Sequence) -> list:
+        """From the order of the inputs to that in which the experts were given."""
+        listed = dict(zip(self.inputs.order, values, strict=True))
+        return [listed[t] for t in range(len(listed))]
+
+    def _put(self, module: LinearModule, merged: Tensor, with_bias: bool, out: Solved) -> None:
+        weight = merged[:, :-1] if with_bias else merged
+        out.tensors[module.weight] = (weight.mT if module.transposed else weight).contiguous()
+        if with_bias:
+            out.tensors[module.bias] = merged[:, -1].contiguous()
+
+
+class Waiting:
+    """Rows on their way into an accumulator, some batches at a time: its kernels read and write all of the moments for each call."""
+
+    BYTES = 16 * 2**20
+
+    def __init__(self, accumulator: Accumulator, backend: str):
+        self.accumulator, self.backend = accumulator, backend
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._bytes = 0
+
+    def add(self, expert: Tensor, merged: Tensor) -> None:
+        width = self.accumulator.width
+        self._rows.append((expert.reshape(-1, width), merged.reshape(-1, width)))
+        self._bytes += expert.nbytes
+        if self._bytes >= self.BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._rows:
+            expert, merged = (torch.cat(rows) for rows in zip(*self._rows, strict=True))
+            self._rows, self._bytes = [], 0
+            self.accumulator.update(expert, merged, backend=self.backend)

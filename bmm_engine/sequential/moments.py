@@ -1,0 +1,265 @@
+"""How far the inputs of a module have drifted, as second moments.
+
+In a merged network the inputs of a module come from merged modules below it, and drift away from those that the experts were measured on. With
+X_t (n, in) the rows that expert t reads, X~_t those that the merged network reads for the same tokens, and D_t = X~_t - X_t the drift, one solve
+(`solve.py`) needs, over the rows of task t,
+
+    G~_t = X~_t^T X~_t  (in, in)     and, for each module,     Q_t = W_t D_t^T X~_t  (out, in),     ||D_t W_t^T||^2,     ||X_t U_t^T||^2,
+
+the last two for the record and for the task weights. There are two ways to come by them:
+
+* `DriftAccumulator` keeps G~, C = D^T X~ and D^T D, all (in, in), whatever the modules are: Q = W C, ||D W^T||^2 = tr(W D^T D W^T), and so on.
+* `ProjectedAccumulator` knows the modules from the start and keeps Q itself: cheaper, in time and memory, where they have few outputs.
+
+The cross-moment is taken of the drift, not of X_t: what does not drift adds exactly nothing, so that without drift this is plain BMM to the last
+bit, and small drifts keep their digits in float32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bmm_engine.errors import EmptyCalibrationError, NonFiniteGramError, ShapeMismatchError
+from bmm_engine.moments import DenseMoment
+from bmm_engine.ops.cross_gram import accumulate_cross_gram
+from bmm_engine.ops.gram import accumulate_gram
+
+
+class TaskMoments(ABC):
+    """One task's moments at one input: sums over `rows` rows; with a bias they are those of [x, 1], and `width` counts it."""
+
+    gram: Tensor
+    rows: int
+    name: str
+
+    @property
+    def width(self) -> int:
+        return self.gram.shape[0]
+
+    @cached_property
+    def merged(self) -> DenseMoment:
+        """`X~^T X~ / n`: of what the merged network reads."""
+        return DenseMoment(self.gram, self.rows, module=self.name)
+
+    @abstractmethod
+    def of(self, outputs: slice) -> TaskMoments:
+        """Those of a part of the modules' stacked outputs."""
+
+    @abstractmethod
+    def drifted(self, expert: Tensor) -> Tensor:
+        """`Q = W_t D^T X~` (out, in), float64, for the expert's weight W_t (out, in)."""
+
+    @abstractmethod
+    def target_drift(self, expert: Tensor) -> float:
+        """`||D W_t^T||_F^2`."""
+
+    @abstractmethod
+    def energy(self, task_vectors: Iterable[Tensor]) -> float:
+        """`||X U_t^T||_F^2`, summed over modules; task vectors (out, in)."""
+
+
+@dataclass(frozen=True)
+class DriftMoments(TaskMoments):
+    """`gram` X~^T X~, `cross` D^T X~, `drift` D^T D, each (in, in)."""
+
+    gram: Tensor
+    cross: Tensor
+    drift: Tensor
+    rows: int
+    name: str = "module"
+
+    def of(self, outputs: slice) -> DriftMoments:
+        return self
+
+    def drifted(self, expert: Tensor) -> Tensor:
+        return expert.double() @ self.cross.double()
+
+    def target_drift(self, expert: Tensor) -> float:
+        return squared(expert, self.drift)
+
+    def energy(self, task_vectors: Iterable[Tensor]) -> float:
+        own = self.gram - self.cross - self.cross.mT + self.drift  # X^T X, since X = X~ - D
+        return max(0.0, sum(squared(u, own) for u in task_vectors))
+
+
+@dataclass(frozen=True)
+class ProjectedMoments(TaskMoments):
+    """`gram` X~^T X~ (in, in); `product` Q (out, in); and for each output the squared norms `drift` of D W_t^T and `change` of X U_t^T (out,)."""
+
+    gram: Tensor
+    product: Tensor
+    drift: Tensor
+    change: Tensor
+    rows: int
+    name: str = "module"
+
+    def of(self, outputs: slice) -> ProjectedMoments:
+        return ProjectedMoments(
+            self.gram, self.product[outputs], self.drift[outputs], self.change[outputs], self.rows, self.name
+        )
+
+    def drifted(self, expert: Tensor) -> Tensor:
+        return self.product.double()
+
+    def target_drift(self, expert: Tensor) -> float:
+        return float(self.drift.sum())
+
+    def energy(self, task_vectors: Iterable[Tensor]) -> float:
+        return float(self.change.sum())
+
+
+def squared(rows: Tensor, second: Tensor) -> float:
+    """`tr(rows S rows^T)`, multiplied in the dtype of S."""
+    rows = rows.to(second.dtype)
+    return float(((rows @ second) * rows).sum(dtype=torch.float64))
+
+
+class Accumulator(ABC):
+    """Adds up pairs of rows: what an expert and the merged network read for the same tokens.
+
+    Rows in float32 or 16 bits accumulate in float32, float64 ones in float64.
+    """
+
+    def __init__(self, width: int, name: str, dtype: torch.dtype, device: torch.device | str):
+        self.width, self.name, self.dtype = width, name, dtype
+        self.rows = 0
+        self._gram = torch.zeros(width, width, dtype=dtype, device=device)
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def update(self, expert: Tensor, merged: Tensor, *, backend: str = "auto") -> None:
+        """Add rows (..., in) of the expert and of the merged network; leading dimensions are flattened.
+
+        Raises `ShapeMismatchError` (another width, unequal rows), `NonFiniteGramError` (whose rows, how many); then nothing was added.
+        """
+        if merged.shape != expert.shape or merged.shape[-1] != self.width:
+            raise ShapeMismatchError(
+                f"{self.name}: the expert reads {tuple(expert.shape)}, the merged network {tuple(merged.shape)}; both must have the same rows of"
+                f" width {self.width}."
+            )
+        expert, merged = (rows.detach().reshape(-1, self.width) for rows in (expert, merged))
+        if merged.shape[0] == 0:
+            return
+        drift = merged - expert
+        sums = self._column_sums(merged), self._column_sums(drift)
+        if not all(bool(torch.isfinite(s).all()) for s in sums):
+            self._report(expert, merged)
+        self._add(expert, merged, drift, sums[1], backend)
+        self._sum += sums[0]
+        self.rows += merged.shape[0]
+
+    @abstractmethod
+    def _add(self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, backend: str) -> None: ...
+
+    def _column_sums(self, rows: Tensor) -> Tensor:
+        ones = torch.ones(1, rows.shape[0], dtype=self.dtype, device=rows.device)
+        return (ones @ rows.to(self.dtype))[0]
+
+    def _whole_gram(self, with_bias: bool) -> Tensor:
+        """Raises `EmptyCalibrationError` without rows."""
+        if self.rows == 0:
+            raise EmptyCalibrationError(
+                f"{self.name}: no rows were measured; give calibration data that is not all padding."
+            )
+        if not with_bias:
+            return self._gram
+        gram = pad(self._gram, (0, 1, 0, 1))
+        gram[-1, :-1] = gram[:-1, -1] = self._sum.to(self.dtype)
+        gram[-1, -1] = self.rows
+        return gram
+
+    def _report(self, expert: Tensor, merged: Tensor) -> None:
+        for whose, rows in (("the expert", expert), ("the merged network", merged)):
+            count = int((~torch.isfinite(rows).all(-1)).sum())
+            if count:
+                raise NonFiniteGramError(
+                    f"{self.name}: {count} of {rows.shape[0]} rows that {whose} reads there hold NaN or infinity; nothing was added. Check the"
+                    " calibration batch, or run the models in float32.",
+                    module=self.name,
+                    count=count,
+                )
+        raise NonFiniteGramError(
+            f"{self.name}: the sum of its input rows overflows; nothing was added. Run the models in float32.",
+            module=self.name,
+            count=0,
+        )
+
+
+class DriftAccumulator(Accumulator):
+    """For any modules that read rows of `width` features."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        name: str = "module",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__(width, name, dtype, device)
+        self._cross, self._drift = (torch.zeros(width, width, dtype=dtype, device=device) for _ in range(2))
+        self._drift_sum = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def _add(self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, backend: str) -> None:
+        accumulate_cross_gram(self._cross, drift, merged, G=self._gram, backend=backend)
+        accumulate_gram(self._drift, drift, backend=backend)
+        self._drift_sum += drift_sum
+
+    def moments(self, *, with_bias: bool = False) -> DriftMoments:
+        """The sums so far; `with_bias`: of [x, 1] (in + 1, in + 1), so that the bias is solved with the weight.
+
+        Raises `EmptyCalibrationError` without rows.
+        """
+        gram = self._whole_gram(with_bias)
+        if not with_bias:
+            return DriftMoments(gram, self._cross, self._drift, self.rows, self.name)
+        cross, drift = pad(self._cross, (0, 1, 0, 1)), pad(self._drift, (0, 1, 0, 1))
+        cross[:-1, -1] = self._drift_sum.to(self.dtype)  # the constant 1 does not drift: its own row stays zero
+        return DriftMoments(gram, cross, drift, self.rows, self.name)
+
+
+class ProjectedAccumulator(Accumulator):
+    """For one stack of modules: `expert` W_t and `task_vector` U_t (out, in), or [W | b] (out, in + 1)."""
+
+    def __init__(
+        self,
+        expert: Tensor,
+        task_vector: Tensor,
+        *,
+        with_bias: bool = False,
+        name: str = "module",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        outputs, width = expert.shape[0], expert.shape[1] - with_bias
+        super().__init__(width, name, dtype, device)
+        self._with_bias = with_bias
+        self._expert = expert[:, :width].to(device, dtype)
+        self._task_vector = task_vector[:, :width].to(device, dtype)
+        self._change_of_bias = task_vector[:, width:].to(device, dtype).sum(1)  # zeros without one
+        self._product = torch.zeros(outputs, width, dtype=dtype, device=device)
+        self._product_sum, self._drift, self._change = (
+            torch.zeros(outputs, dtype=torch.float64, device=device) for _ in range(3)
+        )
+
+    def _add(self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, backend: str) -> None:
+        accumulate_gram(self._gram, merged, backend=backend)
+        drifted = drift.to(self.dtype) @ self._expert.mT  # (rows, out)
+        self._product.addmm_(drifted.mT, merged.to(self.dtype))
+        self._product_sum += drifted.sum(0, dtype=torch.float64)
+        self._drift += drifted.square_().sum(0, dtype=torch.float64)
+        changed = torch.addmm(self._change_of_bias, expert.to(self.dtype), self._task_vector.mT)
+        self._change += changed.square_().sum(0, dtype=torch.float64)
+
+    def moments(self) -> ProjectedMoments:
+        """The sums so far. Raises `EmptyCalibrationError` without rows."""
+        gram, product = self._whole_gram(self._with_bias), self._product
+        if self._with_bias:
+            product = torch.cat([product, self._product_sum.to(self.dtype)[:, None]], 1)
+        return ProjectedMoments(gram, product, self._drift, self._change, self.rows, self.name)

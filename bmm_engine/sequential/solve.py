@@ -1,0 +1,148 @@
+"""Sequential BMM in closed form: aim the merged module, on the inputs it really gets, at what each expert gives on its own.
+
+    W* = argmin_W  sum_t beta_t / n_t ||X~_t W^T - X_t W_t^T||_F^2 + lam ||W - W_a||_F^2
+       = W_a + R A^{-1},   R = sum_t beta_t / n_t [ (W_t - W_a) G~_t - Q_t ],   A = sum_t beta_t G~_t / n_t + lam I
+
+with G~_t and Q_t as in `moments.py`; ours, after arXiv 2605.12843. Without drift Q_t is 0, and it is plain BMM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bmm_engine.errors import ConfigError, ShapeMismatchError
+from bmm_engine.sequential.moments import TaskMoments, squared
+from bmm_engine.solve import BLOCK_ROWS, Factor, check_finite, check_task_weights, energy_weights, factorize
+
+
+@dataclass(frozen=True)
+class DriftSolution:
+    """`weight` (out, in) in the anchor's dtype; `ridge` and `jitter` of its factor (inf and 0 for the anchor itself).
+
+    `before`, `after`: per task `||X~ W^T - X W_t^T||_F^2 / n` of the anchor's weight and of the solution; `change`: per task
+    `||X U_t^T||_F^2 / n`, what fine-tuning changed there, or None where no `base` was given.
+    """
+
+    weight: Tensor
+    ridge: float
+    jitter: float
+    task_weights: tuple[float, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+    change: tuple[float, ...] | None
+
+
+def solve_drift(
+    anchor: Tensor,
+    experts: Sequence[Tensor],
+    moments: Sequence[TaskMoments],
+    *,
+    alpha: float,
+    task_weights: Sequence[float] | str | None = None,
+    base: Tensor | None = None,
+    name: str = "module",
+) -> DriftSolution:
+    """The sequential MAP weight of one linear module (see the module's text), or of several that share their input, stacked along `out`.
+
+    `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`:
+    `DriftAccumulator.moments()`. `alpha`: relative ridge, `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a
+    number per task, or "energy" (`1 / ||X_t U_t^T||^2`, needs `base`). Computed in float64, rounded once.
+
+    Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
+    """
+    experts, moments = list(experts), list(moments)
+    if not experts or len(experts) != len(moments):
+        raise ConfigError(
+            f"{name}: {len(experts)} experts and {len(moments)} moments; give one for each expert, at least one."
+        )
+    for t, expert in enumerate(experts):
+        if expert.shape != anchor.shape:
+            raise ShapeMismatchError(
+                f"{name}: expert {t} has shape {tuple(expert.shape)}, the anchor {tuple(anchor.shape)}."
+            )
+    for own in moments:
+        if own.width != anchor.shape[1]:
+            raise ShapeMismatchError(f"{name}: moments of width {own.width} for a module of width {anchor.shape[1]}.")
+    for what, weight in (("the anchor", anchor), *((f"expert {t}", e) for t, e in enumerate(experts))):
+        check_finite(weight, f"{name} ({what})")
+    change = None
+    if base is not None:
+        change = tuple(m.energy([e - base]) / m.rows for m, e in zip(moments, experts, strict=True))
+    betas = drift_task_weights(task_weights, change, len(experts), name)
+    factor = drift_factor(moments, betas, alpha=alpha, name=name)
+    weight, before, after = solve_module(anchor, experts, moments, betas, factor)
+    ridge, jitter = (math.inf, 0.0) if factor is None else (factor.ridge, factor.jitter)
+    return DriftSolution(weight, ridge, jitter, betas, tuple(before), tuple(after), change)
+
+
+def drift_task_weights(
+    given: str | Sequence[float] | None, energies: Sequence[float] | None, tasks: int, name: str
+) -> tuple[float, ...]:
+    """Task weights by name or number; "energy" from the tasks' `energies`. Raises `ConfigError`."""
+    if given is None or given == "none":
+        return (1.0,) * tasks
+    if given == "energy":
+        if energies is None:
+            raise ConfigError(f"{name}: task_weights='energy' needs `base`, to form the task vectors.")
+        return energy_weights(energies)
+    if isinstance(given, str):
+        raise ConfigError(f"{name}: task_weights must be None, 'none', 'energy' or one number per task, not {given!r}.")
+    weights = tuple(float(w) for w in given)
+    check_task_weights(weights, tasks, name)
+    return weights
+
+
+def drift_factor(
+    moments: Sequence[TaskMoments], task_weights: Sequence[float], *, alpha: float, name: str
+) -> Factor | None:
+    """The factor of A, which modules that share their input share; None where `alpha` is inf. Raises as `factorize` does."""
+    if alpha == math.inf:
+        return None
+    grams = [own.merged for own in moments]
+    (factor,) = factorize([grams], [task_weights], alpha=alpha, names=[name], device=moments[0].gram.device)
+    return factor
+
+
+def solve_module(
+    anchor: Tensor,
+    experts: Sequence[Tensor],
+    moments: Sequence[TaskMoments],
+    task_weights: Sequence[float],
+    factor: Factor | None,
+) -> tuple[Tensor, list[float], list[float]]:
+    """`W*` (out, in), and per task the squared misfit of the anchor and of `W*`, over n; by blocks of rows, which are independent.
+
+    With E = W - W_t, `||X~ W^T - X W_t^T||^2 = tr(E G~ E^T) + 2 tr(E Q^T) + ||D W_t^T||^2`.
+    """
+    weight = torch.empty_like(anchor)
+    before, after = [0.0] * len(experts), [0.0] * len(experts)
+    for start in range(0, anchor.shape[0], BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        own, parts = anchor[rows], [e[rows] for e in experts]
+        residual = torch.zeros_like(own, dtype=torch.float64)
+        drifted = []
+        for t, (part, beta) in enumerate(zip(parts, task_weights, strict=True)):
+            gap = part.double() - own.double()
+            toward = gap @ moments[t].gram.double()
+            drifted.append(moments[t].of(rows).drifted(part))
+            residual.add_(toward.sub(drifted[t]), alpha=beta / moments[t].rows)
+            before[t] += float((toward.sub_(drifted[t], alpha=2) * gap).sum())
+        solved = own if factor is None else factor.solve(residual).add_(own).to(anchor.dtype)
+        weight[rows] = solved
+        for t, part in enumerate(parts):
+            constant = moments[t].of(rows).target_drift(part)
+            gap = solved - part
+            before[t] += constant
+            after[t] += constant + squared(gap, moments[t].gram) + 2 * float((drifted[t] * gap).sum())
+    counts = [own.rows for own in moments]
+    return weight, *([max(0.0, v) / n for v, n in zip(total, counts, strict=True)] for total in (before, after))
+
+
+def relative_residuals(misfit: Sequence[float], change: Sequence[float]) -> list[float | None]:
+    """Per task `||X~ W^T - X W_t^T|| / ||X U_t^T||` of squared norms; None where fine-tuning changed nothing."""
+    return [math.sqrt(m / c) if c > 0 else None for m, c in zip(misfit, change, strict=True)]
