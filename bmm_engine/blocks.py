@@ -86,13 +86,17 @@ class _Call:
 
 @dataclass(frozen=True)
 class Weighted:
-    """A module that runs with `tensors`, by its own names for them, in the place of its parameters and buffers."""
+    """A module that runs with `tensors`, by its own names for them, in the place of its parameters and buffers.
+
+    `tied`: whether it may hold a parameter under two names, of which `tensors` has one; to look for those takes a while.
+    """
 
     module: nn.Module
     tensors: Mapping[str, Tensor]
+    tied: bool = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.module, dict(self.tensors), args, kwargs)
+        return functional_call(self.module, dict(self.tensors), args, kwargs, tie_weights=self.tied)
 
 
 Runnable = nn.Module | Weighted

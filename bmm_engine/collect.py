@@ -201,14 +201,19 @@ def mask_of(batch: Any, mask: Mask) -> Tensor | None:
 
 def kept_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of module `name`'s input `x` (..., in) that `mask` (batch, length) keeps. Raises `CollectionError` where it does not fit."""
-    if mask is None:
-        return x
+    keep = row_mask(name, x, mask)
     rows = x.reshape(-1, x.shape[-1])
-    if x.shape[:-1] == mask.shape or rows.shape[0] == mask.numel():
-        keep = mask.reshape(-1) != 0
-        return rows if bool(keep.all()) else rows[keep]
+    return x if keep is None or bool(keep.all()) else rows[keep]
+
+
+def row_mask(name: str, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which of the rows of `x` (..., in), leading dimensions flattened, `mask` keeps; None for all. Raises as `kept_rows` does."""
+    if mask is None:
+        return None
+    if x.shape[:-1] == mask.shape or x.numel() // x.shape[-1] == mask.numel():
+        return mask.reshape(-1) != 0
     if x.dim() == 2 and x.shape[0] == mask.shape[0]:  # one row for each sequence (a pooler): no padding in it
-        return x
+        return None
     raise CollectionError(
         f"{name}: its input has shape {tuple(x.shape)}, the padding mask {tuple(mask.shape)}: which rows are padding cannot be told. Pass"
         " mask=None (all rows count), a function that returns the mask that fits, or leave the module out with `modules`."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import zlib
 from collections.abc import Iterable, MutableSequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,11 @@ class Room:
 
 @dataclass
 class _Entry:
-    """One batch's tensor: where it lies in the file, and the tensor itself while it is held in memory."""
+    """One batch's tensor: where it lies in the file, its checksum there, and the tensor itself while it is held in memory."""
 
     offset: int
     shape: tuple[int, ...]
+    checksum: int = 0
     held: Tensor | None = None
 
 
@@ -51,15 +52,19 @@ class HiddenFile:
     def append(self, tensor: Tensor, *, hold: bool, write: bool) -> None:
         """Raises `OutputWriteError`."""
         tensor = tensor.to("cpu", self.dtype).contiguous()
-        self.entries.append(_Entry(self._size, tuple(tensor.shape), tensor if hold else None))
+        entry = _Entry(self._size, tuple(tensor.shape), held=tensor if hold else None)
+        self.entries.append(entry)
         self._size += tensor.nbytes
         if not write:
             return
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        # A checksum in the place of a sync to disk, which would take longer than the writing: what a crash of the machine leaves is found out.
+        entry.checksum = zlib.crc32(data)
         try:
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self.path.open("wb")
-            self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(data)
         except OSError as error:
             raise OutputWriteError(
                 f"{self.path}: hidden states could not be written ({error}). Free some space, or keep them in memory (sequential.hidden_memory)."
@@ -72,21 +77,21 @@ class HiddenFile:
             return entry.held
         if self._file is not None:
             self._file.flush()
-        count = int(torch.Size(entry.shape).numel())
-        data = bytearray(count * self.dtype.itemsize)
+        data = bytearray(int(torch.Size(entry.shape).numel()) * self.dtype.itemsize)
         with self.path.open("rb") as file:
             file.seek(entry.offset)
-            if file.readinto(data) != len(data):
-                raise CheckpointError(f"{self.path}: holds less than was written. Remove the folder and merge again.")
+            if file.readinto(data) != len(data) or zlib.crc32(data) != entry.checksum:
+                raise CheckpointError(
+                    f"{self.path}: does not hold what was written there, perhaps for a crash of the machine. Remove the folder {self.path.parent.parent}"
+                    " and merge again."
+                )
         return torch.frombuffer(data, dtype=self.dtype).reshape(entry.shape)
 
-    def sync(self) -> None:
-        """Have all that was appended on the disk."""
+    def close(self) -> None:
+        """Nothing more will be appended. Raises `OutputWriteError`."""
         if self._file is None:
             return
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
         except OSError as error:
             raise OutputWriteError(
@@ -95,7 +100,7 @@ class HiddenFile:
         self._file = None
 
     def index(self) -> list[Any]:
-        return [[entry.offset, list(entry.shape)] for entry in self.entries]
+        return [[entry.offset, list(entry.shape), entry.checksum] for entry in self.entries]
 
 
 class HiddenStates(MutableSequence[Tensor]):
@@ -147,7 +152,7 @@ class HiddenStates(MutableSequence[Tensor]):
                 self._drop(self._now, index)
             self._now, self._next = self._next, None
         if self._now is not None:
-            self._now.sync()
+            self._now.close()
 
     def index(self) -> list[Any]:
         assert self._now is not None
@@ -156,7 +161,7 @@ class HiddenStates(MutableSequence[Tensor]):
     def resume(self, folder: Path, index: Iterable[Any]) -> None:
         """Go on with what an earlier walk wrote."""
         self._now = HiddenFile(
-            folder / f"{self.name}.bin", self.dtype, [_Entry(offset, tuple(shape)) for offset, shape in index]
+            folder / f"{self.name}.bin", self.dtype, [_Entry(offset, tuple(shape), checksum) for offset, shape, checksum in index]
         )
 
     def moved(self, folder: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bmm_engine.architecture import LinearModule
 from bmm_engine.checkpoint import TensorSource
+from bmm_engine.collect import kept_rows, row_mask
 from bmm_engine.inputs import Inputs
 from bmm_engine.plan import MergePlan
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
@@ -73,14 +74,14 @@ class ModuleSolver:
             experts, experts - bases, with_bias=part.with_bias, name=name, dtype=wide, device=device
         )
 
-    def solve(self, stage: str, parts: Sequence[Part], measured: Sequence[Accumulator], out: Solved) -> None:
-        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`."""
+    def solve(self, stage: str, parts: Sequence[Part], measured: list[Accumulator], out: Solved) -> None:
+        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`. Empties `measured`."""
         for part in parts:
-            moments = [
-                own.moments() if isinstance(own, ProjectedAccumulator) else own.moments(with_bias=part.with_bias)
-                for own in measured
-                if isinstance(own, (ProjectedAccumulator, DriftAccumulator))
-            ]
+            moments: list[TaskMoments] = []
+            for t in range(len(measured)):
+                own = measured[t] if part is not parts[-1] else measured.pop(0)  # its moments may be a copy
+                moments.append(own.moments(with_bias=part.with_bias))
+                del own
             self._solve_part(stage, part, moments, out)
 
     def _solve_part(self, stage: str, part: Part, moments: Sequence[TaskMoments], out: Solved) -> None:
@@ -139,20 +140,32 @@ class Waiting:
 
     BYTES = 16 * 2**20
 
-    def __init__(self, accumulator: Accumulator, backend: str):
+    def __init__(self, accumulator: Accumulator, dtype: torch.dtype, device: torch.device, backend: str):
         self.accumulator, self.backend = accumulator, backend
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._bytes = 0
+        rows = max(1, self.BYTES // (accumulator.width * dtype.itemsize))
+        self._expert, self._merged = (
+            torch.empty(rows, accumulator.width, dtype=dtype, device=device) for _ in range(2)
+        )
+        self._filled = 0
 
-    def add(self, expert: Tensor, merged: Tensor) -> None:
-        width = self.accumulator.width
-        self._rows.append((expert.reshape(-1, width), merged.reshape(-1, width)))
-        self._bytes += expert.nbytes
-        if self._bytes >= self.BYTES:
+    def add(self, expert: Tensor, merged: Tensor, mask: Tensor | None) -> None:
+        """What both read of a batch (..., in); padding is left out. Raises `CollectionError`, and as `Accumulator.update`."""
+        name, width = self.accumulator.name, self.accumulator.width
+        keep = row_mask(name, merged, mask)
+        if expert.shape != merged.shape or merged.shape[-1] != width or merged.dtype != self._merged.dtype:
             self.flush()
+            self.accumulator.update(kept_rows(name, expert, mask), kept_rows(name, merged, mask), backend=self.backend)
+            return
+        chosen = torch.arange(merged.numel() // width, device=merged.device) if keep is None else keep.nonzero()[:, 0]
+        for rows in chosen.split(self._merged.shape[0]):
+            if self._filled + len(rows) > self._merged.shape[0]:
+                self.flush()
+            into = slice(self._filled, self._filled + len(rows))
+            torch.index_select(expert.reshape(-1, width), 0, rows, out=self._expert[into])
+            torch.index_select(merged.reshape(-1, width), 0, rows, out=self._merged[into])
+            self._filled = into.stop
 
     def flush(self) -> None:
-        if self._rows:
-            expert, merged = (torch.cat(rows) for rows in zip(*self._rows, strict=True))
-            self._rows, self._bytes = [], 0
-            self.accumulator.update(expert, merged, backend=self.backend)
+        rows = slice(0, self._filled)
+        self._filled = 0
+        self.accumulator.update(self._expert[rows], self._merged[rows], backend=self.backend)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bmm_engine.errors import EmptyCalibrationError, NonFiniteGramError, ShapeMismatchError
+from bmm_engine.errors import ConfigError, EmptyCalibrationError, NonFiniteGramError, ShapeMismatchError
 from bmm_engine.moments import DenseMoment
 from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
@@ -155,6 +155,13 @@ class Accumulator(ABC):
         self.rows += merged.shape[0]
 
     @abstractmethod
+    def moments(self, *, with_bias: bool = False) -> TaskMoments:
+        """The sums so far; `with_bias`: of [x, 1] (in + 1, in + 1), so that the bias is solved with the weight.
+
+        Raises `EmptyCalibrationError` without rows.
+        """
+
+    @abstractmethod
     def _add(self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, backend: str) -> None: ...
 
     def _column_sums(self, rows: Tensor) -> Tensor:
@@ -212,10 +219,6 @@ class DriftAccumulator(Accumulator):
         self._drift_sum += drift_sum
 
     def moments(self, *, with_bias: bool = False) -> DriftMoments:
-        """The sums so far; `with_bias`: of [x, 1] (in + 1, in + 1), so that the bias is solved with the weight.
-
-        Raises `EmptyCalibrationError` without rows.
-        """
         gram = self._whole_gram(with_bias)
         if not with_bias:
             return DriftMoments(gram, self._cross, self._drift, self.rows, self.name)
@@ -257,9 +260,11 @@ class ProjectedAccumulator(Accumulator):
         changed = torch.addmm(self._change_of_bias, expert.to(self.dtype), self._task_vector.mT)
         self._change += changed.square_().sum(0, dtype=torch.float64)
 
-    def moments(self) -> ProjectedMoments:
-        """The sums so far. Raises `EmptyCalibrationError` without rows."""
-        gram, product = self._whole_gram(self._with_bias), self._product
-        if self._with_bias:
+    def moments(self, *, with_bias: bool = False) -> ProjectedMoments:
+        """With a bias where the modules were given with theirs, and only there. Raises `EmptyCalibrationError` without rows."""
+        if with_bias != self._with_bias:
+            raise ConfigError(f"{self.name}: was measured {'with' if self._with_bias else 'without'} biases.")
+        gram, product = self._whole_gram(with_bias), self._product
+        if with_bias:
             product = torch.cat([product, self._product_sum.to(self.dtype)[:, None]], 1)
         return ProjectedMoments(gram, product, self._drift, self._change, self.rows, self.name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bmm_engine.architecture import LinearModule
 from bmm_engine.blocks import BlockWalk, Weighted, before_blocks, without_cache
 from bmm_engine.checkpoint import TensorSource
-from bmm_engine.collect import Mask, evaluating, kept_rows, mask_of, to_device
+from bmm_engine.collect import Mask, evaluating, mask_of, to_device
 from bmm_engine.errors import CollectionError, EmptyCalibrationError
 from bmm_engine.inputs import Inputs
 from bmm_engine.memory import release_free_memory
@@ -55,11 +55,12 @@ class Passage:
 
     def through(self, index: int, block: nn.Module) -> Run:
         """Runs batches through the block at work."""
+        tied = len(list(block.parameters())) < len(list(block.named_parameters(remove_duplicate=False)))
 
         def run(batch: int) -> Any:
             assert self.replay is not None
             with self.replay.passing(batch, self.finished):
-                return self.walking().call(batch, index, Weighted(block, self.tensors))
+                return self.walking().call(batch, index, Weighted(block, self.tensors, tied))
 
         return run
 
@@ -309,7 +310,7 @@ class SequentialWalk:
     ) -> None:
         expert, merged = self.experts[t], self.merged[t]
         expert_run, merged_run = run_of(expert), run_of(merged)
-        waiting = Waiting(accumulator, self.options.backend)
+        waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device, self.options.backend)
         for b, batch in enumerate(expert.batches):
             if through:
                 own, output = reader.read_through(expert_run, b)
@@ -319,7 +320,7 @@ class SequentialWalk:
             drifted = reader.read(merged_run, b)
             mask = mask_of(to_device(batch, self.skeleton.device), self.options.mask)
             for x, y in zip(own, drifted, strict=True):
-                waiting.add(kept_rows(accumulator.name, x, mask), kept_rows(accumulator.name, y, mask))
+                waiting.add(x, y, mask)
         waiting.flush()
 
     def _read_merged(self, name: str) -> Tensor:
