@@ -178,6 +178,15 @@ def gram_sets(
     return sets
 
 
+def calibration_batches(recipe: Recipe, models: Models) -> list[list[Any]]:
+    """Each expert's calibration data as model inputs, made by its own tokenizer or processor. Raises `ConfigError`, `CheckpointError`."""
+    options, found = recipe.calibration, []
+    for expert in recipe.experts:
+        data = read_calibration(Path(str(expert.calibration)), samples=options.samples, field=options.field)
+        found.append(_batches(data, model_folder(models.expert(recipe, expert)), options))
+    return found
+
+
 def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: bool | None = None) -> list[FisherSet]:
     """Each expert's Fisher information: from its file where it exists, else collected (and saved there if the recipe names a file)."""
     data = _missing_data(recipe, [e.fisher for e in recipe.experts], "Fisher")

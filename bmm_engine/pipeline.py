@@ -8,11 +8,13 @@ from typing import Any
 
 from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.checkpoint.tokenizer import check_same_tokenizer
-from bmm_engine.measure import Models, Report, fisher_sets, gram_sets
+from bmm_engine.errors import ConfigError
+from bmm_engine.measure import Models, Report, calibration_batches, fisher_sets, gram_sets
 from bmm_engine.merging import MergeResult, merge, plan_merge
-from bmm_engine.plan import MergePlan, MergeSettings
+from bmm_engine.plan import MergePlan, MergeSettings, given_task_weights
 from bmm_engine.posterior import Posterior
 from bmm_engine.recipe import Recipe
+from bmm_engine.sequential.run import merge_sequential
 
 
 def settings_of(recipe: Recipe) -> MergeSettings:
@@ -25,19 +27,19 @@ def settings_of(recipe: Recipe) -> MergeSettings:
         normalization=recipe.normalization,
         alpha=recipe.alpha,
         scale=recipe.scale,
-        task_weights=recipe.task_weights if isinstance(recipe.task_weights, str) else tuple(recipe.task_weights),
-        fit_bias=recipe.fit_bias,
+        task_weights=given_task_weights(recipe.task_weights),
+        fit_bias=bool(recipe.fit_bias),
         device=recipe.device,
     )
 
 
 def plan_recipe(recipe: Recipe, *, local_files_only: bool = False) -> MergePlan:
     """What the recipe would do, from headers alone. While Grams are not collected, which modules share one is not known: the plan
-    then lists modules one by one, as for a data-free merge (its `settings.gram_source` is "task_vectors").
+    then lists modules one by one, as for a data-free merge (its `settings.gram_source` is "task_vectors"); so it does in the mode sequential.
     """
     settings = settings_of(recipe)
     paths = [e.grams for e in recipe.experts if e.grams is not None and Path(e.grams).exists()]
-    ready = settings.gram_source != "task_vectors" and len(paths) == len(recipe.experts)
+    ready = recipe.mode == "plain" and settings.gram_source != "task_vectors" and len(paths) == len(recipe.experts)
     if not ready:
         settings = replace(settings, gram_source="task_vectors", fit_bias=False)
     models = Models(local_files_only)
@@ -57,15 +59,22 @@ def plan_recipe(recipe: Recipe, *, local_files_only: bool = False) -> MergePlan:
 
 @dataclass(frozen=True)
 class PreparedMerge:
-    """A recipe whose statistics are at hand: `arguments` of `merge`, to be used as often as wanted."""
+    """A recipe whose statistics are at hand: `arguments` of `merge`, or of `merge_sequential`, to be used as often as wanted."""
 
     arguments: dict[str, Any]
+    sequential: bool = False
 
     def merge(
         self, output: Path | None = None, *, overwrite: bool = False, posterior: Posterior | None = None
     ) -> MergeResult:
-        """The merge, or a draw from its posterior: written to `output`, or in memory. Raises as `merge`."""
-        return merge(**self.arguments, output=output, overwrite=overwrite, posterior=posterior)
+        """The merge, or a draw from its posterior: written to `output`, or in memory. Raises as `merge` or `merge_sequential`."""
+        if not self.sequential:
+            return merge(**self.arguments, output=output, overwrite=overwrite, posterior=posterior)
+        if posterior is not None:
+            raise ConfigError(
+                "draws from the posterior are for mode 'plain': in mode 'sequential' every module's inputs depend on the modules before it."
+            )
+        return merge_sequential(**self.arguments, output=output, overwrite=overwrite)
 
 
 def prepare_recipe(
@@ -78,40 +87,56 @@ def prepare_recipe(
     """Check a recipe against its models, and measure what is missing (Grams, Fisher information), once for all its merges."""
     settings = settings_of(recipe)
     plan_recipe(recipe, local_files_only=local_files_only)  # names and shapes, before any model runs
-    measured = settings.gram_source != "task_vectors" and settings.needs_grams
+    sequential = recipe.mode == "sequential"
+    wants_grams = settings.rule.needs_grams if sequential else settings.needs_grams
+    measured = settings.gram_source != "task_vectors" and wants_grams
     rule, models = settings.rule, Models(local_files_only)
-    sequential = rule.needs == "sequential_grams"
     grams = (
-        gram_sets(recipe, models, report=report, sequential=sequential, progress=progress)
+        gram_sets(recipe, models, report=report, sequential=rule.needs == "sequential_grams", progress=progress)
         if measured
         else "task_vectors"
     )
     fishers = fisher_sets(recipe, models, report=report, progress=progress) if rule.needs == "fishers" else []
-    return PreparedMerge(
-        {
-            "base": models.get(recipe.base),
-            "experts": [models.get(e.model) for e in recipe.experts],
-            "anchor": settings.anchor,
-            "anchor_parameters": settings.anchor_parameters,
-            "grams": grams,
+    common = {
+        "base": models.get(recipe.base),
+        "experts": [models.get(e.model) for e in recipe.experts],
+        "anchor": settings.anchor,
+        "anchor_parameters": settings.anchor_parameters,
+        "grams": grams,
+        "alpha": settings.alpha,
+        "scale": settings.scale,
+        "task_weights": settings.task_weights,
+        "modules": recipe.modules,
+        "keep_base": recipe.keep_base,
+        "vocabulary": recipe.vocabulary,
+        "fishers": fishers,
+        "dtype": recipe.dtype,
+        "max_shard_size": recipe.max_shard_size,
+        "device": recipe.device,
+        "recipe": recipe.plain(),
+        "local_files_only": local_files_only,
+        "progress": progress,
+    }
+    if not sequential:
+        plain = {
             "hybrid": settings.hybrid_share if measured and settings.gram_source == "hybrid" else None,
-            "alpha": settings.alpha,
-            "scale": settings.scale,
-            "task_weights": settings.task_weights,
             "fit_bias": settings.fit_bias and measured,
             "normalization": settings.normalization,
-            "modules": recipe.modules,
-            "keep_base": recipe.keep_base,
-            "vocabulary": recipe.vocabulary,
-            "fishers": fishers,
-            "dtype": recipe.dtype,
-            "max_shard_size": recipe.max_shard_size,
-            "device": recipe.device,
-            "recipe": recipe.plain(),
-            "local_files_only": local_files_only,
-            "progress": progress,
         }
-    )
+        return PreparedMerge({**common, **plain})
+    options = recipe.sequential
+    walked = {
+        "batches": calibration_batches(recipe, models),
+        "fit_bias": settings.fit_bias,
+        "norms": options.norms,
+        "sweeps": options.sweeps,
+        "blocks": options.blocks,
+        "walk_dtype": recipe.calibration.dtype,
+        "hidden_memory": options.hidden_memory,
+        "hidden_dtype": options.hidden_dtype,
+        "report": report,
+    }
+    return PreparedMerge({**common, **walked}, sequential=True)
 
 
 def run_recipe(

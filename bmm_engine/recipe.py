@@ -24,7 +24,7 @@ from pydantic import (
 from bmm_engine import mergekit
 from bmm_engine.anchors import Setting, get_anchor
 from bmm_engine.errors import ConfigError
-from bmm_engine.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, Strict
+from bmm_engine.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, SequentialRecipe, Strict
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -140,24 +140,29 @@ class Recipe(Strict):
 
     `alpha` and `scale` may vary over the model: a gradient over depth, or a list of {filter, value}. `vocabulary`: embeddings of different
     numbers of rows are an error, or cropped to the fewest, or padded to the most. `same_tokenizer`: refuse models whose tokenizer has
-    another vocabulary than the base's.
+    another vocabulary than the base's. `mode`: "plain" solves every module on the experts' own inputs; "sequential" walks through the network
+    and solves it on what the merged modules before it give (see `merge_sequential`), by default with biases and energy weights.
     """
 
     base: ModelReference
     experts: list[ExpertRecipe] = Field(min_length=1)
+    mode: Literal["plain", "sequential"] = "plain"
     anchor: AnchorRecipe = AnchorRecipe(name="average")
     gram_source: Literal["data", "task_vectors", "hybrid"] | None = None
     hybrid_share: float = Field(0.5, ge=0, le=1)
     normalization: Literal["trace", "none"] = "trace"
     alpha: Ridge = Field(0.03, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
     scale: Scale = 1.0
-    task_weights: Literal["none", "energy"] | list[float] = "none"
-    fit_bias: bool = False
+    task_weights: Literal["none", "energy"] | list[float] | None = Field(
+        None, description="null: none, or energy in the mode sequential"
+    )
+    fit_bias: bool | None = Field(None, description="solve biases with the weights; null: in the mode sequential only")
     modules: list[str] | None = None
     keep_base: list[str] = Field(default_factory=list)
     vocabulary: Literal["error", "crop", "pad"] = "error"
     same_tokenizer: bool = False
     calibration: CalibrationRecipe = CalibrationRecipe()
+    sequential: SequentialRecipe = SequentialRecipe()
     evaluation: EvaluationRecipe | None = None
     search: SearchRecipe = SearchRecipe()
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
@@ -183,6 +188,26 @@ class Recipe(Strict):
     @classmethod
     def _one_pattern(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _choose_mode(self) -> Recipe:
+        sequential = self.mode == "sequential"
+        if self.task_weights is None:
+            self.task_weights = "energy" if sequential else "none"
+        if self.fit_bias is None:
+            self.fit_bias = sequential
+        if not sequential:
+            return self
+        lacking = [e.label for e in self.experts if e.calibration is None]
+        if lacking:
+            raise ValueError(
+                f"mode 'sequential' runs every expert on its own data; expert {lacking[0]!r} has no `calibration`"
+            )
+        if self.gram_source not in (None, "data"):
+            raise ValueError(
+                f"mode 'sequential' measures what it solves on; gram_source {self.gram_source!r} does not go with it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _choose_gram_source(self) -> Recipe:
@@ -392,6 +417,7 @@ def _explain(error: Any) -> str:
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "calibration": CalibrationRecipe,
+    "sequential": SequentialRecipe,
     "evaluation": EvaluationRecipe,
     "search": SearchRecipe,
 }

@@ -1,4 +1,4 @@
-"""Sections of a recipe that say how models are run and judged: calibration, evaluation, search."""
+"""Sections of a recipe that say how models are run and judged: calibration, sequential, evaluation, search."""
 
 from __future__ import annotations
 
@@ -23,6 +23,21 @@ class CalibrationRecipe(Strict):
     fisher_labels: Literal["expected", "sampled"] = Field(
         "expected",
         description="labels for Fisher information: the exact expectation, or drawn from the model (language models)",
+    )
+
+
+class SequentialRecipe(Strict):
+    """How a merge in the mode "sequential" walks through the network; the models run in the dtype of `calibration`.
+
+    `norms`: "anchor" takes gains (and biases) of normalisations from the anchor, "fit" solves them too, feature by feature.
+    """
+
+    blocks: str | None = Field(None, description="the list of blocks, by name or shell pattern; null: the longest")
+    norms: Literal["anchor", "fit"] = "anchor"
+    sweeps: int = Field(1, ge=1, description="walks, each with the result of the one before as its anchor")
+    hidden_memory: str | int = Field("4GB", description="hidden states kept in memory, in all; the rest in files")
+    hidden_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="how hidden states are kept; null: as the models run"
     )
 
 

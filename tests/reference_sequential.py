@@ -6,70 +6,117 @@ import copy
 
 import torch
 
-from tests.reference_merge import _matrix, linear_names, module_inputs
+from tests.reference_merge import _matrix, linear_names
+
+
+def trace(model, batches, names):
+    """name -> (what the module reads, what it gives), rows without padding, in the order of first calls."""
+    rows = {}
+    handles, mask = [], [None]
+    for name in names:
+
+        def keep(_, args, output, name=name):
+            for place, x in enumerate((args[0], output)):
+                m = mask[0]
+                kept = x[m.bool()] if m is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])
+                rows.setdefault(name, ([], []))[place].append(kept)
+
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    with torch.no_grad():
+        for batch in batches:
+            mask[0] = batch.get("attention_mask")
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: tuple(torch.cat(parts) for parts in both) for name, both in rows.items()}
 
 
 def reference_sequential(
-    base, experts, batches, *, alpha=0.03, scale=1.0, energy=True, fit_bias=True, anchor=None, sweeps=1
+    base, experts, batches, *, alpha=0.03, scale=1.0, energy=True, fit_bias=True, norms=False, anchor=None, sweeps=1
 ):
     """The merged model in float64. `anchor`: a state dict, by default the experts' average; `batches[t]`: expert t's calibration."""
     experts = [copy.deepcopy(e).double() for e in experts]
-    origin = {k: v.double() for k, v in base.state_dict().items()}
-    states = [e.state_dict() for e in experts]
+    origin_model = copy.deepcopy(base).double()
+    origin, states = origin_model.state_dict(), [e.state_dict() for e in experts]
     if anchor is None:
         anchor = {k: sum(s[k] for s in states) / len(states) if v.is_floating_point() else v for k, v in origin.items()}
-    anchor = {k: v.double() for k, v in anchor.items()}
     merged = copy.deepcopy(base).double()
-    merged.load_state_dict(anchor)
+    merged.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in anchor.items()})
     transposed = linear_names(base)
+    norm_names = [n for n, m in base.named_modules() if "Norm" in type(m).__name__] if norms else []
+    every = [*transposed, *norm_names]
     for _ in range(sweeps):
         anchor = {k: v.clone() for k, v in merged.state_dict().items()}
-        groups, seen = [], module_inputs(merged, batches[0])
-        for name, rows in seen.items():  # in the order of their calls
-            same = next((g for g in groups if rows.shape == seen[g[0]].shape and torch.equal(rows, seen[g[0]])), None)
+        groups, seen = [], trace(merged, batches[0], every)
+        for name, (x, _) in seen.items():
+            alike = [g for g in groups if name not in norm_names and g[0] not in norm_names]
+            same = next((g for g in alike if x.shape == seen[g[0]][0].shape and torch.equal(x, seen[g[0]][0])), None)
             groups.append([name]) if same is None else same.append(name)
         for names in groups:
-            drifted = [_rows(merged, b, names[0], fit_bias, base) for b in batches]
-            own = [_rows(e, b, names[0], fit_bias, base) for e, b in zip(experts, batches)]
-            weights = {n: [_weight(s, n, transposed, fit_bias) for s in states] for n in names}
-            betas = [1.0] * len(experts)
-            if energy:
-                energies = [
-                    sum(
-                        float((x @ (weights[n][t] - _weight(origin, n, transposed, fit_bias)).T).pow(2).sum()) / len(x)
-                        for n in names
-                    )
-                    for t, x in enumerate(own)
-                ]
-                inverse = [1 / e for e in energies]
-                betas = [i * len(inverse) / sum(inverse) for i in inverse]
+            drifted = [trace(merged, b, names[:1])[names[0]][0] for b in batches]
+            own = [trace(e, b, names[:1])[names[0]] for e, b in zip(experts, batches)]
+            if names[0] in norm_names:
+                _fit_norm(names[0], merged, origin_model, anchor, drifted, own, alpha, energy, scale)
+                continue
+            bias = fit_bias and f"{names[0]}.bias" in origin
+            drifted = [_with_one(y, bias) for y in drifted]
+            own = [_with_one(x, bias) for x, _ in own]
+
+            def weight(state, n, bias=bias):
+                return _matrix(state, n, transposed[n], bias)
+
+            energies = [
+                sum(float((x @ (weight(s, n) - weight(origin, n)).T).pow(2).sum()) / len(x) for n in names)
+                for s, x in zip(states, own)
+            ]
+            betas = _betas(energies, energy)
             a = sum(b * y.T @ y / len(y) for b, y in zip(betas, drifted))
             lam = alpha * a.trace() / len(a)
             a = a + lam * torch.eye(len(a), dtype=a.dtype)
             for n in names:
-                w_a = _weight(anchor, n, transposed, fit_bias)
-                right = lam * w_a + sum(
-                    b * w @ x.T @ y / len(y) for b, w, x, y in zip(betas, weights[n], own, drifted)
-                )
+                right = lam * weight(anchor, n)
+                for b, s, x, y in zip(betas, states, own, drifted):
+                    right = right + b * weight(s, n) @ x.T @ y / len(y)
                 solved = torch.linalg.solve(a, right, left=False)
-                w0 = _weight(origin, n, transposed, fit_bias)
-                result = w0 + scale * (solved - w0)
+                result = weight(origin, n) + scale * (solved - weight(origin, n))
                 state = merged.state_dict()
-                if fit_bias and f"{n}.bias" in state:
+                if bias:
                     state[f"{n}.bias"].copy_(result[:, -1])
                     result = result[:, :-1]
                 state[f"{n}.weight"].copy_(result.T if transposed[n] else result)
     return merged
 
 
-def _rows(model, batches, name, fit_bias, base):
-    x = module_inputs(model, batches)[name]
-    if fit_bias and f"{name}.bias" in base.state_dict():
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    return x
+def _fit_norm(name, merged, origin_model, anchor, drifted, own, alpha, energy, scale):
+    """Each feature by itself, by a general solve."""
+    module, norm0 = merged.get_submodule(name), origin_model.get_submodule(name)
+    energies = [float((y - norm0(x).detach()).pow(2).sum()) / len(x) for x, y in own]
+    betas = _betas(energies, energy)
+    has_bias = getattr(module, "bias", None) is not None
+    plain = copy.deepcopy(module)
+    with torch.no_grad():
+        plain.weight.fill_(1.0)
+        if has_bias:
+            plain.bias.zero_()
+        hats = [plain(x) for x in drifted]
+    designs = [torch.stack([h, torch.ones_like(h)] if has_bias else [h], -1) for h in hats]  # (rows, features, 1 or 2)
+    a = sum(b * torch.einsum("nfi,nfj->fij", d, d) / len(d) for b, d in zip(betas, designs))
+    prior = torch.stack([anchor[f"{name}.{k}"] for k in (("weight", "bias") if has_bias else ("weight",))], -1)
+    lam = alpha * float(a.diagonal(dim1=1, dim2=2).sum(1).mean()) / a.shape[-1]
+    right = (
+        sum(b * torch.einsum("nfi,nf->fi", d, y) / len(d) for b, d, (_, y) in zip(betas, designs, own)) + lam * prior
+    )
+    solved = torch.linalg.solve(a + lam * torch.eye(a.shape[-1], dtype=a.dtype), right)
+    state = merged.state_dict()
+    for i, key in enumerate(("weight", "bias") if has_bias else ("weight",)):
+        w0 = norm0.state_dict()[key]
+        state[f"{name}.{key}"].copy_(w0 + scale * (solved[:, i] - w0))
 
 
-def _weight(state, name, transposed, fit_bias):
-    return _matrix(state, name, transposed[name], fit_bias and f"{name}.bias" in state)
+def _betas(energies, energy):
+    inverse = [1 / e for e in energies] if energy else [1.0] * len(energies)
+    return [i * len(inverse) / sum(inverse) for i in inverse]
 
 
+def _with_one(x, bias):
+    return torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) if bias else x

@@ -14,6 +14,10 @@ def merge(
     recipe: Annotated[Path, typer.Argument(help="The YAML recipe, or a mergekit configuration.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.", show_default=False)],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT.")] = False,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="Walk through the network (mode: sequential), whatever the recipe says."),
+    ] = False,
     anchor: Annotated[str | None, typer.Option(help="Replace the recipe's anchor.", show_default=False)] = None,
     alpha: Annotated[
         float | None, typer.Option(help="Replace the recipe's relative ridge.", show_default=False)
@@ -24,12 +28,22 @@ def merge(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Carry out a recipe: collect missing Grams, merge, write a Hugging Face checkpoint."""
+    """Carry out a recipe: collect missing Grams, merge, write a Hugging Face checkpoint.
+
+    A sequential merge that was killed goes on where it was when the same command is run again.
+    """
     from bmm_engine.pipeline import run_recipe
     from bmm_engine.recipe import Recipe
 
     loaded = Recipe.load(
-        recipe, local_files_only=offline, anchor=anchor, alpha=alpha, scale=scale, dtype=dtype, device=device
+        recipe,
+        local_files_only=offline,
+        mode="sequential" if sequential else None,
+        anchor=anchor,
+        alpha=alpha,
+        scale=scale,
+        dtype=dtype,
+        device=device,
     )
     result = run_recipe(
         loaded,
@@ -51,6 +65,10 @@ def merge(
     jittered = [m["module"] for m in summary["modules"] if m["jitter"]]
     if jittered:
         console.print(f"{len(jittered)} modules needed jitter (first: {jittered[0]}); a larger alpha avoids it.")
+    if loaded.mode == "sequential":
+        console.print(
+            f"How much each input drifted, and what is left of it, is in bmm_merge.json; see it with bmm report {result.path}."
+        )
     console.print(f'Load it with AutoModel.from_pretrained("{result.path}").', highlight=False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmm_engine.checkpoint.safetensors_io import byte_view
 from bmm_engine.errors import CheckpointError, OutputWriteError
 
 
@@ -54,10 +55,10 @@ class HiddenFile:
         tensor = tensor.to("cpu", self.dtype).contiguous()
         entry = _Entry(self._size, tuple(tensor.shape), held=tensor if hold else None)
         self.entries.append(entry)
-        self._size += tensor.nbytes
         if not write:
             return
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        self._size += tensor.nbytes
+        data = byte_view(tensor)
         # A checksum in the place of a sync to disk, which would take longer than the writing: what a crash of the machine leaves is found out.
         entry.checksum = zlib.crc32(data)
         try:
@@ -99,7 +100,7 @@ class HiddenFile:
             ) from error
         self._file = None
 
-    def index(self) -> list[Any]:
+    def layout(self) -> list[Any]:
         return [[entry.offset, list(entry.shape), entry.checksum] for entry in self.entries]
 
 
@@ -154,14 +155,17 @@ class HiddenStates(MutableSequence[Tensor]):
         if self._now is not None:
             self._now.close()
 
-    def index(self) -> list[Any]:
+    def layout(self) -> list[Any]:
+        """Where in their file the current states lie, for `resume`."""
         assert self._now is not None
-        return self._now.index()
+        return self._now.layout()
 
-    def resume(self, folder: Path, index: Iterable[Any]) -> None:
+    def resume(self, folder: Path, layout: Iterable[Any]) -> None:
         """Go on with what an earlier walk wrote."""
         self._now = HiddenFile(
-            folder / f"{self.name}.bin", self.dtype, [_Entry(offset, tuple(shape), checksum) for offset, shape, checksum in index]
+            folder / f"{self.name}.bin",
+            self.dtype,
+            [_Entry(offset, tuple(shape), checksum) for offset, shape, checksum in layout],
         )
 
     def moved(self, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,11 +137,11 @@ class ModuleSolver:
 
 
 class Waiting:
-    """Rows on their way into an accumulator, some batches at a time: its kernels read and write all of the moments for each call."""
+    """Rows on their way into an accumulator (anything with `width`, `name`, `update`), some batches at a time: its kernels read and write all of the moments for each call."""
 
     BYTES = 16 * 2**20
 
-    def __init__(self, accumulator: Accumulator, dtype: torch.dtype, device: torch.device, backend: str):
+    def __init__(self, accumulator: Any, dtype: torch.dtype, device: torch.device, backend: str):
         self.accumulator, self.backend = accumulator, backend
         rows = max(1, self.BYTES // (accumulator.width * dtype.itemsize))
         self._expert, self._merged = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,11 @@ class SharedInput:
         return self.modules[0]
 
 
-def shared_inputs(modules: Mapping[str, nn.Module], run: Run) -> list[SharedInput]:
-    """Which of a stage's modules read the same, in the order in which they first read; `run(0)` runs it. Those never called are left out."""
+def shared_inputs(modules: Mapping[str, nn.Module], alone: Container[str], run: Run) -> list[SharedInput]:
+    """Which of a stage's modules read the same, in the order in which they first read; `run(0)` runs it. Those never called are left out.
+
+    Modules in `alone` share with none.
+    """
     read: dict[str, list[Tensor]] = {}
     sums: dict[str, list[float]] = {}
 
@@ -46,7 +49,8 @@ def shared_inputs(modules: Mapping[str, nn.Module], run: Run) -> list[SharedInpu
         run(0)
     groups: dict[Any, list[str]] = {}
     for name, inputs in read.items():
-        key = tuple((id(x), total) for x, total in zip(inputs, sums[name], strict=True))
+        key: Any = tuple((id(x), total) for x, total in zip(inputs, sums[name], strict=True))
+        key = name if name in alone else key
         groups.setdefault(key, []).append(name)
     return [SharedInput(tuple(names), len(read[names[0]])) for names in groups.values()]
 
@@ -112,7 +116,5 @@ def _hooked(modules: Mapping[str, nn.Module], listen: Callable[[str], Callable[.
 def _input_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     found = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(found, Tensor):
-        raise CollectionError(
-            f"{name}: is called without a tensor as its first argument; leave it out with `modules`."
-        )
+        raise CollectionError(f"{name}: is called without a tensor as its first argument; leave it out with `modules`.")
     return found

@@ -47,6 +47,7 @@ def merge_sequential(
     scale: Any = 1.0,
     task_weights: str | Sequence[float] | None = "energy",
     fit_bias: bool = True,
+    norms: str = "anchor",
     sweeps: int = 1,
     blocks: str | None = None,
     modules: Iterable[str] | None = None,
@@ -78,7 +79,8 @@ def merge_sequential(
     `blocks` (a name or shell pattern). The model's own blocks are called; of each model one block at a time is held, read from its files.
     `anchor`, `anchor_parameters`, `grams`, `fishers`: the prior, as in `merge`; it also gives all that is no linear module. `alpha`, `scale`,
     `modules`, `keep_base`, `vocabulary`: as in `merge`. `task_weights`: "energy" (per input `1 / ||X_t U_t^T||^2`), None, or a number per
-    expert. `fit_bias`: solve biases with their weights. `sweeps`: walks, each with the result of the one before as its anchor.
+    expert. `fit_bias`: solve biases with their weights. `norms`: "fit" solves gains and biases of normalisations too, feature by feature,
+    instead of taking the anchor's. `sweeps`: walks, each with the result of the one before as its anchor.
     `walk_dtype`: of the models that are run (default: a live base's own, else float32). `hidden_memory`: hidden states kept in memory, in all, the
     rest in files; `hidden_dtype`: how they are kept (bfloat16 halves them).
     `output` and what follows: as in `merge`. What is finished is kept in `output` + ".walk", block by block: called again after it was killed,
@@ -88,6 +90,8 @@ def merge_sequential(
     """
     if not (isinstance(sweeps, int) and sweeps >= 1):
         raise ConfigError(f"sweeps must be a whole number >= 1, not {sweeps!r}.")
+    if norms not in ("anchor", "fit"):
+        raise ConfigError(f"norms must be 'anchor' or 'fit', not {norms!r}.")
     calibration = [list(own) for own in batches]
     if len(calibration) != len(experts):
         raise ConfigError(
@@ -101,7 +105,7 @@ def merge_sequential(
         task_weights=given_task_weights(task_weights),
         device=device,
     )
-    options = {
+    options: dict[str, Any] = {
         "modules": [modules] if isinstance(modules, str) else list(modules) if modules is not None else None,
         "keep_base": list(keep_base),
         "vocabulary": vocabulary,
@@ -119,7 +123,11 @@ def merge_sequential(
         plan.alignment, architecture(base, plan.alignment, run_in), blocks=blocks, dtype=run_in, device=where
     )
     walk_options = WalkOptions(
-        fit_bias=fit_bias, mask=mask, hidden_memory=parse_size(hidden_memory), hidden_dtype=parse_dtype(hidden_dtype)
+        fit_bias=fit_bias,
+        fit_norms=norms == "fit",
+        mask=mask,
+        hidden_memory=parse_size(hidden_memory) if hidden_memory else 0,
+        hidden_dtype=parse_dtype(hidden_dtype),
     )
     specs = output_specs(plan.alignment, dtype)
     target = Path(output).expanduser().resolve() if output is not None else None
@@ -225,6 +233,7 @@ def _identity(
             "keep_base": alignment.kept,
             "blocks": skeleton.blocks,
             "fit_bias": options.fit_bias,
+            "fit_norms": options.fit_norms,
             "mask": options.mask if isinstance(options.mask, str) else repr(type(options.mask)),
             "sweeps": sweeps,
             "walk_dtype": str(skeleton.dtype),
@@ -237,4 +246,9 @@ def _identity(
 def _recipe(plan: MergePlan, options: WalkOptions, sweeps: int) -> dict[str, Any]:
     """What was merged, and how, for the record of a merge that was called from Python."""
     known = {key: value for key, value in recipe_of(plan).items() if key not in ("gram_source", "hybrid_share")}
-    return {**known, "mode": "sequential", "fit_bias": options.fit_bias, "sequential": {"sweeps": sweeps}}
+    return {
+        **known,
+        "mode": "sequential",
+        "fit_bias": options.fit_bias,
+        "sequential": {"norms": "fit" if options.fit_norms else "anchor", "sweeps": sweeps},
+    }

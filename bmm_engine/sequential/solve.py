@@ -139,8 +139,9 @@ def solve_module(
             gap = solved - part
             before[t] += constant
             after[t] += constant + squared(gap, moments[t].gram) + 2 * float((drifted[t] * gap).sum())
-    counts = [own.rows for own in moments]
-    return weight, *([max(0.0, v) / n for v, n in zip(total, counts, strict=True)] for total in (before, after))
+    for total in (before, after):
+        total[:] = [max(0.0, value) / own.rows for value, own in zip(total, moments, strict=True)]
+    return weight, before, after
 
 
 def relative_residuals(misfit: Sequence[float], change: Sequence[float]) -> list[float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.architecture import LinearModule
+from bmm_engine.architecture import LinearModule, is_head
 from bmm_engine.blocks import BlockWalk, Weighted, before_blocks, without_cache
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.collect import Mask, evaluating, mask_of, to_device
@@ -20,6 +21,7 @@ from bmm_engine.memory import release_free_memory
 from bmm_engine.plan import MergePlan
 from bmm_engine.progress import track
 from bmm_engine.sequential.hidden import HiddenStates, Room
+from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
 from bmm_engine.sequential.reading import Reader, Run, SharedInput, shared_inputs
 from bmm_engine.sequential.replay import Replay, finished_parts
 from bmm_engine.sequential.skeleton import Load, Skeleton, reader_of
@@ -36,6 +38,7 @@ class WalkOptions:
     """How a walk is made; every field as in `merge_sequential`."""
 
     fit_bias: bool = True
+    fit_norms: bool = False
     mask: Mask = "attention_mask"
     hidden_memory: int = 4 * 2**30
     hidden_dtype: torch.dtype | None = None
@@ -111,8 +114,23 @@ class SequentialWalk:
             ]
             for whose, reading in (("expert", readers), ("merged", [self._read_merged] * len(readers)))
         )
+        self.norms = NormSolver(plan, self.experts_inputs, anchor)
+        self._norms = self._find_norms(plan) if options.fit_norms else {}
         self._now = Solved()
-        self._left = set(self._modules)
+        self._left = {*self._modules, *self._norms}
+
+    def _find_norms(self, plan: MergePlan) -> dict[str, Norm]:
+        """Normalisations whose tensors are merged, by live name."""
+        merged = {live: name for name, live in self.skeleton.names.items() if name in set(plan.alignment.merged)}
+        found = {}
+        for live, module in self.model.named_modules():
+            if is_norm(module) and f"{live}.weight" in merged and not is_head(live, self.model):
+                has_bias = getattr(module, "bias", None) is not None
+                if not has_bias or f"{live}.bias" in merged:
+                    found[live] = Norm(
+                        live, copy.deepcopy(module), merged[f"{live}.weight"], merged.get(f"{live}.bias")
+                    )
+        return found
 
     @property
     def inputs(self) -> list[InputRecord]:
@@ -134,13 +152,14 @@ class SequentialWalk:
                 if number > self.sweep.finished and self._left:
                     self._carry_out(number)
                     release_free_memory()
-        if self._left:
-            raise self._never_called(self._left)
+        if never := self._left & set(self._modules):  # a normalisation that is never called stays as the anchor has it
+            raise self._never_called(never)
 
     def _resume(self) -> None:
         for record in self.sweep.records:
             done = {name for raw in record["inputs"] for name in raw["modules"]}
             self._left -= {live for live, module in self._modules.items() if module.name in done}
+            self._left -= {live for live, norm in self._norms.items() if norm.weight.removesuffix(".weight") in done}
         found = self.sweep.hidden_index()
         if found is None or not self._left:
             return
@@ -168,7 +187,7 @@ class SequentialWalk:
                 "stage": label,
                 "inputs": [asdict(r) for r in self._now.inputs],
                 "modules": [asdict(r) for r in self._now.modules],
-                "hidden": {p.hidden.name: p.hidden.index() for p in passages} if self._left else {},
+                "hidden": {p.hidden.name: p.hidden.layout() for p in passages} if self._left else {},
             }
             path = self.sweep.publish(number, self._now.tensors, record)
         if path is not None:
@@ -227,8 +246,7 @@ class SequentialWalk:
             advanced = self._solve_stage(
                 label, inside, lambda passage: passage.through(index, block), block, shared, advance=goes_on
             )
-        never = [live for live in inside if live in self._left]
-        if never:
+        if never := self._left & set(inside) & set(self._modules):
             raise self._never_called(never)
         for passage in passages:
             if goes_on and not (advanced and passage in self.experts):
@@ -270,19 +288,28 @@ class SequentialWalk:
         `block`: the block that it is, if it is one, and `merged`: the merged network's tensors of it, kept up to date. With `advance`, the
         experts' hidden states go on with the last pass. Returns whether they did.
         """
-        listened = {name: self.model.get_submodule(name) for name in self._modules if name in set(names)}
-        found = shared_inputs(listened, run_of(self.merged[0]))
+        names = set(names)
+        listened = {name: m for name, m in self.model.named_modules() if name in names}
+        found = shared_inputs(listened, self._norms, run_of(self.merged[0]))
         for shared in found:
             through = advance and shared is found[-1]
             if block is not None:
                 self._finish_parts(label, block, found, shared, through)
-            parts = self.solver.parts([self._modules[name] for name in shared.modules])
-            measured = [self.solver.accumulator(parts, t, self.skeleton.dtype) for t in range(len(self.experts))]
+            tasks, dtype = range(len(self.experts)), self.skeleton.dtype
+            norm = self._norms.get(shared.leader)
+            if norm is not None:
+                measured: list[Any] = [self.norms.accumulator(norm, t, dtype) for t in tasks]
+            else:
+                parts = self.solver.parts([self._modules[name] for name in shared.modules])
+                measured = [self.solver.accumulator(parts, t, dtype) for t in tasks]
             with Reader(shared, listened[shared.leader]).listening() as reader:
                 for t, accumulator in enumerate(measured):
                     self._measure(reader, accumulator, t, run_of, through)
             before = set(self._now.tensors)
-            self.solver.solve(label, parts, measured, self._now)
+            if norm is not None:
+                self.norms.solve(label, norm, measured, self._now)
+            else:
+                self.solver.solve(label, parts, measured, self._now)
             self._left -= set(shared.modules)
             if merged is not None:
                 for name in set(self._now.tensors) - before:
@@ -306,7 +333,12 @@ class SequentialWalk:
             passage.finished = () if through else parts  # the last pass is not followed by another
 
     def _measure(
-        self, reader: Reader, accumulator: Accumulator, t: int, run_of: Callable[[Passage], Run], through: bool
+        self,
+        reader: Reader,
+        accumulator: Accumulator | NormAccumulator,
+        t: int,
+        run_of: Callable[[Passage], Run],
+        through: bool,
     ) -> None:
         expert, merged = self.experts[t], self.merged[t]
         expert_run, merged_run = run_of(expert), run_of(merged)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
+from torch import nn
 
-from bmm_engine import collect_grams, merge, merge_sequential
+from bmm_engine import collect_grams, get_anchor, merge, merge_sequential
+from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError, NonFiniteGramError
 from tests.numerics import relative_error
 from tests.reference_merge import linear_names
 from tests.reference_sequential import reference_sequential
 from tests.tiny import CONFIGS, family, fine_tune, make_base, make_batches
 
 ARCHITECTURES = list(CONFIGS)
+HEADS = ("classifier", "lm_head", "score")
 
 
 def double(batches):
@@ -21,17 +25,18 @@ def double(batches):
 
 
 def problem(architecture, experts=2):
+    """Experts that differ in how far they are from the base, and calibration for each."""
     base = make_base(architecture)
     tuned = [fine_tune(base, seed + 1, 0.05 * (1 + seed)) for seed in range(experts)]
     return base, tuned, [make_batches(architecture, 10 + t) for t in range(experts)]
 
 
 def body(tensors):
-    return {k: v for k, v in tensors.items() if v.is_floating_point() and not k.startswith(("classifier", "lm_head", "score"))}
+    return {k: v for k, v in tensors.items() if v.is_floating_point() and not k.startswith(HEADS)}
 
 
 def assert_close(found, truth, tolerance):
-    truth = truth.state_dict() if hasattr(truth, "state_dict") else truth
+    truth = truth.state_dict() if isinstance(truth, nn.Module) else truth
     for name, tensor in body(truth).items():
         assert relative_error(found[name], tensor) < tolerance, name
 
@@ -39,17 +44,260 @@ def assert_close(found, truth, tolerance):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"fit_bias": False, "energy": False, "alpha": 0.01}, {"scale": 0.7, "alpha": 1.0}, {"sweeps": 2}],
-    ids=["defaults", "plain", "scaled", "sweeps"],
+    [
+        {},
+        {"fit_bias": False, "energy": False, "alpha": 0.01},
+        {"scale": 0.7, "alpha": 1.0},
+        {"sweeps": 2},
+        {"norms": True},
+    ],
+    ids=["defaults", "plain", "scaled", "sweeps", "norms"],
 )
 def test_it_is_the_formula_walked_through_the_network(architecture, options):
     base, experts, batches = problem(architecture)
     truth = reference_sequential(base, experts, [double(b) for b in batches], **options)
-    given = {k: v for k, v in options.items() if k != "energy"}
-    weights = "energy" if options.get("energy", True) else None
-    wide = [m.double() for m in (base, *experts)]
-    result = merge_sequential(wide[0], wide[1:], [double(b) for b in batches], task_weights=weights, **given)
-    assert_close(result.tensors, truth, 1e-9)
-    narrow = [m.float() for m in wide]
-    result = merge_sequential(narrow[0], narrow[1:], batches, task_weights=weights, **given)
-    assert_close(result.tensors, truth, 1e-4)
+    given = {k: v for k, v in options.items() if k not in ("energy", "norms")}
+    given["task_weights"] = "energy" if options.get("energy", True) else None
+    given["norms"] = "fit" if options.get("norms") else "anchor"
+    wide = [copy.deepcopy(m).double() for m in (base, *experts)]
+    assert_close(merge_sequential(wide[0], wide[1:], [double(b) for b in batches], **given).tensors, truth, 1e-9)
+    assert_close(merge_sequential(base, experts, batches, **given).tensors, truth, 1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_expert_or_equal_ones_come_back(architecture, count):
+    base, experts, batches = problem(architecture)
+    same = [copy.deepcopy(experts[1]) for _ in range(count)]
+    result = merge_sequential(base, same, batches[:count], norms="fit")
+    assert_close(result.tensors, copy.deepcopy(experts[1]).double(), 1e-6)
+    assert max(r for record in result.inputs for r in record.after) < 1e-3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_data_alone_lead_from_the_base_to_the_expert(architecture):
+    """The anchor is the base, the ridge next to nothing: every linear module and every normalisation is found again."""
+    base = make_base(architecture).double()
+    expert = fine_tune(base, 2, 0.1)
+    solved = {m for m in linear_names(base)} | {n for n, m in base.named_modules() if "Norm" in type(m).__name__}
+    own = {k: v for k, v in base.state_dict().items() if k.rpartition(".")[0] not in solved}
+    expert.load_state_dict({**expert.state_dict(), **own})
+    far = {"anchor": "task_arithmetic", "anchor_parameters": {"scaling": 0.0}}
+    inputs = [double(make_batches(architecture, 20, 12))]
+    result = merge_sequential(base, [expert], inputs, **far, alpha=1e-12, norms="fit")
+    merged = copy.deepcopy(base)
+    merged.load_state_dict(
+        {**expert.state_dict(), **{k: v for k, v in result.tensors.items() if not k.startswith(HEADS)}}
+    )
+    # Not tensor by tensor: what a LayerNorm gives is linearly dependent, so that other weights may do the same.
+    with torch.no_grad():
+        for batch in inputs[0]:
+            found, truth = (model(**batch).logits for model in (merged, expert))
+            assert relative_error(found, truth) < 1e-4
+    assert min(r for record in result.inputs for r in record.before if r is not None) > 0.1
+    assert max(r for record in result.inputs for r in record.after if r is not None) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("fit_bias", [False, True])
+def test_without_drift_it_is_plain_bmm(architecture, fit_bias):
+    """Experts that differ in linear modules of the last block only: until there nothing drifts, nor does that block's first input."""
+    base, (first, second), batches = problem(architecture)
+    last = max(
+        int(n.split(".")[i]) for n in linear_names(base) for i in range(len(n.split("."))) if n.split(".")[i].isdigit()
+    )
+    for expert in (first, second):
+        linear = tuple(f"{n}." for n in linear_names(base) if f".{last}." in n)
+        own = {k: v for k, v in base.state_dict().items() if not k.startswith(linear)}
+        expert.load_state_dict({**expert.state_dict(), **own})
+    experts = [first, second]
+    grams = [collect_grams(e, b) for e, b in zip(experts, batches)]
+    plain = merge(base, experts, grams=grams, task_weights="energy", fit_bias=fit_bias)
+    walked = merge_sequential(base, experts, batches, fit_bias=fit_bias)
+    at = next(i for i, r in enumerate(walked.inputs) if r.stage.endswith(f".{last}"))
+    for name in walked.inputs[at].modules:
+        assert relative_error(walked.tensors[f"{name}.weight"], plain.tensors[f"{name}.weight"].double()) < 1e-5, name
+    assert all(r.before == (None, None) == r.after for r in walked.inputs[:at])  # nothing was changed there
+    later = [n for r in walked.inputs[at + 1 :] for n in r.modules if f".{last}." in n]
+    differ = [relative_error(walked.tensors[f"{n}.weight"], plain.tensors[f"{n}.weight"].double()) for n in later]
+    assert max(differ) > 1e-4
+
+
+def test_an_infinite_ridge_is_the_anchor_and_any_anchor_will_do():
+    base, experts, batches = problem("bert")
+    for anchor in ("average", "ties", "tsv_m"):
+        own = merge(base, experts, anchor=anchor, alpha=math.inf).tensors
+        found = merge_sequential(base, experts, batches, anchor=anchor, alpha=math.inf).tensors
+        assert all(torch.equal(found[n], own[n]) for n in own)
+        truth = reference_sequential(base, experts, [double(b) for b in batches], anchor=own)
+        assert_close(merge_sequential(base, experts, batches, anchor=anchor).tensors, truth, 1e-4)
+    grams = [collect_grams(e, b) for e, b in zip(experts, batches)]
+    own = merge(base, experts, anchor="regmean", grams=grams, alpha=math.inf).tensors
+    truth = reference_sequential(base, experts, [double(b) for b in batches], anchor=own)
+    assert_close(merge_sequential(base, experts, batches, anchor="regmean", grams=grams).tensors, truth, 1e-4)
+    with pytest.raises(ConfigError, match="needs measured Grams"):
+        merge_sequential(base, experts, batches, anchor="regmean")
+
+
+def test_ridges_and_scales_may_vary_over_the_model():
+    base, experts, batches = problem("llama")
+    alpha = [{"filter": "q_proj", "value": 10.0}, {"filter": "mlp", "value": math.inf}, {"value": 0.1}]
+    result = merge_sequential(base, experts, batches, alpha=alpha)
+    own = merge(base, experts, alpha=math.inf).tensors
+    assert all(torch.equal(result.tensors[n], own[n]) for n in own if "mlp" in n)
+    first = [r for r in result.inputs if r.stage == "model.layers.0"]
+    assert [(r.alpha, [m.split(".")[-1] for m in r.modules]) for r in first] == [
+        (10.0, ["q_proj"]),
+        (0.1, ["k_proj", "v_proj"]),
+        (0.1, ["o_proj"]),
+    ]
+    assert first[0].task_weights != first[1].task_weights  # each group has weights of its own
+    at_once = merge_sequential(base, experts, batches, alpha=10.0).tensors
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert relative_error(result.tensors[name], at_once[name].double()) < 1e-2
+
+
+def test_the_order_of_the_experts_does_not_matter_to_a_bit():
+    base, experts, batches = problem("gpt2", 3)
+    one = merge_sequential(base, experts, batches, task_weights=[1.0, 2.0, 3.0])
+    other = merge_sequential(base, experts[::-1], batches[::-1], task_weights=[3.0, 2.0, 1.0])
+    assert all(torch.equal(one.tensors[n], other.tensors[n]) for n in one.tensors)
+    for a, b in zip(one.inputs, other.inputs):
+        assert a.after == b.after[::-1]
+        assert a.task_weights == b.task_weights[::-1]
+
+
+def test_it_says_what_it_lowered():
+    """The residual that is recorded is that of the rows themselves; solving lowers what is minimised."""
+    from tests.reference_sequential import trace
+
+    base, experts, batches = problem("bert")
+    result = merge_sequential(base, experts, batches, alpha=1e-3, task_weights=None)
+    merged = copy.deepcopy(base)
+    merged.load_state_dict({**merged.state_dict(), **result.tensors})
+    anchor = merge(base, experts, alpha=math.inf).tensors
+    for record in result.inputs:
+        name = record.modules[0]
+        if len(record.modules) > 1 or record.stage == "after the blocks":
+            continue
+        for t, expert in enumerate(experts):
+            x, y = trace(expert, batches[t], [name])[name]
+            drifted, _ = trace(merged, batches[t], [name])[name]
+            linear = {
+                k: (s[f"{name}.weight"], s[f"{name}.bias"])
+                for k, s in (("anchor", anchor), ("solved", result.tensors), ("base", base.state_dict()))
+            }
+            change = (y - nn.functional.linear(x, *linear["base"])).norm()
+            for recorded, key in ((record.before, "anchor"), (record.after, "solved")):
+                true = (nn.functional.linear(drifted, *linear[key]) - y).norm() / change
+                assert abs(recorded[t] - float(true)) < 2e-3 * float(true) + 1e-4, (name, key)
+        assert sum(v**2 for v in record.after) <= sum(v**2 for v in record.before) * 1.01
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpoints_and_live_models_give_the_same(architecture, tmp_path):
+    base, experts, base_path, paths = family(architecture, tmp_path)
+    batches = [make_batches(architecture, 10 + t) for t in range(2)]
+    live = merge_sequential(base, experts, batches, norms="fit")
+    read = merge_sequential(base_path, paths, batches, norms="fit", output=tmp_path / "out")
+    assert read.path == tmp_path / "out"
+    assert not (tmp_path / "out.walk").exists()
+    cls = type(base)
+    again = cls.from_pretrained(tmp_path / "out").state_dict()
+    for name, tensor in live.tensors.items():
+        assert torch.equal(again[name], tensor), name
+    assert [r.after for r in read.inputs] == [r.after for r in live.inputs]
+
+
+def test_hidden_states_find_room_in_memory_or_on_disk_to_the_same_bits(tmp_path):
+    base, experts, batches = problem("llama")
+    whole = merge_sequential(base, experts, batches).tensors
+    for memory in (0, 3000, "20KB"):
+        found = merge_sequential(base, experts, batches, hidden_memory=memory).tensors
+        assert all(torch.equal(whole[n], found[n]) for n in whole), memory
+    half = merge_sequential(base, experts, batches, hidden_dtype="bfloat16", hidden_memory=0).tensors
+    errors = [relative_error(half[n], whole[n].double()) for n in body(whole)]
+    assert 0 < max(errors) < 0.05
+
+
+class Mixer(nn.Module):
+    """A block that gives a tensor, changes its input in place, and calls one of its modules twice."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.token, self.channel = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        x += 0.1
+        x = x + torch.tanh(self.token(self.norm(x)))
+        return x + self.channel(torch.relu(self.channel(x)))
+
+
+class TimmLike(nn.Module):
+    """As timm names things: `blocks` is a Sequential, called as a whole; projections before and after them."""
+
+    def __init__(self, width=6, depth=3):
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.blocks = nn.Sequential(*(Mixer(width) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.out(self.norm(self.blocks(self.embed(x))))
+
+
+def test_any_model_that_is_a_sequence_of_blocks_can_be_walked():
+    torch.manual_seed(0)
+    base = TimmLike().double()
+    experts = [fine_tune(base, seed + 1, 0.1) for seed in range(2)]
+    batches = [[torch.randn(5, 7, 4, dtype=torch.float64) for _ in range(2)] for _ in range(2)]
+    result = merge_sequential(base, experts, batches, mask=None, norms="fit", blocks="blo*")
+    stages = list(dict.fromkeys(r.stage for r in result.inputs))
+    assert stages == ["before the blocks", "blocks.0", "blocks.1", "blocks.2", "after the blocks"]
+    assert {n for r in result.inputs for n in r.modules} == set(linear_names(base)) | {
+        n for n, m in base.named_modules() if isinstance(m, nn.LayerNorm)
+    }
+    merged = copy.deepcopy(base)
+    merged.load_state_dict(result.tensors)
+    mean = copy.deepcopy(base)
+    mean.load_state_dict(merge(base, experts, alpha=math.inf, modules=["*"]).tensors)
+
+    @torch.no_grad()
+    def miss(model):
+        return sum(float((model(b.clone()) - e(b.clone())).norm()) for e, own in zip(experts, batches) for b in own)
+
+    assert miss(merged) < 0.95 * miss(mean)
+
+
+def test_bad_inputs_are_refused(tmp_path):
+    base, experts, batches = problem("bert")
+    for text, error, options in (
+        ("2 experts and 1 calibration", ConfigError, {"batches": batches[:1]}),
+        ("expert 1: its calibration set is empty", EmptyCalibrationError, {"batches": [batches[0], []]}),
+        ("sweeps must be a whole number >= 1", ConfigError, {"sweeps": 0}),
+        ("norms must be 'anchor' or 'fit'", ConfigError, {"norms": "all"}),
+        (r"blocks: .* that matches 'decoder\*'", ConfigError, {"blocks": "decoder*"}),
+        ("no config.json", ConfigError, {"base": base.state_dict(), "modules": ["*attention*"]}),
+    ):
+        given = {"base": base, "experts": experts, "batches": batches, **options}
+        with pytest.raises(error, match=text):
+            merge_sequential(given.pop("base"), given.pop("experts"), given.pop("batches"), **given)
+    broken = copy.deepcopy(experts[0])
+    with torch.no_grad():
+        broken.bert.embeddings.word_embeddings.weight[5:9] = math.inf
+    with pytest.raises(NonFiniteGramError, match=r"layer\.0.*the expert reads there hold NaN"):
+        merge_sequential(base, [broken, experts[1]], batches, keep_base=["bert.embeddings.word*"])
+    with pytest.raises(CollectionError, match=r"never called.*'spare'"):
+        spare = copy.deepcopy(base)
+        spare.spare = nn.Linear(3, 3)
+        spare.base_model_prefix = ""
+        tuned = [copy.deepcopy(spare) for _ in range(2)]
+        merge_sequential(spare, tuned, batches, modules=["spare", "*query*"])
+    for model in (base, *experts):
+        assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
+
+
+def test_rules_that_read_the_walk_of_their_own_are_told_apart():
+    assert get_anchor("regmean_plusplus").needs == "sequential_grams"

@@ -1,0 +1,180 @@
+"""Normalisations (LayerNorm, RMSNorm): gains and biases by the same least squares, feature by feature.
+
+A normalisation gives `o + g h (+ b)` for a feature, with h the normalised input and o what it gives at zero gain. With h~ and o~ of the merged
+network's inputs and y_t what expert t's normalisation gives on its own,
+
+    g*, b* = argmin  sum_t beta_t / n_t sum_rows (o~ + g h~ + b - y_t)^2 + lam ((g - g_a)^2 + (b - b_a)^2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bmm_engine.checkpoint import TensorSource
+from bmm_engine.errors import CollectionError, EmptyCalibrationError, NonFiniteGramError
+from bmm_engine.inputs import Inputs
+from bmm_engine.plan import MergePlan
+from bmm_engine.sequential.modules import Solved
+from bmm_engine.sequential.solve import drift_task_weights, relative_residuals
+from bmm_engine.solve import relative_ridge
+from bmm_engine.stream import InputRecord
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Does it normalise the last dimension, with a gain for each feature and perhaps a bias?"""
+    kind = type(module).__name__.lower()
+    names = {name for name, _ in module.named_parameters()}
+    weight: Any = getattr(module, "weight", None)
+    others = any(word in kind for word in ("batch", "group", "instance"))
+    return "norm" in kind and not others and names in ({"weight"}, {"weight", "bias"}) and weight.dim() == 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of the live model (a copy of the module, which nobody listens to), and its tensors by the base's names."""
+
+    name: str
+    module: nn.Module
+    weight: str
+    bias: str | None
+
+    def run(self, rows: Tensor, weight: Any, bias: Any) -> Tensor:
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return functional_call(self.module, tensors, (rows,))
+
+
+class NormAccumulator:
+    """One task's sums over rows, for each feature, in float64."""
+
+    def __init__(self, norm: Norm, expert: Sequence[Tensor | None], base: Sequence[Tensor | None]):
+        """`expert`, `base`: weight and bias (in,), in the dtype of the rows."""
+        self.norm, self.name, self.width = norm, norm.name, int(norm.module.get_parameter("weight").shape[0])
+        self.rows = 0
+        self.change = 0.0
+        self._expert, self._base = expert, base
+        weight = expert[0]
+        assert weight is not None
+        zeros = torch.zeros_like(weight)
+        no_bias = None if norm.bias is None else zeros
+        self._zero, self._one = (zeros, no_bias), (torch.ones_like(weight), no_bias)
+        sums = torch.zeros(5, self.width, dtype=torch.float64, device=weight.device)
+        self.hh, self.h, self.hz, self.z, self.zz = sums
+
+    def update(self, expert: Tensor, merged: Tensor, *, backend: str = "auto") -> None:
+        """Add rows (..., in) that the expert's normalisation and the merged network's read. Raises `NonFiniteGramError`, `CollectionError`."""
+        run = self.norm.run
+        target, before = run(expert, *self._expert).double(), run(expert, *self._base).double()
+        offset = run(merged, *self._zero).double()
+        h = run(merged, *self._one).double() - offset
+        z = target - offset
+        if not (bool(torch.isfinite(h.sum())) and bool(torch.isfinite(z.sum()))):
+            count = int((~torch.isfinite(expert).all(-1)).sum() + (~torch.isfinite(merged).all(-1)).sum())
+            raise NonFiniteGramError(
+                f"{self.name}: {count} of the rows that it reads hold NaN or infinity. Check the calibration batch, or run the models in float32.",
+                module=self.name,
+                count=count,
+            )
+        if self.rows == 0:
+            self._check(merged, h, offset)
+        h, z = h.reshape(-1, self.width), z.reshape(-1, self.width)
+        self.hh += h.square().sum(0)
+        self.h += h.sum(0)
+        self.hz += (h * z).sum(0)
+        self.z += z.sum(0)
+        self.zz += z.square().sum(0)
+        self.change += float((target - before).square().sum())
+        self.rows += h.shape[0]
+
+    def _check(self, rows: Tensor, h: Tensor, offset: Tensor) -> None:
+        weight, bias = self._one
+        twice = self.norm.run(rows, 2 * weight, bias).double()
+        if not torch.allclose(twice, offset + 2 * h, rtol=1e-3, atol=1e-3):
+            raise CollectionError(
+                f"{self.name}: {type(self.norm.module).__name__} is not linear in its gain, so it cannot be fitted; use norms: anchor."
+            )
+
+
+class NormSolver:
+    """Fits gains and biases against an anchor's tensors."""
+
+    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource):
+        self.settings, self.inputs, self.anchor = plan.settings, inputs, anchor
+
+    def accumulator(self, norm: Norm, t: int, dtype: torch.dtype) -> NormAccumulator:
+        expert, base = (
+            [None if name is None else self.inputs.load(source, name).to(dtype) for name in (norm.weight, norm.bias)]
+            for source in (self.inputs.experts[t], self.inputs.base)
+        )
+        return NormAccumulator(norm, expert, base)
+
+    def solve(self, stage: str, norm: Norm, measured: Sequence[NormAccumulator], out: Solved) -> None:
+        """Raises `EmptyCalibrationError`, `ConfigError`."""
+        inputs, tasks = self.inputs, len(measured)
+        for own in measured:
+            if own.rows == 0:
+                raise EmptyCalibrationError(
+                    f"{norm.name}: no rows were measured; give calibration data that is not all padding."
+                )
+        depth = inputs.depth(norm.weight)
+        alpha = self.settings.alpha_setting.at(norm.weight, depth, tasks)
+        scale = self.settings.scale_setting.at(norm.weight, depth, tasks)
+        energies = [own.change / own.rows for own in measured]
+        given = self.settings.task_weights
+        betas = drift_task_weights(
+            given if isinstance(given, str) else inputs.ordered(given), energies, tasks, norm.name
+        )
+        gain = inputs.load(self.anchor, norm.weight).double()
+        bias = torch.zeros_like(gain) if norm.bias is None else inputs.load(self.anchor, norm.bias).double()
+        shares = [beta / own.rows for beta, own in zip(betas, measured, strict=True)]
+        hh, h, hz, z = (
+            sum(share * getattr(own, key) for share, own in zip(shares, measured, strict=True))
+            for key in ("hh", "h", "hz", "z")
+        )
+        assert isinstance(hh, Tensor) and isinstance(h, Tensor) and isinstance(hz, Tensor) and isinstance(z, Tensor)
+        ones = sum(betas)
+        fits_bias = norm.bias is not None
+        mean = float(hh.mean())
+        ridge = (
+            math.inf
+            if alpha == math.inf
+            else relative_ridge(alpha, (mean + ones) if fits_bias else mean, 1 + fits_bias)
+        )
+        fitted_gain, fitted_bias = gain, bias
+        if ridge != math.inf:
+            r_gain, r_bias = hz - gain * hh - bias * h, z - gain * h - bias * ones
+            a, d = hh + ridge, ones + ridge
+            if fits_bias:
+                determinant = a * d - h * h
+                fitted_gain = gain + (d * r_gain - h * r_bias) / determinant
+                fitted_bias = bias + (a * r_bias - h * r_gain) / determinant
+            else:
+                fitted_gain = gain + r_gain / a
+        residuals = (
+            tuple(self._listed(relative_residuals([_misfit(own, *pair) for own in measured], energies)))
+            for pair in ((gain, bias), (fitted_gain, fitted_bias))
+        )
+        names = (norm.weight.removesuffix(".weight"),)
+        out.inputs.append(InputRecord(stage, names, alpha, ridge, 0.0, tuple(self._listed(betas)), *residuals))
+        for name, fitted in ((norm.weight, fitted_gain), (norm.bias, fitted_bias)):
+            if name is not None:
+                base = inputs.load(inputs.base, name)
+                merged = fitted.to(base.dtype)
+                out.tensors[name] = merged if scale == 1 else base + scale * (merged - base)
+
+    def _listed(self, values: Sequence) -> list:
+        listed = dict(zip(self.inputs.order, values, strict=True))
+        return [listed[t] for t in range(len(listed))]
+
+
+def _misfit(own: NormAccumulator, gain: Tensor, bias: Tensor) -> float:
+    """`sum over features of mean (g h + b - z)^2`."""
+    squares = gain.square() * own.hh + own.rows * bias.square() + own.zz
+    mixed = gain * bias * own.h - gain * own.hz - bias * own.z
+    return max(0.0, float((squares + 2 * mixed).sum())) / own.rows

@@ -1,0 +1,197 @@
+"""A sequential merge that was stopped, however it was stopped, goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from bmm_engine import merge_sequential
+from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
+from bmm_engine.locks import LockFile
+from bmm_engine.sequential.state import Sweep
+from tests.tiny import family, make_batches
+
+KILLS = int(os.environ.get("BMM_KILLS", "2"))
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.fixture
+def models(tmp_path):
+    _, _, base, experts = family("llama", tmp_path / "models")
+    return base, experts, [make_batches("llama", 10 + t) for t in range(2)]
+
+
+def stop_after(monkeypatch, count):
+    """Die once `count` stages are finished."""
+    publish, left = Sweep.publish, [count]
+
+    def stopping(self, *args):
+        if left[0] == 0:
+            raise StoppedError
+        left[0] -= 1
+        return publish(self, *args)
+
+    monkeypatch.setattr(Sweep, "publish", stopping)
+
+
+@pytest.mark.parametrize("options", [{}, {"hidden_memory": 0, "norms": "fit"}, {"hidden_dtype": "bfloat16"}])
+def test_it_goes_on_after_the_last_finished_block(models, tmp_path, monkeypatch, options):
+    whole = merge_sequential(*models, sweeps=2, output=tmp_path / "whole", **options)
+    # Before the blocks, two blocks, and, where there is something to solve, after them.
+    stages = 2 * (3 + any(r.stage == "after the blocks" for r in whole.inputs))
+    for count in range(stages):
+        with monkeypatch.context() as patch:
+            stop_after(patch, count)
+            with pytest.raises(StoppedError):
+                merge_sequential(*models, sweeps=2, output=tmp_path / "parts", **options)
+        assert not (tmp_path / "parts").exists()
+        finished = sorted(p.name for p in (tmp_path / "parts.walk").glob("sweep-*/stage-*"))
+        said = []
+        parts = merge_sequential(*models, sweeps=2, output=tmp_path / "parts", report=said.append, **options)
+        assert weights(tmp_path / "parts") == weights(tmp_path / "whole"), count
+        assert [r.after for r in parts.inputs] == [r.after for r in whole.inputs]
+        assert len(finished) == count
+        assert not (tmp_path / "parts.walk").exists()
+        subprocess.run(["rm", "-r", tmp_path / "parts"], check=True)
+
+
+def test_what_is_finished_is_not_done_again(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(StoppedError):
+            merge_sequential(*models, output=tmp_path / "out")
+    from bmm_engine.sequential.modules import ModuleSolver
+
+    solved, solve = [], ModuleSolver.solve
+    monkeypatch.setattr(
+        ModuleSolver, "solve", lambda self, stage, *rest: (solved.append(stage), solve(self, stage, *rest))[1]
+    )
+    said = []
+    merge_sequential(*models, output=tmp_path / "out", report=said.append)
+    assert said[0] == "going on after model.layers.0"
+    assert set(solved) == {"model.layers.1"}
+
+
+def test_another_merge_is_refused_and_nothing_of_the_first_is_lost(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(StoppedError):
+            merge_sequential(*models, output=tmp_path / "out")
+    before = sorted(p.relative_to(tmp_path) for p in (tmp_path / "out.walk").rglob("*"))
+    base, experts, batches = models
+    for what, change in (
+        ("alpha", {"alpha": 0.5}),
+        ("anchor", {"anchor": "ties"}),
+        ("experts", {"experts": experts[::-1]}),
+        ("calibration", {"batches": batches[::-1]}),
+        ("fit_bias", {"fit_bias": False}),
+    ):
+        given = {"experts": experts, "batches": batches, **change}
+        with pytest.raises(ConfigError, match=rf"unfinished sequential merge with another .*{what}"):
+            merge_sequential(base, given.pop("experts"), given.pop("batches"), output=tmp_path / "out", **given)
+    assert before == sorted(p.relative_to(tmp_path) for p in (tmp_path / "out.walk").rglob("*"))
+
+
+def test_a_second_process_is_refused(models, tmp_path):
+    folder = tmp_path / "out.walk"
+    folder.mkdir()
+    lock = LockFile.open(folder / "lock", create=True)
+    assert lock.acquire(0)
+    try:
+        with pytest.raises(OutputExistsError, match=f"process {os.getpid()} is at work"):
+            merge_sequential(*models, output=tmp_path / "out")
+    finally:
+        lock.close()
+
+
+def test_hidden_states_that_are_not_as_they_were_written_are_found_out(models, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(StoppedError):
+            merge_sequential(*models, output=tmp_path / "out")
+    (file,) = (tmp_path / "out.walk").glob("sweep-1/stage-001/merged-0.bin")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"merged-0\.bin: does not hold what was written.*Remove the folder"):
+        merge_sequential(*models, output=tmp_path / "out")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_a_full_disk_is_reported_and_what_is_finished_is_kept(models, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount here")
+    try:
+        with pytest.raises(OutputWriteError, match="Free some space"):
+            merge_sequential(*models, output=small / "out", hidden_memory=0)
+        assert not (small / "out").exists()
+        subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
+        merge_sequential(*models, output=small / "out", hidden_memory=0)
+        merge_sequential(*models, output=tmp_path / "whole")
+        assert weights(small / "out") == weights(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    family("bert", tmp_path)
+    for t in range(2):
+        batches = make_batches("bert", 10 + t, 12)
+        save_file({k: torch.cat([b[k] for b in batches]) for k in batches[0]}, tmp_path / f"data-{t}.safetensors")
+    recipe = {
+        "base": "base",
+        "experts": [{"model": f"expert-{t}", "calibration": f"data-{t}.safetensors"} for t in range(2)],
+        "anchor": "tsv_m",
+        "calibration": {"batch_size": 1},
+        "sequential": {"sweeps": 3, "norms": "fit"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(tmp_path)
+    command = [
+        sys.executable,
+        "-c",
+        "from bmm_engine.cli import main; main()",
+        "merge",
+        "recipe.yaml",
+        "--sequential",
+        "--json",
+    ]
+
+    def start(output):
+        return subprocess.Popen([*command, "-o", output], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    started = time.monotonic()
+    out, err = start("whole").communicate(timeout=120)
+    assert out, err
+    duration, rng = time.monotonic() - started, random.Random(KILLS)
+    for _ in range(KILLS):
+        process = start("parts")
+        time.sleep(rng.uniform(0.4, 1.0) * duration)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        subprocess.run(["rm", "-rf", "parts"], check=True)  # where it was done already
+    out, err = start("parts").communicate(timeout=120)
+    assert json.loads(out)["solved_modules"] == 13, err
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert not (tmp_path / "parts.walk").exists()
