@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from bmm_engine.merging import MergeResult, merge, plan_merge
 from bmm_engine.plan import MergePlan, MergeSettings, given_task_weights
 from bmm_engine.posterior import Posterior
 from bmm_engine.recipe import Recipe
+from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.run import merge_sequential
 
 
@@ -31,6 +32,12 @@ def settings_of(recipe: Recipe) -> MergeSettings:
         fit_bias=bool(recipe.fit_bias),
         device=recipe.device,
     )
+
+
+def sequential_options(recipe: Recipe) -> SequentialOptions:
+    """The part of a recipe that decides how the mode sequential walks. Raises `ConfigError`."""
+    own = recipe.sequential.model_dump()
+    return SequentialOptions(fit_bias=bool(recipe.fit_bias), walk_dtype=recipe.calibration.dtype, **own)
 
 
 def plan_recipe(recipe: Recipe, *, local_files_only: bool = False) -> MergePlan:
@@ -124,18 +131,9 @@ def prepare_recipe(
             "normalization": settings.normalization,
         }
         return PreparedMerge({**common, **plain})
-    options = recipe.sequential
-    walked = {
-        "batches": calibration_batches(recipe, models),
-        "fit_bias": settings.fit_bias,
-        "norms": options.norms,
-        "sweeps": options.sweeps,
-        "blocks": options.blocks,
-        "walk_dtype": recipe.calibration.dtype,
-        "hidden_memory": options.hidden_memory,
-        "hidden_dtype": options.hidden_dtype,
-        "report": report,
-    }
+    options = sequential_options(recipe)
+    walked = {f.name: getattr(options, f.name) for f in fields(options)}
+    walked |= {"batches": calibration_batches(recipe, models), "report": report}
     return PreparedMerge({**common, **walked}, sequential=True)
 
 

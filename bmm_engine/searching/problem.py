@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective
 from bmm_engine.searching.space import Candidate, SearchGroup, Space, common_value, module_groups, weighting_label
 from bmm_engine.sections import SearchRecipe
+from bmm_engine.sequential.options import SequentialOptions
+from bmm_engine.sequential.run import merge_sequential
 from bmm_engine.sources import Model
 
 DEFAULT_ALPHA = 0.03
@@ -48,8 +50,19 @@ class Tasks(Protocol):
 
 
 @dataclass(frozen=True)
+class Walking:
+    """How trials walk through the network, in the mode sequential; `batches` makes every expert's calibration data where a trial runs."""
+
+    batches: Callable[[], Sequence[Sequence[Any]]]
+    options: SequentialOptions
+
+
+@dataclass(frozen=True)
 class Problem:
-    """Everything that a search needs to know of the models. `anchors`: label -> (rule, parameters), the default first; `grams` as in `merge`."""
+    """Everything that a search needs to know of the models. `anchors`: label -> (rule, parameters), the default first; `grams` as in `merge`.
+
+    `walking`: in the mode sequential, where the settings' `gram_source` is "task_vectors", so that modules are planned one by one.
+    """
 
     base: Model
     experts: tuple[Model, ...]
@@ -60,12 +73,14 @@ class Problem:
     grams: Any = "task_vectors"
     options: dict[str, Any] = field(default_factory=dict)  # of `merge`: modules, keep_base, vocabulary, ...
     objective: Objective | None = None  # where it is a callable that no recipe names
+    walking: Walking | None = None
 
     @cached_property
     def plan(self) -> MergePlan:
         """All modules that a candidate may solve: the recipe's own, at any finite ridge."""
         finite = replace(self.settings, alpha=DEFAULT_ALPHA)
-        plan = plan_merge(self.base, self.experts, grams=self.grams, settings=finite, **self.options)
+        grams = self.grams if self.walking is None else "task_vectors"
+        plan = plan_merge(self.base, self.experts, grams=grams, settings=finite, **self.options)
         if not plan.groups:
             raise ConfigError("a search needs linear modules to solve, and the recipe leaves none. See `bmm inspect`.")
         return plan
@@ -145,6 +160,16 @@ class Problem:
             **self.options,
         )
         return found.tensors or {}
+
+    def merge(self, candidate: Candidate) -> dict[str, Tensor]:
+        """The merge that the candidate stands for, in memory. Raises as `merge` and `merge_sequential`."""
+        arguments = {**self.settings_of(candidate), **self.options, "device": self.settings.device, "progress": False}
+        if self.walking is None:
+            return merge(self.base, self.experts, grams=self.grams, **arguments).tensors or {}
+        batches, options = self.walking.batches(), self.walking.options
+        walked = {f.name: getattr(options, f.name) for f in fields(options)}
+        result = merge_sequential(self.base, self.experts, batches, grams=self.grams, **walked, **arguments)
+        return result.tensors or {}
 
     def settings_of(self, candidate: Candidate) -> dict[str, Any]:
         """A candidate as the arguments of `merge` that it stands for: anchor, its parameters, alpha, scale, task weights."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bmm_engine.errors import ConfigError, SearchError
 from bmm_engine.executors import open_executor
+from bmm_engine.identity import batches_digest
 from bmm_engine.measure import Report
-from bmm_engine.merging import merge
 from bmm_engine.pipeline import check_output, run_recipe
 from bmm_engine.plan import MergeSettings, given_task_weights
 from bmm_engine.recipe import Recipe, parse_section
@@ -23,7 +23,7 @@ from bmm_engine.searching.best import best_recipe, write_recipe
 from bmm_engine.searching.driver import Watcher
 from bmm_engine.searching.identity import identity_of, models_of, versions
 from bmm_engine.searching.objective import get_objective, objective_name
-from bmm_engine.searching.problem import FunctionTasks, Problem
+from bmm_engine.searching.problem import FunctionTasks, Problem, Walking
 from bmm_engine.searching.proposer import check_optimizer
 from bmm_engine.searching.recipe_tasks import RecipeTasks
 from bmm_engine.searching.schema import Trial
@@ -33,6 +33,7 @@ from bmm_engine.searching.study import Study
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import RecipeProblem, with_grams
 from bmm_engine.sections import SearchRecipe
+from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sources import Model
 
 
@@ -128,6 +129,8 @@ def search(
     tasks: Sequence[str] | None = None,
     expert_scores: Mapping[str, float] | None = None,
     grams: Any = "task_vectors",
+    batches: Sequence[Sequence[Any]] | None = None,
+    sequential: Mapping[str, Any] | None = None,
     anchor: str = "average",
     anchor_parameters: Mapping[str, Any] | None = None,
     anchors: Sequence[str] = (),
@@ -146,7 +149,9 @@ def search(
 
     `base`: a live model; `experts`: live models (or state dicts or paths, with `expert_scores`). `evaluate(model, task)` returns a number, higher is
     better, or a `Score`; it gets a live copy of the base with a candidate's weights. `tasks`: names, by default one for each expert, and task i
-    is then expert i's; the objective is over score / expert's score. `anchors`: rules to choose from. `options`: of the recipe's section `search`
+    is then expert i's. `batches`: each expert's calibration data, for the mode sequential, in which every trial walks through the network (see
+    `merge_sequential`; `sequential`: its `fit_bias`, `norms`, `sweeps`, `blocks`, `mask`, `hidden_memory`, `hidden_dtype`, `walk_dtype`). The
+    objective is over score / expert's score. `anchors`: rules to choose from. `options`: of the recipe's section `search`
     (trials, minutes, seed, optimizer, groups, depth_bins, ...). `study`: a folder to keep and resume the trials in.
     Raises `ConfigError`, `SearchError`, and what `merge` raises.
     """
@@ -167,6 +172,10 @@ def search(
         task_weights=given_task_weights(task_weights),
         device=device,
     )
+    walking = None
+    if batches is not None:
+        calibration = [list(own) for own in batches]
+        walking = Walking(lambda: calibration, SequentialOptions(**(sequential or {})))
     chosen = {name: (name, dict(anchor_parameters or {}) if name == anchor else {}) for name in (anchors or [anchor])}
     problem = Problem(
         base,
@@ -178,6 +187,7 @@ def search(
         grams,
         {"modules": modules, "keep_base": keep_base},
         function,
+        walking,
     )
     with ExitStack() as stack:
         folder = study if study is not None else stack.enter_context(tempfile.TemporaryDirectory(prefix="bmm-search-"))
@@ -190,6 +200,7 @@ def search(
             "settings": {"alpha": repr(alpha), "scale": repr(scale), "task_weights": repr(settings.task_weights)},
             "grams": settings.gram_source,
             "models": models_of(problem),
+            "sequential": None if walking is None else [*map(batches_digest, calibration), repr(walking.options)],
         }
         kept = stack.enter_context(open_study(study_path, problem, identity, None))
         stack.enter_context(kept.drive())
@@ -197,7 +208,7 @@ def search(
         best = session.run()
         candidate = Candidate.from_plain(best.parameters)
         arguments = problem.settings_of(candidate)
-        merged = merge(base, experts, grams=grams, progress=False, device=device, **arguments, **problem.options)
+        merged = problem.merge(candidate)
         session.finish(best, None)
         return SearchResult(
             best,
@@ -207,7 +218,7 @@ def search(
             len(kept.trials()),
             session.seconds,
             study=None if study is None else study_path,
-            tensors=merged.tensors,
+            tensors=merged,
         )
 
 

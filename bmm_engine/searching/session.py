@@ -32,11 +32,12 @@ class Prepared:
 
 
 def prepare(problem: Problem, opener: Opener, executor: Executor) -> Prepared:
-    """Merge with every anchor, and decompose every group (which free task weights would make useless: then only the anchors)."""
+    """Merge with every anchor, and decompose every group (which free task weights, or a walk for each trial, would make useless: then only the
+    anchors)."""
     started = time.perf_counter()
     anchors = {label: problem.anchor_tensors(label) for label in problem.anchors}
     tensors, groups = common_tensors(problem, anchors), []
-    if not problem.space.free_tasks:
+    if problem.walking is None and not problem.space.free_tasks:
         shared = executor.share({name: t for name, t in tensors.items() if name.startswith("a ")})
         for group, own in make_factors(executor, opener, problem, shared):
             groups.append(group)
@@ -70,10 +71,7 @@ class Session:
         normalized(experts, experts)  # an expert that scores nothing is found out before anything else is computed
         if self._prepared is None:
             self._prepared = prepare(self.problem, self.opener, self.executor)
-            self.report(
-                f"{len(self.problem.modules)} modules with {len(self.problem.plan.groups)} inputs factored in {self._prepared.seconds:.1f} s,"
-                f" {len(self.problem.groups)} search groups"
-            )
+            self.report(self._plan())
         if self.study.fact("alignment") is None and self._prepared.groups:
             self.study.set_fact("alignment", plain_alignment(self._prepared.groups, self._expert_labels()))
         driver = self._driver(experts)
@@ -81,6 +79,18 @@ class Session:
         self.seconds = driver.clock.seconds
         self._judge(best)
         return best
+
+    def _plan(self) -> str:
+        """What was prepared, and what a trial costs."""
+        assert self._prepared is not None
+        seconds, modules, groups = self._prepared.seconds, len(self.problem.modules), len(self.problem.groups)
+        if self.problem.walking is not None:
+            return (
+                f"mode sequential: {groups} search groups; every trial walks through the network and solves {modules} modules anew, which takes"
+                " about as long as the merge itself (only the experts' passes are kept after the first)"
+            )
+        inputs = len(self.problem.plan.groups)
+        return f"{modules} modules with {inputs} inputs factored in {seconds:.1f} s, {groups} search groups"
 
     def _driver(self, experts: Mapping[str, float]) -> Driver:
         proposer = Proposer(

@@ -20,10 +20,10 @@ from types import TracebackType
 from typing import Any, Literal
 
 from bmm_engine.errors import ConfigError, StudyBusyError, StudyError, StudyExistsError
+from bmm_engine.locks import LockFile
 from bmm_engine.scores import Score
 from bmm_engine.searching.canonical import digest, dumps, first_difference, plain
 from bmm_engine.searching.database import BUSY_S, Database, create_database
-from bmm_engine.locks import LockFile
 from bmm_engine.searching.schema import IN_FLIGHT, KINDS, TOLD, Trial, insert_scores, select_trials
 
 DATABASE = "trials.sqlite"

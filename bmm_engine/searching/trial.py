@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ class Bar:
     credit: Mapping[str, float]
     experts: Mapping[str, float]
     order: tuple[str, ...]
+
+
+class CandidateWriter(Protocol):
+    """Writes candidates into the live models' tensors."""
+
+    def write(self, candidate: Candidate) -> None:
+        """Every tensor of the merge that the candidate stands for."""
+        ...
 
 
 class Writer:
@@ -124,7 +133,7 @@ class TrialRunner:
     """Runs trials on one set of live models. `tick` is called between tasks: a driver in the same process sees to its affairs there."""
 
     live: LiveModels
-    writer: Writer | FreeWriter
+    writer: CandidateWriter
     evaluator: Evaluator
     objective: Objective
     tick: Callable[[], None] = field(default=lambda: None)

@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmm_engine.anchors import get_anchor
 from bmm_engine.calibration import read_calibration
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators import Evaluator
 from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
 from bmm_engine.factors import FactorGroup, FactorMaker, Factors
-from bmm_engine.measure import Models, Report, collect_from_checkpoint
+from bmm_engine.measure import Models, Report, calibration_batches, collect_from_checkpoint
 from bmm_engine.parallel import in_order, share_of_memory
-from bmm_engine.pipeline import settings_of
+from bmm_engine.pipeline import sequential_options, settings_of
 from bmm_engine.recipe import Recipe
 from bmm_engine.scores import Score
-from bmm_engine.searching.problem import Problem, Tasks, anchor_choices
+from bmm_engine.searching.problem import Problem, Tasks, Walking, anchor_choices
 from bmm_engine.searching.recipe_tasks import RecipeTasks
+from bmm_engine.searching.sequential_trial import SequentialWriter
 from bmm_engine.searching.space import Candidate
-from bmm_engine.searching.trial import Bar, FreeWriter, Outcome, TrialRunner, Writer
+from bmm_engine.searching.trial import Bar, CandidateWriter, FreeWriter, Outcome, TrialRunner, Writer
 
 Opener = Callable[[], Problem]
 
@@ -38,11 +40,15 @@ class RecipeProblem:
 
     def __call__(self) -> Problem:
         recipe, models = self.recipe, Models(self.local_files_only)
-        measured = recipe.gram_source != "task_vectors"
+        measured = wants_grams(recipe)
+        settings, walking = settings_of(recipe), None
+        if recipe.mode == "sequential":
+            settings = replace(settings, gram_source="task_vectors", fit_bias=False)
+            walking = Walking(partial(calibration_batches, recipe, models), sequential_options(recipe))
         return Problem(
             base=models.get(recipe.base),
             experts=tuple(models.get(e.model) for e in recipe.experts),
-            settings=settings_of(recipe),
+            settings=settings,
             tasks=RecipeTasks(recipe, self.local_files_only),
             search=recipe.search,
             anchors=anchor_choices(recipe),
@@ -54,7 +60,15 @@ class RecipeProblem:
                 "fishers": [e.fisher for e in recipe.experts if e.fisher is not None],
                 "local_files_only": self.local_files_only,
             },
+            walking=walking,
         )
+
+
+def wants_grams(recipe: Recipe) -> bool:
+    """Does a search need measured Grams? In the mode sequential only for anchors that do."""
+    if recipe.mode == "plain":
+        return recipe.gram_source != "task_vectors"
+    return any(get_anchor(rule).needs_grams for rule, _ in anchor_choices(recipe).values())
 
 
 # Grams
@@ -72,7 +86,7 @@ def collect_grams_of(state: Any, recipe: Recipe, index: int, path: str, local_fi
 
 def with_grams(recipe: Recipe, folder: Path, executor: Executor, local_files_only: bool, report: Report) -> Recipe:
     """The recipe with a Gram file for every expert: those that are lacking are measured, one expert for each worker, and kept in `folder`."""
-    if recipe.gram_source == "task_vectors":
+    if not wants_grams(recipe):
         return recipe
     experts = [
         e if e.grams is not None else e.model_copy(update={"grams": str(folder / "grams" / f"{i}.safetensors")})
@@ -147,8 +161,10 @@ def open_runner(
     evaluator = problem.tasks.evaluator(split)
     if evaluator is None:
         raise AssertionError(f"no data for {split}")
-    writer: Writer | FreeWriter
-    if not problem.space.free_tasks:
+    writer: CandidateWriter
+    if problem.walking is not None:
+        writer = SequentialWriter(problem, live, factors, device)
+    elif not problem.space.free_tasks:
         writer = Writer(live, factors, problem.groups)
     else:
         plan = replace(problem.plan, settings=replace(problem.plan.settings, device=device))

@@ -82,9 +82,10 @@ class HiddenFile:
         with self.path.open("rb") as file:
             file.seek(entry.offset)
             if file.readinto(data) != len(data) or zlib.crc32(data) != entry.checksum:
+                folder = self.path.parents[2]  # FOLDER/sweep-1/stage-003/expert-0.bin
                 raise CheckpointError(
-                    f"{self.path}: does not hold what was written there, perhaps for a crash of the machine. Remove the folder {self.path.parent.parent}"
-                    " and merge again."
+                    f"{self.path}: does not hold what was written there, perhaps for a crash of the machine. Remove the folder {folder} and merge"
+                    " again."
                 )
         return torch.frombuffer(data, dtype=self.dtype).reshape(entry.shape)
 

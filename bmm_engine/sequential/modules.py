@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,10 +41,8 @@ class Part:
     @property
     def outputs(self) -> list[slice]:
         """Where each member's outputs are in the stack of all."""
-        stops = [0]
-        for module in self.members:
-            stops.append(stops[-1] + module.out_features)
-        return [slice(*pair) for pair in zip(stops, stops[1:], strict=False)]
+        stops = list(accumulate(module.out_features for module in self.members))
+        return [slice(stop - m.out_features, stop) for stop, m in zip(stops, self.members, strict=True)]
 
 
 class ModuleSolver:
@@ -50,14 +50,17 @@ class ModuleSolver:
 
     def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource, *, fit_bias: bool):
         self.settings, self.inputs, self.anchor, self.fit_bias = plan.settings, inputs, anchor, fit_bias
-        self._alphas = {m.name: group.alpha for group in plan.groups for m in group.members}
         self._merged = set(plan.alignment.merged)
 
     def parts(self, modules: Sequence[LinearModule]) -> list[Part]:
+        """What is to be solved of `modules`; those at an infinite ridge are the anchor's."""
         found: dict[tuple[float, bool], list[LinearModule]] = {}
         for module in modules:
+            depth, count = self.inputs.depth(module.weight), len(self.inputs.experts)
+            alpha = self.settings.alpha_setting.at(module.weight, depth, count)
             with_bias = self.fit_bias and module.has_bias and module.bias in self._merged
-            found.setdefault((self._alphas[module.name], with_bias), []).append(module)
+            if alpha != math.inf:
+                found.setdefault((alpha, with_bias), []).append(module)
         return [Part(tuple(members), *key) for key, members in found.items()]
 
     def accumulator(self, parts: Sequence[Part], t: int, dtype: torch.dtype) -> Accumulator:
@@ -76,11 +79,14 @@ class ModuleSolver:
         )
 
     def solve(self, stage: str, parts: Sequence[Part], measured: list[Accumulator], out: Solved) -> None:
-        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`. Empties `measured`."""
+        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`.
+
+        Empties `measured`: moments with a bias are a copy.
+        """
         for part in parts:
             moments: list[TaskMoments] = []
             for t in range(len(measured)):
-                own = measured[t] if part is not parts[-1] else measured.pop(0)  # its moments may be a copy
+                own = measured[t] if part is not parts[-1] else measured.pop(0)
                 moments.append(own.moments(with_bias=part.with_bias))
                 del own
             self._solve_part(stage, part, moments, out)
@@ -90,7 +96,7 @@ class ModuleSolver:
         energies = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
         betas = drift_task_weights(self._given_weights(), energies, len(moments), name)
         factor = drift_factor(moments, betas, alpha=part.alpha, name=name)
-        assert factor is not None, "modules at alpha = inf are in no plan"
+        assert factor is not None, "no part is at an infinite ridge"
         before, after = ([0.0] * len(moments) for _ in range(2))
         listed = tuple(self._listed(betas))
         for module, outputs in zip(part.members, part.outputs, strict=True):
@@ -137,12 +143,13 @@ class ModuleSolver:
 
 
 class Waiting:
-    """Rows on their way into an accumulator (anything with `width`, `name`, `update`), some batches at a time: its kernels read and write all of the moments for each call."""
+    """Rows on their way into an accumulator (anything with `width`, `name`, `update`), some batches at a time: its kernels read and write all
+    of the moments for each call."""
 
     BYTES = 16 * 2**20
 
-    def __init__(self, accumulator: Any, dtype: torch.dtype, device: torch.device, backend: str):
-        self.accumulator, self.backend = accumulator, backend
+    def __init__(self, accumulator: Any, dtype: torch.dtype, device: torch.device):
+        self.accumulator = accumulator
         rows = max(1, self.BYTES // (accumulator.width * dtype.itemsize))
         self._expert, self._merged = (
             torch.empty(rows, accumulator.width, dtype=dtype, device=device) for _ in range(2)
@@ -155,7 +162,7 @@ class Waiting:
         keep = row_mask(name, merged, mask)
         if expert.shape != merged.shape or merged.shape[-1] != width or merged.dtype != self._merged.dtype:
             self.flush()
-            self.accumulator.update(kept_rows(name, expert, mask), kept_rows(name, merged, mask), backend=self.backend)
+            self.accumulator.update(kept_rows(name, expert, mask), kept_rows(name, merged, mask))
             return
         chosen = torch.arange(merged.numel() // width, device=merged.device) if keep is None else keep.nonzero()[:, 0]
         for rows in chosen.split(self._merged.shape[0]):
@@ -169,4 +176,4 @@ class Waiting:
     def flush(self) -> None:
         rows = slice(0, self._filled)
         self._filled = 0
-        self.accumulator.update(self._expert[rows], self._merged[rows], backend=self.backend)
+        self.accumulator.update(self._expert[rows], self._merged[rows])

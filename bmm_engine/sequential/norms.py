@@ -127,50 +127,58 @@ class NormSolver:
         scale = self.settings.scale_setting.at(norm.weight, depth, tasks)
         energies = [own.change / own.rows for own in measured]
         given = self.settings.task_weights
-        betas = drift_task_weights(
-            given if isinstance(given, str) else inputs.ordered(given), energies, tasks, norm.name
-        )
+        given = given if isinstance(given, str) else inputs.ordered(given)
+        betas = drift_task_weights(given, energies, tasks, norm.name)
         gain = inputs.load(self.anchor, norm.weight).double()
         bias = torch.zeros_like(gain) if norm.bias is None else inputs.load(self.anchor, norm.bias).double()
-        shares = [beta / own.rows for beta, own in zip(betas, measured, strict=True)]
-        hh, h, hz, z = (
-            sum(share * getattr(own, key) for share, own in zip(shares, measured, strict=True))
-            for key in ("hh", "h", "hz", "z")
-        )
-        assert isinstance(hh, Tensor) and isinstance(h, Tensor) and isinstance(hz, Tensor) and isinstance(z, Tensor)
-        ones = sum(betas)
-        fits_bias = norm.bias is not None
-        mean = float(hh.mean())
-        ridge = (
-            math.inf
-            if alpha == math.inf
-            else relative_ridge(alpha, (mean + ones) if fits_bias else mean, 1 + fits_bias)
-        )
-        fitted_gain, fitted_bias = gain, bias
-        if ridge != math.inf:
-            r_gain, r_bias = hz - gain * hh - bias * h, z - gain * h - bias * ones
-            a, d = hh + ridge, ones + ridge
-            if fits_bias:
-                determinant = a * d - h * h
-                fitted_gain = gain + (d * r_gain - h * r_bias) / determinant
-                fitted_bias = bias + (a * r_bias - h * r_gain) / determinant
-            else:
-                fitted_gain = gain + r_gain / a
-        residuals = (
+        fitted_gain, fitted_bias, ridge = fit_norm(gain, bias, measured, betas, alpha, norm.bias is not None)
+        before, after = (
             tuple(self._listed(relative_residuals([_misfit(own, *pair) for own in measured], energies)))
             for pair in ((gain, bias), (fitted_gain, fitted_bias))
         )
-        names = (norm.weight.removesuffix(".weight"),)
-        out.inputs.append(InputRecord(stage, names, alpha, ridge, 0.0, tuple(self._listed(betas)), *residuals))
+        names, listed = (norm.weight.removesuffix(".weight"),), tuple(self._listed(betas))
+        out.inputs.append(InputRecord(stage, names, alpha, ridge, 0.0, listed, before, after))
         for name, fitted in ((norm.weight, fitted_gain), (norm.bias, fitted_bias)):
             if name is not None:
                 base = inputs.load(inputs.base, name)
                 merged = fitted.to(base.dtype)
-                out.tensors[name] = merged if scale == 1 else base + scale * (merged - base)
+                out.tensors[name] = merged if scale == 1 or ridge == math.inf else base + scale * (merged - base)
 
     def _listed(self, values: Sequence) -> list:
         listed = dict(zip(self.inputs.order, values, strict=True))
         return [listed[t] for t in range(len(listed))]
+
+
+def fit_norm(
+    gain: Tensor,
+    bias: Tensor,
+    measured: Sequence[NormAccumulator],
+    task_weights: Sequence[float],
+    alpha: float,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, float]:
+    """Gain and bias (in,) solved towards those of the anchor, with or without the bias, and the ridge; float64."""
+    if alpha == math.inf:
+        return gain, bias, math.inf
+    shares = [beta / own.rows for beta, own in zip(task_weights, measured, strict=True)]
+
+    def total(key: str) -> Tensor:
+        return torch.stack([share * getattr(own, key) for share, own in zip(shares, measured, strict=True)]).sum(0)
+
+    hh, h, ones = total("hh"), total("h"), sum(task_weights)
+    mean = float(hh.mean())
+    ridge = relative_ridge(alpha, mean + ones, 2) if with_bias else relative_ridge(alpha, mean, 1)
+    to_gain = total("hz") - gain * hh - bias * h
+    if not with_bias:
+        return gain + to_gain / (hh + ridge), bias, ridge
+    to_bias = total("z") - gain * h - bias * ones
+    a, d = hh + ridge, ones + ridge
+    determinant = a * d - h * h
+    return (
+        gain + (d * to_gain - h * to_bias) / determinant,
+        bias + (a * to_bias - h * to_gain) / determinant,
+        ridge,
+    )
 
 
 def _misfit(own: NormAccumulator, gain: Tensor, bias: Tensor) -> float:

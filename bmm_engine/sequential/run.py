@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import bmm_engine
 from bmm_engine.align import float_dtype
-from bmm_engine.checkpoint import Checkpoint, CheckpointWriter, InputRecords, StateDictSource, TensorSource, parse_size
+from bmm_engine.checkpoint import Checkpoint, CheckpointWriter, InputRecords, StateDictSource, TensorSource
 from bmm_engine.checkpoint.compose import checkpoints_of
-from bmm_engine.collect import Mask, placement
+from bmm_engine.collect import Mask
 from bmm_engine.errors import ConfigError, OutputExistsError
 from bmm_engine.fisher import FisherSet
 from bmm_engine.identity import as_texts, batches_digest, model_digest
 from bmm_engine.locks import LockFile
 from bmm_engine.merging import MergeResult, plan_merge, run_stream, tensors_of
-from bmm_engine.output import Target, inputs_of, output_specs, parse_dtype, recipe_of, write_sidecars
+from bmm_engine.output import Target, inputs_of, output_specs, recipe_of, write_sidecars
 from bmm_engine.plan import MergePlan, MergeSettings, given_task_weights
 from bmm_engine.progress import track
-from bmm_engine.sequential.skeleton import Skeleton, architecture
+from bmm_engine.sequential.options import SequentialOptions
+from bmm_engine.sequential.skeleton import Skeleton
 from bmm_engine.sequential.state import Merged, Sweep, open_folder, writing
-from bmm_engine.sequential.walk import Report, SequentialWalk, WalkOptions
+from bmm_engine.sequential.walk import Report, SequentialWalk
 from bmm_engine.sources import Model
 from bmm_engine.stream import MergeStream, Piece, row_slabs
 
@@ -88,10 +88,7 @@ def merge_sequential(
 
     Raises what `merge` and `collect_grams` raise.
     """
-    if not (isinstance(sweeps, int) and sweeps >= 1):
-        raise ConfigError(f"sweeps must be a whole number >= 1, not {sweeps!r}.")
-    if norms not in ("anchor", "fit"):
-        raise ConfigError(f"norms must be 'anchor' or 'fit', not {norms!r}.")
+    options = SequentialOptions(fit_bias, norms, sweeps, blocks, mask, walk_dtype, hidden_memory, hidden_dtype)
     calibration = [list(own) for own in batches]
     if len(calibration) != len(experts):
         raise ConfigError(
@@ -105,30 +102,19 @@ def merge_sequential(
         task_weights=given_task_weights(task_weights),
         device=device,
     )
-    options: dict[str, Any] = {
+    planned: dict[str, Any] = {
         "modules": [modules] if isinstance(modules, str) else list(modules) if modules is not None else None,
         "keep_base": list(keep_base),
         "vocabulary": vocabulary,
         "fishers": fishers,
         "local_files_only": local_files_only,
     }
-    plan = plan_merge(base, experts, settings=settings, **options)
+    plan = plan_merge(base, experts, settings=settings, **planned)
     needed = "task_vectors" if isinstance(grams, str) else "data"
     prior = replace(settings, alpha=math.inf, scale=1.0, task_weights="none", gram_source=needed)
-    anchor_plan = plan_merge(base, experts, grams=grams, settings=prior, **options)
+    anchor_plan = plan_merge(base, experts, grams=grams, settings=prior, **planned)
     anchor_plan.check_statistics()
-    where = torch.device(device)
-    run_in = parse_dtype(walk_dtype) or (placement(base)[1] if isinstance(base, nn.Module) else torch.float32)
-    skeleton = Skeleton(
-        plan.alignment, architecture(base, plan.alignment, run_in), blocks=blocks, dtype=run_in, device=where
-    )
-    walk_options = WalkOptions(
-        fit_bias=fit_bias,
-        fit_norms=norms == "fit",
-        mask=mask,
-        hidden_memory=parse_size(hidden_memory) if hidden_memory else 0,
-        hidden_dtype=parse_dtype(hidden_dtype),
-    )
+    skeleton = Skeleton.of(base, plan.alignment, options, device)
     specs = output_specs(plan.alignment, dtype)
     target = Path(output).expanduser().resolve() if output is not None else None
     writer = None
@@ -137,27 +123,35 @@ def merge_sequential(
     with ExitStack() as stack:
         folder = None
         if target is not None:
-            identity = _identity(plan, anchor_plan, calibration, walk_options, sweeps, skeleton)
+            identity = _identity(plan, anchor_plan, calibration, options, skeleton)
             folder = stack.enter_context(_taken(walk_folder(target), identity))
-        source: TensorSource = _anchor(anchor_plan, folder, progress)
-        walk = None
-        for number in range(sweeps):
-            sweep = Sweep(None if folder is None else folder / f"sweep-{number + 1}")
-            stack.callback(sweep.close)
-            walk = SequentialWalk(plan, skeleton, source, calibration, sweep, walk_options, report)
-            walk.run(progress)
-            source = Merged(source, sweep)
-        assert walk is not None
-        result = MergeResult(plan, walk.modules, inputs=walk.inputs)
+        prior_source = _anchor(anchor_plan, folder, progress)
+        walks = [
+            SequentialWalk(plan, skeleton, calibration, options, Sweep(folder and folder / f"sweep-{n + 1}"), report)
+            for n in range(options.sweeps)
+        ]
+        source = walk_all(walks, prior_source, stack, progress)
+        result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs)
         if writer is None or folder is None:
             return replace(result, tensors=tensors_of(_written(source, Target(specs), progress), plan))
-        record = recipe if recipe is not None else _recipe(plan, walk_options, sweeps)
+        record = recipe if recipe is not None else _recipe(plan, options)
         with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
             _written(source, Target(specs, writer), progress)
             write_sidecars(writer, plan, inputs.result(), result.summary(), record, dtype)
             path = writer.commit()
         shutil.rmtree(folder)
         return replace(result, path=path)
+
+
+def walk_all(walks: Sequence[SequentialWalk], anchor: TensorSource, stack: ExitStack, progress: bool | None) -> Merged:
+    """Carry out sweeps, each with the result of the one before as its anchor; the result, which lasts as long as `stack`."""
+    source: TensorSource = anchor
+    for walk in walks:
+        stack.callback(walk.sweep.close)
+        walk.run(source, progress)
+        source = Merged(source, walk.sweep)
+    assert isinstance(source, Merged)
+    return source
 
 
 def walk_folder(output: Path) -> Path:
@@ -212,8 +206,7 @@ def _identity(
     plan: MergePlan,
     anchor_plan: MergePlan,
     batches: Sequence[Sequence[Any]],
-    options: WalkOptions,
-    sweeps: int,
+    options: SequentialOptions,
     skeleton: Skeleton,
 ) -> dict[str, Any]:
     """What decides the bits of the result."""
@@ -233,9 +226,9 @@ def _identity(
             "keep_base": alignment.kept,
             "blocks": skeleton.blocks,
             "fit_bias": options.fit_bias,
-            "fit_norms": options.fit_norms,
+            "norms": options.norms,
             "mask": options.mask if isinstance(options.mask, str) else repr(type(options.mask)),
-            "sweeps": sweeps,
+            "sweeps": options.sweeps,
             "walk_dtype": str(skeleton.dtype),
             "hidden_dtype": str(options.hidden_dtype),
             "device": settings.device,
@@ -243,12 +236,12 @@ def _identity(
     )
 
 
-def _recipe(plan: MergePlan, options: WalkOptions, sweeps: int) -> dict[str, Any]:
+def _recipe(plan: MergePlan, options: SequentialOptions) -> dict[str, Any]:
     """What was merged, and how, for the record of a merge that was called from Python."""
     known = {key: value for key, value in recipe_of(plan).items() if key not in ("gram_source", "hybrid_share")}
     return {
         **known,
         "mode": "sequential",
         "fit_bias": options.fit_bias,
-        "sequential": {"norms": "fit" if options.fit_norms else "anchor", "sweeps": sweeps},
+        "sequential": {"norms": options.norms, "sweeps": options.sweeps},
     }

@@ -17,6 +17,7 @@ from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.checkpoint.names import change_prefix
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.live import live_names
+from bmm_engine.sequential.options import SequentialOptions
 
 Load = Callable[[str], Tensor]
 
@@ -50,6 +51,13 @@ class Skeleton:
                 f"{alignment.base.label}: its files hold no tensor for {inside[0]!r} of its architecture {type(model).__name__}, so its blocks cannot"
                 " be run. Save the base whole (save_pretrained)."
             )
+
+    @classmethod
+    def of(cls, base: Any, alignment: Alignment, options: SequentialOptions, device: str) -> Skeleton:
+        """That of a base as `merge_sequential` takes it. Raises `ConfigError`, `CheckpointError`."""
+        dtype = options.run_dtype(base)
+        model = architecture(base, alignment, dtype)
+        return cls(alignment, model, blocks=options.blocks, dtype=dtype, device=torch.device(device))
 
     @property
     def count(self) -> int:

@@ -103,6 +103,11 @@ class Sweep:
         self.finished = number
         return path
 
+    @property
+    def names(self) -> set[str]:
+        """Of solved tensors."""
+        return {*self._solved, *self._files}
+
     def __contains__(self, name: object) -> bool:
         """Is there a solved tensor of that name?"""
         return name in self._solved or name in self._files
@@ -136,6 +141,12 @@ class Merged(TensorSource):
         self.anchor, self.sweep = anchor, sweep
         self.label = f"{anchor.label}, solved"
 
+    @property
+    def solved(self) -> set[str]:
+        """Names of the tensors that are not the anchor's."""
+        below = self.anchor.solved if isinstance(self.anchor, Merged) else set()
+        return below | self.sweep.names
+
     def names(self) -> tuple[str, ...]:
         return self.anchor.names()
 
@@ -166,8 +177,8 @@ def open_folder(folder: Path, identity: Mapping[str, Any]) -> None:
         if differs:
             key = differs[0]
             raise ConfigError(
-                f"{folder}: holds an unfinished sequential merge with another {key} ({found.get(key)!r} there, {identity.get(key)!r} here). Finish that"
-                " one first, or remove the folder to start anew."
+                f"{folder}: holds an unfinished sequential merge with another {key} ({found.get(key)!r} there, {identity.get(key)!r} here). Finish"
+                " that one first, or remove the folder to start anew."
             )
         return
     with writing(folder):

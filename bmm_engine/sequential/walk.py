@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,35 +14,26 @@ from torch import Tensor, nn
 from bmm_engine.architecture import LinearModule, is_head
 from bmm_engine.blocks import BlockWalk, Weighted, before_blocks, without_cache
 from bmm_engine.checkpoint import TensorSource
-from bmm_engine.collect import Mask, evaluating, mask_of, to_device
+from bmm_engine.collect import evaluating, mask_of, to_device
 from bmm_engine.errors import CollectionError, EmptyCalibrationError
 from bmm_engine.inputs import Inputs
 from bmm_engine.memory import release_free_memory
+from bmm_engine.output import parse_dtype
 from bmm_engine.plan import MergePlan
 from bmm_engine.progress import track
 from bmm_engine.sequential.hidden import HiddenStates, Room
-from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
-from bmm_engine.sequential.reading import Reader, Run, SharedInput, shared_inputs
-from bmm_engine.sequential.replay import Replay, finished_parts
-from bmm_engine.sequential.skeleton import Load, Skeleton, reader_of
 from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting
 from bmm_engine.sequential.moments import Accumulator
+from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
+from bmm_engine.sequential.options import SequentialOptions
+from bmm_engine.sequential.reading import Reader, Run, SharedInput, shared_inputs
+from bmm_engine.sequential.reads import ExpertReads
+from bmm_engine.sequential.replay import Replay, finished_parts
+from bmm_engine.sequential.skeleton import Load, Skeleton, reader_of
 from bmm_engine.sequential.state import Sweep
 from bmm_engine.stream import InputRecord, ModuleRecord
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class WalkOptions:
-    """How a walk is made; every field as in `merge_sequential`."""
-
-    fit_bias: bool = True
-    fit_norms: bool = False
-    mask: Mask = "attention_mask"
-    hidden_memory: int = 4 * 2**30
-    hidden_dtype: torch.dtype | None = None
-    backend: str = "auto"
 
 
 class Passage:
@@ -79,23 +70,23 @@ class SequentialWalk:
         self,
         plan: MergePlan,
         skeleton: Skeleton,
-        anchor: TensorSource,
         batches: Sequence[Sequence[Any]],
+        options: SequentialOptions,
         sweep: Sweep,
-        options: WalkOptions,
         report: Report = lambda line: None,
+        reads: ExpertReads | None = None,
     ):
-        """`plan`: of modules one by one (its settings' `gram_source` is "task_vectors"); `batches` by expert, as the plan lists them.
+        """`plan`: of modules one by one (its settings' `gram_source` is "task_vectors"); `batches` by expert, as the plan lists them. `reads`:
+        keeps what the experts read, or has it from an earlier walk over the same experts and batches: then they are not run.
 
-        Raises `EmptyCalibrationError`.
+        Raises `EmptyCalibrationError`, `CollectionError`.
         """
         for t, own in enumerate(batches):
             if not own:
                 raise EmptyCalibrationError(f"expert {t}: its calibration set is empty: no batches.")
         self.skeleton, self.sweep, self.options, self.report = skeleton, sweep, options, report
-        self.anchor, self.model = anchor, skeleton.model
-        self.experts_inputs = Inputs(plan)
-        self.solver = ModuleSolver(plan, self.experts_inputs, anchor, fit_bias=options.fit_bias)
+        self.plan, self.model, self.reads = plan, skeleton.model, reads
+        self.expert_inputs = Inputs(plan)
         self._modules: dict[str, LinearModule] = {}  # by live name
         for module in (m for group in plan.groups for m in group.members):
             live = skeleton.live_module(module.name)
@@ -104,9 +95,9 @@ class SequentialWalk:
                     f"{module.name}: is no module of the live {type(self.model).__name__}; leave it out with `modules`."
                 )
             self._modules[live] = module
-        self._room, dtype = Room(options.hidden_memory), options.hidden_dtype or skeleton.dtype
-        ordered = self.experts_inputs.ordered(batches)
-        readers = [reader_of(plan.alignment, expert) for expert in self.experts_inputs.experts]
+        self._room, dtype = Room(options.hidden_bytes), parse_dtype(options.hidden_dtype) or skeleton.dtype
+        ordered = self.expert_inputs.ordered(batches)
+        readers = [reader_of(plan.alignment, expert) for expert in self.expert_inputs.experts]
         self.experts, self.merged = (
             [
                 Passage(own, read, HiddenStates(f"{whose}-{t}", self._room, dtype, keep=sweep.resumable))
@@ -114,8 +105,7 @@ class SequentialWalk:
             ]
             for whose, reading in (("expert", readers), ("merged", [self._read_merged] * len(readers)))
         )
-        self.norms = NormSolver(plan, self.experts_inputs, anchor)
-        self._norms = self._find_norms(plan) if options.fit_norms else {}
+        self._norms = self._find_norms(plan) if options.norms == "fit" else {}
         self._now = Solved()
         self._left = {*self._modules, *self._norms}
 
@@ -141,8 +131,13 @@ class SequentialWalk:
     def modules(self) -> list[ModuleRecord]:
         return [_as_record(ModuleRecord, raw) for stage in self.sweep.records for raw in stage["modules"]]
 
-    def run(self, progress: bool | None = None) -> None:
-        """Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
+    def run(self, anchor: TensorSource, progress: bool | None = None) -> None:
+        """Solve everything against the tensors of `anchor` (float32 or wider, by the base's names).
+
+        Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
+        self.anchor = anchor
+        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, fit_bias=self.options.fit_bias)
+        self.norms = NormSolver(self.plan, self.expert_inputs, anchor)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_cache(self.model))
@@ -152,6 +147,8 @@ class SequentialWalk:
                 if number > self.sweep.finished and self._left:
                     self._carry_out(number)
                     release_free_memory()
+        if self.reads is not None:
+            self.reads.complete = True
         if never := self._left & set(self._modules):  # a normalisation that is never called stays as the anchor has it
             raise self._never_called(never)
 
@@ -171,7 +168,7 @@ class SequentialWalk:
 
     def _carry_out(self, number: int) -> None:
         self._now = Solved()
-        passages = (*self.experts, *self.merged)
+        passages = self._running
         with self.sweep.stage(number) as folder:
             for passage in passages:
                 passage.hidden.into(folder)
@@ -216,7 +213,7 @@ class SequentialWalk:
         """What the blocks are called with, and the hidden states before the first (unless an earlier walk left later ones)."""
         skeleton, options = self.skeleton, self.options
         first = skeleton.tensor_names(0)
-        for passage in (*self.experts, *self.merged):
+        for passage in self._running:
             tensors = {**skeleton.outside(passage.read), **skeleton.load(first, passage.read)}
             passage.walk = BlockWalk(
                 Weighted(self.model, tensors),
@@ -232,14 +229,13 @@ class SequentialWalk:
         inside = [live for live in self._left if skeleton.place(live) == index]
         block, names = skeleton.block(index), skeleton.tensor_names(index)
 
-        passages = (*self.experts, *self.merged)
+        passages = self._running
         shared = skeleton.within(index, skeleton.load(names, self._read_merged))
         for passage in passages:
             passage.replay = Replay(block, self._room, len(passage.batches))
-        for passage in self.experts:
-            passage.tensors = skeleton.within(index, skeleton.load(names, passage.read))
-        for passage in self.merged:
-            passage.tensors = shared
+        for passage in passages:
+            own = passage in self.experts
+            passage.tensors = skeleton.within(index, skeleton.load(names, passage.read)) if own else shared
         goes_on = set(inside) != self._left
         advanced = False
         if inside:
@@ -297,18 +293,19 @@ class SequentialWalk:
                 self._finish_parts(label, block, found, shared, through)
             tasks, dtype = range(len(self.experts)), self.skeleton.dtype
             norm = self._norms.get(shared.leader)
+            parts = [] if norm else self.solver.parts([self._modules[name] for name in shared.modules])
+            measured: list[Any]
             if norm is not None:
-                measured: list[Any] = [self.norms.accumulator(norm, t, dtype) for t in tasks]
+                measured = [self.norms.accumulator(norm, t, dtype) for t in tasks]
             else:
-                parts = self.solver.parts([self._modules[name] for name in shared.modules])
-                measured = [self.solver.accumulator(parts, t, dtype) for t in tasks]
+                measured = [self.solver.accumulator(parts, t, dtype) if parts else None for t in tasks]
             with Reader(shared, listened[shared.leader]).listening() as reader:
                 for t, accumulator in enumerate(measured):
                     self._measure(reader, accumulator, t, run_of, through)
             before = set(self._now.tensors)
             if norm is not None:
                 self.norms.solve(label, norm, measured, self._now)
-            else:
+            elif parts:
                 self.solver.solve(label, parts, measured, self._now)
             self._left -= set(shared.modules)
             if merged is not None:
@@ -335,25 +332,51 @@ class SequentialWalk:
     def _measure(
         self,
         reader: Reader,
-        accumulator: Accumulator | NormAccumulator,
+        accumulator: Accumulator | NormAccumulator | None,
         t: int,
         run_of: Callable[[Passage], Run],
         through: bool,
     ) -> None:
+        """Have expert `t` and the merged network read its batches; `accumulator` is None where there is nothing to solve."""
         expert, merged = self.experts[t], self.merged[t]
-        expert_run, merged_run = run_of(expert), run_of(merged)
-        waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device, self.options.backend)
+        own_run = None if self._known else run_of(expert)
+        if accumulator is None:
+            for b in range(len(expert.batches) if own_run is not None else 0):
+                self._own(reader, t, b, own_run, through)
+            return
+        merged_run = run_of(merged)
+        waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device)
         for b, batch in enumerate(expert.batches):
-            if through:
-                own, output = reader.read_through(expert_run, b)
-                expert.walking().advance(b, output)
-            else:
-                own = reader.read(expert_run, b)
+            own = self._own(reader, t, b, own_run, through)
             drifted = reader.read(merged_run, b)
             mask = mask_of(to_device(batch, self.skeleton.device), self.options.mask)
             for x, y in zip(own, drifted, strict=True):
                 waiting.add(x, y, mask)
         waiting.flush()
+
+    def _own(self, reader: Reader, t: int, batch: int, run: Run | None, through: bool) -> list[Tensor]:
+        """What expert `t` reads of a batch; with `through` its hidden states go on."""
+        leader, expert = reader.shared.leader, self.experts[t]
+        if run is None:
+            assert self.reads is not None
+            return self.reads.get(leader, t, batch, reader.shared.calls, self.skeleton.device)
+        if through:
+            own, output = reader.read_through(run, batch)
+            expert.walking().advance(batch, output)
+        else:
+            own = reader.read(run, batch)
+        if self.reads is not None:
+            self.reads.put(leader, t, batch, own)
+        return own
+
+    @property
+    def _known(self) -> bool:
+        """Is what the experts read known, so that they need not be run?"""
+        return self.reads is not None and self.reads.complete
+
+    @property
+    def _running(self) -> list[Passage]:
+        return self.merged if self._known else [*self.experts, *self.merged]
 
     def _read_merged(self, name: str) -> Tensor:
         """The merged network's tensor as far as it is solved, the anchor's elsewhere."""
