@@ -40,20 +40,21 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
     }
 
 
-def describe_plan(plan: MergePlan, gram_source: str) -> dict[str, Any]:
+def describe_plan(plan: MergePlan, gram_source: str, mode: str = "plain") -> dict[str, Any]:
     """What a recipe would do: modules by group, what comes from the anchor, from the base, and what stays out.
 
-    `gram_source`: the recipe's; where the plan's differs, Grams are still to be collected.
+    `gram_source`, `mode`: the recipe's; where the plan's Gram source differs in the mode plain, Grams are still to be collected.
     """
     alignment = plan.alignment
     return {
         "kind": "plan",
+        "mode": mode,
         "base": alignment.base.label,
         "experts": [e.label for e in alignment.experts],
         "prefixes": {e.label: e.prefix for e in alignment.experts if e.prefix},
         "anchor": plan.settings.anchor,
         "gram_source": gram_source,
-        "grams_to_collect": gram_source != plan.settings.gram_source,
+        "grams_to_collect": mode == "plain" and gram_source != plan.settings.gram_source,
         "solved_modules": plan.module_count,
         "groups": [
             {"modules": [m.name for m in g.members], "in": g.width, "out": sum(m.out_features for m in g.members)}
@@ -105,6 +106,11 @@ def _plan_tables(d: dict[str, Any]) -> RenderableType:
         f"from the anchor ({d['anchor']}): {len(d['from_anchor'])} tensors",
         f"from the base: {len(d['from_base'])} tensors",
     ]
+    if d["mode"] == "sequential":
+        lines.append(
+            f"mode sequential: {len(d['experts'])} experts and the merged network read the calibration data once, block by block; modules are listed"
+            " one by one, those that share an input are solved together. A search walks through the network again for every trial."
+        )
     if d["grams_to_collect"]:
         lines.append(
             "Grams are not collected yet: modules are listed one by one, those that share an input will share a Gram"

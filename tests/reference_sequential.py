@@ -1,4 +1,4 @@
-"""A whole sequential merge in float64, straight from the formula: whole models run again for every input, no blocks, no drift form. Truth for tests."""
+"""A whole sequential merge in float64, straight from the formula: whole models run again for every input, no blocks. Truth for tests."""
 
 from __future__ import annotations
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bmm_engine.report.contents import Contents
+from bmm_engine.report.drift import drift_chart
 from bmm_engine.report.figures import Chart, Look, label, tidy
+from bmm_engine.report.names import ROLE_NAMES
 from bmm_engine.roles import ROLES
 from bmm_engine.searching.schema import Trial
 
@@ -17,13 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ROLE_NAMES = {
-    "attention_in": "attention in",
-    "attention_out": "attention out",
-    "mlp_in": "MLP in",
-    "mlp_out": "MLP out",
-    "other": "other",
-}
 MOST_BARS = 12
 
 
@@ -35,6 +30,8 @@ def charts(contents: Contents) -> list[Chart]:
         if (both := _on_both(contents)) and len(both) > 1:
             found.append(_validation_test(both))
         found.append(_ridge(contents))
+    if contents.inputs:
+        found.append(drift_chart(contents.tasks, contents.inputs))
     if contents.alignment:
         found.append(_alignment(contents))
     return found

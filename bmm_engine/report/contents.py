@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from bmm_engine.checkpoint import RECORD_FILENAME
 from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective, normalized
 from bmm_engine.searching.schema import Trial
@@ -27,6 +30,7 @@ class Contents:
     running: bool
     complete: bool
     objective: Objective | None = field(default=None)
+    inputs: tuple[Mapping[str, Any], ...] = ()  # of the written merge, in the mode sequential
 
     @classmethod
     def of(cls, study: Study) -> Contents:
@@ -46,6 +50,7 @@ class Contents:
             study.driver_alive(),
             bool(result) and not _went_on(study, result),
             objective,
+            _inputs(result.get("output"), len(study.record["tasks"])),
         )
 
     @property
@@ -104,6 +109,15 @@ def _went_on(study: Study, result: Mapping[str, Any]) -> bool:
     return any(
         t.finished_at and datetime.fromisoformat(t.finished_at).replace(microsecond=0) > ended for t in study.trials()
     )
+
+
+def _inputs(output: str | None, tasks: int) -> tuple[Mapping[str, Any], ...]:
+    """What the written merge found at its inputs, where there is one of as many experts as there are tasks."""
+    path = None if output is None else Path(output) / RECORD_FILENAME
+    if path is None or not path.is_file():
+        return ()
+    found = (json.loads(path.read_text(encoding="utf-8")).get("modules") or {}).get("inputs") or ()
+    return tuple(own for own in found if len(own["before"]) == tasks)
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, Score]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bmm_engine.report.document import write_bytes
 from bmm_engine.report.figures import Chart, Look, label, render, tidy
 
 if TYPE_CHECKING:
@@ -35,13 +35,3 @@ def study_picture(rows: Sequence[Mapping[str, Any]], axis: str, path: Path) -> P
     chart = Chart("study", "Study", "", draw, 4.2)
     write_bytes(path, render(chart, Look(dark=False, narrow=False), "png"))
     return path
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

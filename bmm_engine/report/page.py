@@ -1,24 +1,21 @@
-"""The page: one self-contained HTML file, light or dark, for a desk or a phone."""
+"""The page about a study."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from bmm_engine.errors import OutputWriteError
 from bmm_engine.report.charts import MOST_BARS, charts
 from bmm_engine.report.contents import Contents
-from bmm_engine.report.curves import write_bytes
-from bmm_engine.report.figures import Chart, Look, picture, render
+from bmm_engine.report.document import document, save, table
+from bmm_engine.report.drift import NOTE
+from bmm_engine.report.figures import Chart, picture
 from bmm_engine.scores import Score
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.study import Study
-
-STYLE = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
 
 
 def write_report(study_folder: Path, output: Path | None = None) -> Path:
@@ -28,17 +25,8 @@ def write_report(study_folder: Path, output: Path | None = None) -> Path:
     """
     with Study.open(study_folder, readonly=True) as study:
         contents = Contents.of(study)
-    folder = output or Path(study_folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputWriteError(f"{folder}: the report cannot be written there ({error}). Choose a folder.") from error
     found = charts(contents)
-    for chart in found:
-        write_bytes(folder / f"{chart.name}.png", render(chart, Look(dark=False, narrow=False), "png"))
-    path = folder / "report.html"
-    write_bytes(path, page(contents, found).encode())
-    return path
+    return save(output or Path(study_folder), page(contents, found), found)
 
 
 def page(contents: Contents, found: Sequence[Chart]) -> str:
@@ -53,11 +41,7 @@ def page(contents: Contents, found: Sequence[Chart]) -> str:
         _all_trials(contents),
         _about(contents),
     ]
-    return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<meta name='color-scheme' content='light dark'><title>{escape(title)}</title><link rel='icon' href='data:,'><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return document(title, parts)
 
 
 def _lead(contents: Contents) -> str:
@@ -121,6 +105,7 @@ def _note(chart: Chart, contents: Contents) -> str:
         "ridge": "Relative to the mean diagonal of the Gram: small trusts the experts' behaviour, large the anchor. A marks the anchor itself.",
         "alignment": "The cosine between the measured Gram and the task vector's estimate of it: how far a data-free merge can be trusted there.",
         "validation_test": "On the line a trial is worth on test data what it was on validation data; far below it the search has overfitted.",
+        "drift": NOTE,
         "tasks": "Whiskers are 95 % bootstrap intervals.",
     }.get(chart.name, "")
     hidden = len(contents.tasks) - MOST_BARS
@@ -145,8 +130,8 @@ def _parameters(contents: Contents) -> str:
         else ", ".join(f"{t} {w:.3g}" for t, w in zip(contents.tasks, weights, strict=False))
     )
     text = f"Anchor {best.parameters['anchor']}; task weights: {told}."
-    table = _table(("group", "modules", "alpha", "scale"), rows)
-    more = f"<details><summary>All {len(rows)} groups</summary>{table}</details>"
+    rendered = table(("group", "modules", "alpha", "scale"), rows)
+    more = f"<details><summary>All {len(rows)} groups</summary>{rendered}</details>"
     return f"<section class='card'><h2>Values of the best trial</h2><p>{escape(text)}</p>{more}</section>"
 
 
@@ -156,8 +141,8 @@ def _lowest_alignment(contents: Contents) -> str:
     lowest = sorted(
         (min(own.values()), min(own, key=lambda t: own[t]), module) for module, own in contents.alignment.items() if own
     )[:8]
-    table = _table(("module", "task", "cosine"), [(module, task, f"{value:.3f}") for value, task, module in lowest])
-    return f"<section class='card'><details><summary>Modules where the task vector tells least</summary>{table}</details></section>"
+    rendered = table(("module", "task", "cosine"), [(module, task, f"{value:.3f}") for value, task, module in lowest])
+    return f"<section class='card'><details><summary>Modules where the task vector tells least</summary>{rendered}</details></section>"
 
 
 def _all_trials(contents: Contents) -> str:
@@ -180,8 +165,8 @@ def _all_trials(contents: Contents) -> str:
                 t.worker or "",
             )
         )
-    table = _table(("trial", "kind", "anchor", "state", "objective, %", *contents.tasks, "s", "worker"), rows)
-    return f"<section class='card'><details><summary>All {len(rows)} trials</summary>{table}</details></section>"
+    rendered = table(("trial", "kind", "anchor", "state", "objective, %", *contents.tasks, "s", "worker"), rows)
+    return f"<section class='card'><details><summary>All {len(rows)} trials</summary>{rendered}</details></section>"
 
 
 def _about(contents: Contents) -> str:
@@ -200,20 +185,8 @@ def _about(contents: Contents) -> str:
         if recipe is None
         else f"<h3>Recipe</h3><pre>{escape(json.dumps(recipe, indent=1, ensure_ascii=False))}</pre>"
     )
-    table = _table(("", ""), rows)
-    return f"<section class='card'><details><summary>What this study is</summary>{table}{text}</details></section>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Numbers on the right; scrolls within its own box."""
-    titles = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
-    lines = ("".join(f"<td{_kind(cell)}>{escape(str(cell))}</td>" for cell in row) for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{titles}</tr></thead><tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody></table></div>"
-
-
-def _kind(cell: Any) -> str:
-    text = str(cell)
-    return " class='n'" if text[:1].isdigit() or text[:1] in "-∞" else ""
+    rendered = table(("", ""), rows)
+    return f"<section class='card'><details><summary>What this study is</summary>{rendered}{text}</details></section>"
 
 
 def _score(score: Score | None) -> str:

@@ -57,7 +57,9 @@ def test_a_written_candidate_is_the_sequential_merge_it_stands_for(architecture,
     monkeypatch.setattr(Passage, "through", lambda self, *a: (whose.append(self.hidden.name), through(self, *a))[1])
     for number, candidate in enumerate(
         [
-            Candidate("average", {**ridges, names[0]: math.inf}, ones, "energy"),  # an input with nothing to solve comes first
+            Candidate(
+                "average", {**ridges, names[0]: math.inf}, ones, "energy"
+            ),  # an input with nothing to solve comes first
             Candidate("average", ridges, ones, "energy"),
             Candidate("ties", {**ridges, names[-1]: math.inf}, scales, "none"),
             Candidate("ties", dict.fromkeys(names, math.inf), scales, "energy"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bmm_engine import collect_grams, get_anchor, merge, merge_sequential
+from bmm_engine import collect_grams, merge, merge_sequential
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError, NonFiniteGramError
 from tests.numerics import relative_error
 from tests.reference_merge import linear_names
@@ -289,15 +289,10 @@ def test_bad_inputs_are_refused(tmp_path):
         broken.bert.embeddings.word_embeddings.weight[5:9] = math.inf
     with pytest.raises(NonFiniteGramError, match=r"layer\.0.*the expert reads there hold NaN"):
         merge_sequential(base, [broken, experts[1]], batches, keep_base=["bert.embeddings.word*"])
+    spare = copy.deepcopy(base)
+    spare.spare = nn.Linear(3, 3)
+    tuned = [copy.deepcopy(spare) for _ in range(2)]
     with pytest.raises(CollectionError, match=r"never called.*'spare'"):
-        spare = copy.deepcopy(base)
-        spare.spare = nn.Linear(3, 3)
-        spare.base_model_prefix = ""
-        tuned = [copy.deepcopy(spare) for _ in range(2)]
         merge_sequential(spare, tuned, batches, modules=["spare", "*query*"])
     for model in (base, *experts):
         assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
-
-
-def test_rules_that_read_the_walk_of_their_own_are_told_apart():
-    assert get_anchor("regmean_plusplus").needs == "sequential_grams"

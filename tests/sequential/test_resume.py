@@ -147,7 +147,7 @@ def test_a_full_disk_is_reported_and_what_is_finished_is_kept(models, tmp_path):
         subprocess.run(["dd", "if=/dev/zero", f"of={small}/filler", "bs=1k"], capture_output=True)
 
     try:
-        with pytest.raises(OutputWriteError, match="(?i)free some space"):
+        with pytest.raises(OutputWriteError, match=r"(?i)free some space"):
             merge_sequential(*models, output=small / "out", hidden_memory=0, report=fill)
         assert not (small / "out").exists()
         assert (small / "out.walk" / "sweep-1" / "stage-001").exists()

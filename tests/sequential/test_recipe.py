@@ -1,0 +1,129 @@
+"""The mode sequential in recipes, on the command line and in reports."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from bmm_engine import merge_sequential
+from bmm_engine.cli import main
+from bmm_engine.errors import ConfigError
+from bmm_engine.pipeline import prepare_recipe, run_recipe
+from bmm_engine.posterior import Posterior
+from bmm_engine.recipe import Recipe
+from tests.tiny import family, make_batches
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    family("llama", tmp_path)
+    for t in range(2):
+        batches = make_batches("llama", 10 + t)
+        save_file({k: torch.cat([b[k] for b in batches]) for k in batches[0]}, tmp_path / f"data-{t}.safetensors")
+    experts = [{"model": f"expert-{t}", "name": f"task {t}", "calibration": f"data-{t}.safetensors"} for t in range(2)]
+    write(tmp_path, {"base": "base", "experts": experts, "calibration": {"batch_size": 4}})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder, raw):
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+
+
+def change(folder, **keys):
+    raw = {**yaml.safe_load((folder / "recipe.yaml").read_text()), **keys}
+    write(folder, {k: v for k, v in raw.items() if v is not None})
+    return Recipe.load(folder / "recipe.yaml")
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bmm", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capsys.readouterr()
+    return stopped.value.code or 0, out, err
+
+
+def test_a_recipe_does_what_the_function_does(project):
+    options = {"norms": "fit", "sweeps": 2, "hidden_memory": 0, "hidden_dtype": "float32", "blocks": "*layers"}
+    recipe = change(project, mode="sequential", sequential=options, anchor="ties", alpha=0.1)
+    assert (recipe.task_weights, recipe.fit_bias, recipe.gram_source) == ("energy", True, "data")
+    run_recipe(recipe, project / "out")
+    batches = [make_batches("llama", 10 + t) for t in range(2)]
+    paths = [project / f"expert-{t}" for t in range(2)]
+    truth = merge_sequential(project / "base", paths, batches, anchor="ties", alpha=0.1, sweeps=2, norms="fit").tensors
+    found = load_file(project / "out" / "model.safetensors")
+    assert all(torch.equal(found[n], truth[n]) for n in found)
+    record = json.loads((project / "out" / "bmm_merge.json").read_text())
+    assert record["recipe"]["mode"] == "sequential"
+    assert record["modules"]["solved_modules"] == 14
+    stages = [own["stage"] for own in record["modules"]["inputs"]]
+    assert stages[0] == "model.layers.0"
+    assert stages[-1] == "after the blocks"  # the last norm
+    for own in record["modules"]["inputs"]:
+        assert len(own["before"]) == len(own["after"]) == len(own["task_weights"]) == 2
+
+
+def test_what_does_not_go_with_the_mode_is_refused(project):
+    experts = yaml.safe_load((project / "recipe.yaml").read_text())["experts"]
+    for text, keys in (
+        (
+            "mode 'sequential' runs every expert on its own data; expert 'expert-1'",
+            {"experts": [experts[0], "expert-1"]},
+        ),
+        ("gram_source 'task_vectors' does not go with it", {"gram_source": "task_vectors"}),
+        ("unknown key 'sequential.sweep'; did you mean 'sweeps'?", {"sequential": {"sweep": 2}}),
+        ("sequential.sweeps = 0", {"sequential": {"sweeps": 0}}),
+        ("mode = 'serial'", {"mode": "serial"}),
+    ):
+        with pytest.raises(ConfigError) as found:
+            change(project, **{"mode": "sequential", **keys})
+        assert text in str(found.value)
+        change(project, experts=experts, gram_source=None, sequential=None, mode=None) if "mode" not in keys else None
+        write(project, {"base": "base", "experts": experts, "calibration": {"batch_size": 4}})
+    recipe = change(project, mode="sequential", sequential={"hidden_memory": "much"})
+    with pytest.raises(ConfigError, match="size 'much'"):
+        run_recipe(recipe, project / "out")
+    recipe = change(project, mode="sequential", sequential=None)
+    with pytest.raises(ConfigError, match="draws from the posterior are for mode 'plain'"):
+        prepare_recipe(recipe).merge(posterior=Posterior())
+
+
+def test_the_command_merges_inspects_and_reports(project, monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "out", "--sequential", "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert summary["solved_modules"] == 14
+    change(project, mode="sequential")
+    code, out, err = run(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "again")
+    assert code == 0
+    assert "q_proj and 2 more: relative residual" in err
+    assert "bmm report" in out
+    same = [(project / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert same[0] == same[1]
+    code, out, _ = run(monkeypatch, capsys, "inspect", "recipe.yaml")
+    assert code == 0
+    assert "mode sequential" in out
+    plan = json.loads(run(monkeypatch, capsys, "inspect", "recipe.yaml", "--json")[1])
+    assert plan["mode"] == "sequential"
+    assert not plan["grams_to_collect"]
+
+    code, out, _ = run(monkeypatch, capsys, "report", "out", "--json")
+    assert code == 0
+    page = (project / "out.report" / "report.html").read_text()
+    assert "task 0" in page
+    assert "model.layers.1.mlp.down_proj" in page
+    assert (project / "out.report" / "drift.png").read_bytes().startswith(b"\x89PNG")
+    assert "http" not in page.replace("http://www.w3.org", "")
+    run(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "whole", "--alpha", "inf")
+    change(project, mode="plain")
+    run(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "plain")
+    for name, text in (("whole", "nothing to report"), ("plain", "nothing to report"), ("base", "no study")):
+        code, _, err = run(monkeypatch, capsys, "report", name)
+        assert code == 2, name
+        assert text in err.lower(), err
