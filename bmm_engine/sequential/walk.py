@@ -105,6 +105,7 @@ class SequentialWalk:
             ]
             for whose, reading in (("expert", readers), ("merged", [self._read_merged] * len(readers)))
         )
+        self._masks = [[mask_of(to_device(b, skeleton.device), options.mask) for b in own] for own in ordered]
         self._norms = self._find_norms(plan) if options.norms == "fit" else {}
         self._now = Solved()
         self._left = {*self._modules, *self._norms}
@@ -232,8 +233,9 @@ class SequentialWalk:
         passages = self._running
         shared = skeleton.within(index, skeleton.load(names, self._read_merged))
         for passage in passages:
-            passage.replay = Replay(block, self._room, len(passage.batches))
-        for passage in passages:
+            # On a GPU it is faster to compute again than to keep on the CPU.
+            room = self._room if skeleton.device.type == "cpu" else Room(0)
+            passage.replay = Replay(block, room, len(passage.batches))
             own = passage in self.experts
             passage.tensors = skeleton.within(index, skeleton.load(names, passage.read)) if own else shared
         goes_on = set(inside) != self._left
@@ -346,10 +348,9 @@ class SequentialWalk:
             return
         merged_run = run_of(merged)
         waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device)
-        for b, batch in enumerate(expert.batches):
+        for b, mask in enumerate(self._masks[t]):
             own = self._own(reader, t, b, own_run, through)
             drifted = reader.read(merged_run, b)
-            mask = mask_of(to_device(batch, self.skeleton.device), self.options.mask)
             for x, y in zip(own, drifted, strict=True):
                 waiting.add(x, y, mask)
         waiting.flush()

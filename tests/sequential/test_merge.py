@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from bmm_engine import collect_grams, merge, merge_sequential
@@ -296,3 +297,48 @@ def test_bad_inputs_are_refused(tmp_path):
         merge_sequential(spare, tuned, batches, modules=["spare", "*query*"])
     for model in (base, *experts):
         assert not any(m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 60}
+OTHERS = {
+    # Relative position biases that the first block makes, from a parameter of its own, and hands on.
+    "t5": lambda: (
+        transformers.T5EncoderModel,
+        transformers.T5Config(d_model=16, d_kv=4, d_ff=40, num_layers=2, num_heads=4, vocab_size=60),
+    ),
+    # Gains as 1 + w; sliding and full attention in turns.
+    "gemma2": lambda: (
+        transformers.Gemma2Model,
+        transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=4, sliding_window=16),
+    ),
+    # Attention and MLP side by side, on two normalisations of one input.
+    "gpt_neox": lambda: (transformers.GPTNeoXModel, transformers.GPTNeoXConfig(**SMALL, use_parallel_residual=True)),
+    "qwen2": lambda: (transformers.Qwen2Model, transformers.Qwen2Config(**SMALL, num_key_value_heads=2)),
+    "distilbert": lambda: (
+        transformers.DistilBertModel,
+        transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=4, hidden_dim=40, vocab_size=60),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_are_walked_with_what_their_own_blocks_do(name, tmp_path):
+    torch.manual_seed(0)
+    cls, config = OTHERS[name]()
+    base = cls(config).eval().double()
+    expert = fine_tune(base, 2, 0.1)
+    solved = {n for n, m in base.named_modules() if isinstance(m, nn.Linear) or "Norm" in type(m).__name__}
+    own = {k: v for k, v in base.state_dict().items() if k.rpartition(".")[0] not in solved}
+    expert.load_state_dict({**expert.state_dict(), **own})
+    base.save_pretrained(tmp_path / "base")
+    batches = make_batches("llama", 20, 16)
+    far = {"anchor": "task_arithmetic", "anchor_parameters": {"scaling": 0.0}, "walk_dtype": "float64"}
+    result = merge_sequential(tmp_path / "base", [expert.state_dict()], [batches], **far, alpha=1e-12, norms="fit")
+    merged = copy.deepcopy(base)
+    merged.load_state_dict({n: result.tensors.get(n, t) for n, t in merged.state_dict().items()})
+    with torch.no_grad():
+        for batch in batches[:3]:
+            found, truth, start = (m(**batch).last_hidden_state for m in (merged, expert, base))
+            keep = batch["attention_mask"].bool()
+            assert relative_error(found[keep], truth[keep]) < 1e-4
+            assert relative_error(start[keep], truth[keep]) > 0.1
