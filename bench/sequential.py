@@ -1,7 +1,7 @@
 """`python -m bench.sequential`: time and peak memory of a whole sequential merge, from checkpoints to checkpoint, in a process of its own.
 
-By default of MiniLM's shape (6 layers, width 384), 8 experts and 256 sentences of 6 to 42 tokens for each, 24 on average; weights are random, fine-tunes
-are the base plus noise. The time includes importing transformers.
+By default of MiniLM's shape (6 layers, width 384), 8 experts and 256 sentences of 6 to 42 tokens for each, 24 on average; weights are
+random, fine-tunes are the base plus noise. The time includes importing transformers.
 """
 
 from __future__ import annotations
