@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTE = (
-    "How far the merged network's output at an input is from what the expert's own is there, relative to what fine-tuning changed: 0 is the"
-    " expert, about 1 is as far as the base. Dotted with the anchor's weights, solid as solved."
+    "How far what the merged network's modules give is from what the expert's give, relative to what fine-tuning changed in these modules: 0 is the"
+    " expert. Deeper in the network it adds up what drifted before, and is often above 1. Dotted with the anchor's weights, solid as solved."
 )
-MOST_LINES = 8
+MOST_LINES = 7  # colours
 
 
 def write_merge_report(folder: Path, output: Path | None = None) -> Path:
