@@ -25,6 +25,7 @@ MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
 def make_models(folder: Path, experts: int, shape: dict[str, Any]) -> None:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     base = transformers.BertModel(transformers.BertConfig(**shape), add_pooling_layer=False)
     base.save_pretrained(folder / "base")

@@ -21,7 +21,7 @@ from bmm_engine.locks import LockFile
 from bmm_engine.sequential.state import Sweep
 from tests.tiny import family, make_batches
 
-KILLS = int(os.environ.get("BMM_KILLS", "2"))
+KILLS = int(os.environ.get("BMM_KILLS", "1"))
 
 
 def weights(folder):
@@ -163,14 +163,14 @@ def test_a_full_disk_is_reported_and_what_is_finished_is_kept(models, tmp_path):
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     family("bert", tmp_path)
     for t in range(2):
-        batches = make_batches("bert", 10 + t, 12)
+        batches = make_batches("bert", 10 + t, 6)
         save_file({k: torch.cat([b[k] for b in batches]) for k in batches[0]}, tmp_path / f"data-{t}.safetensors")
     recipe = {
         "base": "base",
         "experts": [{"model": f"expert-{t}", "calibration": f"data-{t}.safetensors"} for t in range(2)],
         "anchor": "tsv_m",
         "calibration": {"batch_size": 1},
-        "sequential": {"sweeps": 3, "norms": "fit"},
+        "sequential": {"sweeps": 2, "norms": "fit"},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.chdir(tmp_path)
