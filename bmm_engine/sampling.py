@@ -232,6 +232,11 @@ def _add(table: Table, task: str, row: Mapping[str, Any], value: str, end: bool 
 def _series(recipe: Recipe, count: int, seed: int, temperature: float, first: int = 0) -> list[Posterior]:
     if count < 1:
         raise ConfigError(f"the number of draws must be at least 1, not {count}.")
+    if recipe.mode == "sequential":
+        raise ConfigError(
+            "draws from the posterior are for mode 'plain': in mode 'sequential' every module's inputs depend on the modules before it. Set"
+            " mode: plain."
+        )
     if not settings_of(recipe).solves:
         raise ConfigError("alpha is inf, so every module is the anchor's and has no posterior; give a finite alpha.")
     return [Posterior(seed, index, temperature) for index in range(first, first + count)]

@@ -233,13 +233,7 @@ def map_problem(
         raise ConfigError(
             f"{name}: {len(experts)} experts and {len(grams)} Grams; give one Gram for each expert, at least one."
         )
-    for t, expert in enumerate(experts):
-        if expert.shape != anchor.shape:
-            raise ShapeMismatchError(
-                f"{name}: expert {t} has shape {tuple(expert.shape)}, the anchor {tuple(anchor.shape)}."
-            )
-    for what, weight in (("the anchor", anchor), *((f"expert {t}", e) for t, e in enumerate(experts))):
-        check_finite(weight, f"{name} ({what})")
+    check_weights(anchor, experts, name)
     anchors = list(anchor) if batched else [anchor]
     members = [[e[i] if batched else e for e in experts] for i in range(len(anchors))]
     moments = [
@@ -251,6 +245,17 @@ def map_problem(
     ]
     names = [f"{name}[{i}]" for i in range(len(anchors))] if batched else [name]
     return MapProblem(names, anchors, members, moments, betas)
+
+
+def check_weights(anchor: Tensor, experts: Sequence[Tensor], name: str) -> None:
+    """Raise `ShapeMismatchError` or `NonFiniteWeightError` unless all are finite and of the anchor's shape."""
+    for t, expert in enumerate(experts):
+        if expert.shape != anchor.shape:
+            raise ShapeMismatchError(
+                f"{name}: expert {t} has shape {tuple(expert.shape)}, the anchor {tuple(anchor.shape)}."
+            )
+    for what, weight in (("the anchor", anchor), *((f"expert {t}", e) for t, e in enumerate(experts))):
+        check_finite(weight, f"{name} ({what})")
 
 
 def check_finite(weight: Tensor, what: str) -> None:

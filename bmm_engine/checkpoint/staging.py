@@ -65,7 +65,7 @@ class StagedDirectory:
     def publish(self) -> Path:
         """Rename to the destination; if that fails, `discard` puts back what it replaces. Raises OutputExistsError."""
         with self.reporting():
-            _sync_directory(self.out)
+            sync_path(self.out)
             self._check_destination()
             try:
                 if self._replaces():
@@ -77,7 +77,7 @@ class StagedDirectory:
                         f"{self.destination}: was created by someone else meanwhile; choose another path"
                     ) from error
                 raise
-            _sync_directory(self.destination.parent)
+            sync_path(self.destination.parent)
         self._new_parents.clear()
         self._remove_stage()
         return self.destination
@@ -199,7 +199,8 @@ def _read_only(path: Path) -> bool:
     return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have a file, or a directory's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

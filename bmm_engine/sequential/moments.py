@@ -11,8 +11,8 @@ the last two for the record and for the task weights. There are two ways to come
 * `DriftAccumulator` keeps G~, C = D^T X~ and D^T D, all (in, in), whatever the modules are: Q = W C, ||D W^T||^2 = tr(W D^T D W^T), and so on.
 * `ProjectedAccumulator` knows the modules from the start and keeps Q itself: cheaper, in time and memory, where they have few outputs.
 
-The cross-moment is taken of the drift, not of X_t: what does not drift adds exactly nothing, so that without drift this is plain BMM to the last
-bit, and small drifts keep their digits in float32.
+The cross-moment is taken of the drift, not of X_t: what does not drift adds exactly nothing, so that without drift this is plain BMM, and small
+drifts keep their digits in float32.
 """
 
 from __future__ import annotations

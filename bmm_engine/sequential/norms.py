@@ -67,7 +67,7 @@ class NormAccumulator:
         sums = torch.zeros(5, self.width, dtype=torch.float64, device=weight.device)
         self.hh, self.h, self.hz, self.z, self.zz = sums
 
-    def update(self, expert: Tensor, merged: Tensor, *, backend: str = "auto") -> None:
+    def update(self, expert: Tensor, merged: Tensor) -> None:
         """Add rows (..., in) that the expert's normalisation and the merged network's read. Raises `NonFiniteGramError`, `CollectionError`."""
         run = self.norm.run
         target, before = run(expert, *self._expert).double(), run(expert, *self._base).double()

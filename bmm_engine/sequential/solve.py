@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.sequential.moments import TaskMoments, squared
-from bmm_engine.solve import BLOCK_ROWS, Factor, check_finite, check_task_weights, energy_weights, factorize
+from bmm_engine.solve import BLOCK_ROWS, Factor, check_task_weights, check_weights, energy_weights, factorize
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,10 @@ def solve_drift(
         raise ConfigError(
             f"{name}: {len(experts)} experts and {len(moments)} moments; give one for each expert, at least one."
         )
-    for t, expert in enumerate(experts):
-        if expert.shape != anchor.shape:
-            raise ShapeMismatchError(
-                f"{name}: expert {t} has shape {tuple(expert.shape)}, the anchor {tuple(anchor.shape)}."
-            )
+    check_weights(anchor, experts, name)
     for own in moments:
         if own.width != anchor.shape[1]:
             raise ShapeMismatchError(f"{name}: moments of width {own.width} for a module of width {anchor.shape[1]}.")
-    for what, weight in (("the anchor", anchor), *((f"expert {t}", e) for t, e in enumerate(experts))):
-        check_finite(weight, f"{name} ({what})")
     change = None
     if base is not None:
         change = tuple(m.energy([e - base]) / m.rows for m, e in zip(moments, experts, strict=True))

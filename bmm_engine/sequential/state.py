@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
+from bmm_engine.checkpoint.staging import sync_path
 from bmm_engine.errors import ConfigError, OutputWriteError
 
 SOLVED, RECORD = "solved.safetensors", "record.json"
@@ -92,10 +93,10 @@ class Sweep:
             save_file({name: t.contiguous() for name, t in solved.items()}, staged / SOLVED)
             (staged / RECORD).write_text(json.dumps(record))
             for name in (SOLVED, RECORD):
-                _sync(staged / name)
-            _sync(staged)
+                sync_path(staged / name)
+            sync_path(staged)
             os.rename(staged, path)
-            _sync(self.folder)
+            sync_path(self.folder)
             if self.finished >= 0:
                 for file in self._stage(self.finished).glob("*.bin"):
                     file.unlink()
@@ -202,11 +203,3 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: the state of the merge could not be written ({error}). Free some space or choose another path; what is finished is kept, and"
             " the same command goes on from there."
         ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

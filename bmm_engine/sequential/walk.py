@@ -26,41 +26,15 @@ from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting
 from bmm_engine.sequential.moments import Accumulator
 from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
 from bmm_engine.sequential.options import SequentialOptions
+from bmm_engine.sequential.passage import Passage
 from bmm_engine.sequential.reading import Reader, Run, SharedInput, shared_inputs
 from bmm_engine.sequential.reads import ExpertReads
 from bmm_engine.sequential.replay import Replay, finished_parts
-from bmm_engine.sequential.skeleton import Load, Skeleton, reader_of
+from bmm_engine.sequential.skeleton import Skeleton, reader_of
 from bmm_engine.sequential.state import Sweep
 from bmm_engine.stream import InputRecord, ModuleRecord
 
 Report = Callable[[str], None]
-
-
-class Passage:
-    """One model on its way through one task's calibration data: an expert, or the merged network."""
-
-    def __init__(self, batches: Sequence[Any], read: Load, hidden: HiddenStates):
-        self.batches, self.read, self.hidden = batches, read, hidden
-        self.walk: BlockWalk | None = None
-        # Of the block at work: its tensors by their names in it, what need not be computed again, and which of its parts are finished.
-        self.tensors: dict[str, Tensor] = {}
-        self.replay: Replay | None = None
-        self.finished: Sequence[str] = ()
-
-    def through(self, index: int, block: nn.Module) -> Run:
-        """Runs batches through the block at work."""
-        tied = len(list(block.parameters())) < len(list(block.named_parameters(remove_duplicate=False)))
-
-        def run(batch: int) -> Any:
-            assert self.replay is not None
-            with self.replay.passing(batch, self.finished):
-                return self.walking().call(batch, index, Weighted(block, self.tensors, tied))
-
-        return run
-
-    def walking(self) -> BlockWalk:
-        assert self.walk is not None, "the walk through the blocks has not begun"
-        return self.walk
 
 
 class SequentialWalk:
@@ -150,8 +124,12 @@ class SequentialWalk:
                     release_free_memory()
         if self.reads is not None:
             self.reads.complete = True
-        if never := self._left & set(self._modules):  # a normalisation that is never called stays as the anchor has it
+        if never := self._left & set(self._modules):
             raise self._never_called(never)
+        if self._left:
+            self.report(
+                f"{len(self._left)} normalisations are never called, the first is {min(self._left)}; they stay as the anchor has them"
+            )
 
     def _resume(self) -> None:
         for record in self.sweep.records:

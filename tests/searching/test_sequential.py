@@ -21,7 +21,7 @@ from bmm_engine.searching.session import prepare
 from bmm_engine.searching.space import Candidate
 from bmm_engine.sections import SearchRecipe
 from bmm_engine.sequential.options import SequentialOptions
-from bmm_engine.sequential.walk import Passage
+from bmm_engine.sequential.passage import Passage
 from tests.tiny import family, fine_tune, make_base, make_batches
 
 

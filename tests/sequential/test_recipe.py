@@ -16,6 +16,7 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.pipeline import prepare_recipe, run_recipe
 from bmm_engine.posterior import Posterior
 from bmm_engine.recipe import Recipe
+from bmm_engine.sampling import draw
 from tests.tiny import family, make_batches
 
 
@@ -90,8 +91,12 @@ def test_what_does_not_go_with_the_mode_is_refused(project):
     with pytest.raises(ConfigError, match="size 'much'"):
         run_recipe(recipe, project / "out")
     recipe = change(project, mode="sequential", sequential=None)
-    with pytest.raises(ConfigError, match="draws from the posterior are for mode 'plain'"):
-        prepare_recipe(recipe).merge(posterior=Posterior())
+    for call in (
+        lambda: prepare_recipe(recipe).merge(posterior=Posterior()),
+        lambda: draw(recipe, 1, output=project / "s"),
+    ):
+        with pytest.raises(ConfigError, match="draws from the posterior are for mode 'plain'"):
+            call()
 
 
 def test_the_command_merges_inspects_and_reports(project, monkeypatch, capsys):
