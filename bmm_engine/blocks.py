@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -224,22 +224,27 @@ def _record(model: Runnable, blocks: str, batch: Any, form: Any = None) -> tuple
 @contextmanager
 def replaced(model: nn.Module, blocks: str, forward: Callable[..., Any]) -> Iterator[None]:
     """Each block's forward is `forward(index, its own forward, args, kwargs)`. The modules stay in place, since models read attributes of theirs."""
-    items = list(block_list(model, blocks))
-    before = [item.__dict__.get("forward") for item in items]
-    for index, item in enumerate(items):
-        own = item.forward
+    with ExitStack() as stack:
+        for index, item in enumerate(block_list(model, blocks)):
 
-        def stand_in(*args: Any, _index: int = index, _own: Any = own, **kwargs: Any) -> Any:
-            return forward(_index, _own, args, kwargs)
+            def stand_in(*args: Any, _index: int = index, _own: Any = item.forward, **kwargs: Any) -> Any:
+                return forward(_index, _own, args, kwargs)
 
-        item.forward = stand_in
+            stack.enter_context(forwarding(item, stand_in))
+        yield
+
+
+@contextmanager
+def forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in the place of the module's own; its hooks stay."""
+    before = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for item, kept in zip(items, before, strict=True):
-            del item.forward
-            if kept is not None:
-                item.forward = kept
+        del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]
 
 
 def block_list(model: nn.Module, blocks: str) -> nn.ModuleList:

@@ -3,10 +3,39 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 
 from tests.reference_merge import _matrix, linear_names
+
+# Modules that write to the residual stream, and where it is seen next: what `place` reads (0) or gives (1) holds their output.
+WRITERS = [
+    (r"(.*)\.attention\.output\.dense", r"\1.attention.output.LayerNorm", 0, "bert"),
+    (r"(.*)\.output\.dense", r"\1.output.LayerNorm", 0, "bert"),
+    (r"(.*)\.attention\.o_proj", r"\1.layernorm_after", 0, "vit"),
+    (r"(.*)\.mlp\.fc2", r"\1", 1, "vit"),
+    (r"(.*)\.attn\.c_proj", r"\1.ln_2", 0, "gpt2"),
+    (r"(.*)\.mlp\.c_proj", r"\1", 1, "gpt2"),
+    (r"(.*)\.self_attn\.o_proj", r"\1.post_attention_layernorm", 0, "llama"),
+    (r"(.*)\.mlp\.down_proj", r"\1", 1, "llama"),
+]
+
+
+def place_of_stream(name, model):
+    for pattern, place, which, kind in WRITERS:
+        if kind in type(model).__name__.lower() and re.fullmatch(pattern, name):
+            return re.sub(pattern, place, name), which
+    return None
+
+
+def stream_beside(model, batches, name):
+    """What the output of the module `name` is added to: the residual stream after it, less that output. None where it does not write there."""
+    found = place_of_stream(name, model)
+    if found is None:
+        return None
+    seen = trace(model, batches, [name, found[0]])
+    return seen[found[0]][found[1]] - seen[name][1]
 
 
 def trace(model, batches, names):
@@ -17,6 +46,7 @@ def trace(model, batches, names):
 
         def keep(_, args, output, name=name):
             for place, x in enumerate((args[0], output)):
+                x = x[0] if isinstance(x, tuple) else x
                 m = mask[0]
                 kept = x[m.bool()] if m is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])
                 rows.setdefault(name, ([], []))[place].append(kept)
@@ -32,7 +62,18 @@ def trace(model, batches, names):
 
 
 def reference_sequential(
-    base, experts, batches, *, alpha=0.03, scale=1.0, energy=True, fit_bias=True, norms=False, anchor=None, sweeps=1
+    base,
+    experts,
+    batches,
+    *,
+    alpha=0.03,
+    scale=1.0,
+    energy=True,
+    fit_bias=True,
+    target="stream",
+    norms=False,
+    anchor=None,
+    sweeps=1,
 ):
     """The merged model in float64. `anchor`: a state dict, by default the experts' average; `batches[t]`: expert t's calibration."""
     experts = [copy.deepcopy(e).double() for e in experts]
@@ -58,6 +99,10 @@ def reference_sequential(
             if names[0] in norm_names:
                 _fit_norm(names[0], merged, origin_model, anchor, drifted, own, alpha, energy, scale)
                 continue
+            shifts = [None] * len(experts)  # what the residual stream has drifted before
+            if target == "stream" and len(names) == 1:
+                after, before = ([stream_beside(m, b, names[0]) for m, b in zip(ms, batches)] for ms in ([merged] * len(experts), experts))
+                shifts = [None if s is None else s - r for s, r in zip(after, before)]
             bias = fit_bias and f"{names[0]}.bias" in origin
             drifted = [_with_one(y, bias) for y in drifted]
             own = [_with_one(x, bias) for x, _ in own]
@@ -75,8 +120,9 @@ def reference_sequential(
             a = a + lam * torch.eye(len(a), dtype=a.dtype)
             for n in names:
                 right = lam * weight(anchor, n)
-                for b, s, x, y in zip(betas, states, own, drifted):
-                    right = right + b * weight(s, n) @ x.T @ y / len(y)
+                for b, s, x, y, shift in zip(betas, states, own, drifted, shifts):
+                    aim = x @ weight(s, n).T
+                    right = right + b * (aim if shift is None else aim - shift).T @ y / len(y)
                 solved = torch.linalg.solve(a, right, left=False)
                 result = weight(origin, n) + scale * (solved - weight(origin, n))
                 state = merged.state_dict()

@@ -17,6 +17,7 @@ from bmm_engine.collect import kept_rows, row_mask
 from bmm_engine.inputs import Inputs
 from bmm_engine.plan import MergePlan
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
+from bmm_engine.sequential.reading import Read
 from bmm_engine.sequential.solve import drift_factor, drift_task_weights, relative_residuals, solve_module
 from bmm_engine.stream import InputRecord, ModuleRecord
 
@@ -63,14 +64,15 @@ class ModuleSolver:
                 found.setdefault((alpha, with_bias), []).append(module)
         return [Part(tuple(members), *key) for key, members in found.items()]
 
-    def accumulator(self, parts: Sequence[Part], t: int, dtype: torch.dtype) -> Accumulator:
-        """For what expert `t` (in the inputs' order) and the merged network read there, of the cheaper kind."""
+    def accumulator(self, parts: Sequence[Part], t: int, dtype: torch.dtype, *, stream: bool) -> Accumulator:
+        """For what expert `t` (in the inputs' order) and the merged network read there, of the cheaper kind. `stream`: what they write is added
+        to the residual stream, whose drift counts."""
         part, device = parts[0], self.inputs.device
         name, width = part.members[0].name, part.members[0].in_features
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         outputs = sum(m.out_features for m in part.members)
         # Products for each row: 4 in^2 against in^2 + 6 in out.
-        if len(parts) > 1 or 2 * outputs > width:
+        if not stream and (len(parts) > 1 or 2 * outputs > width):
             return DriftAccumulator(width, name=name, dtype=wide, device=device)
         experts = torch.cat([self._expert(t, m, part.with_bias) for m in part.members])
         bases = torch.cat([self._base(m, part.with_bias) for m in part.members])
@@ -78,8 +80,10 @@ class ModuleSolver:
             experts, experts - bases, with_bias=part.with_bias, name=name, dtype=wide, device=device
         )
 
-    def solve(self, stage: str, parts: Sequence[Part], measured: list[Accumulator], out: Solved) -> None:
-        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`.
+    def solve(
+        self, stage: str, parts: Sequence[Part], measured: list[Accumulator], out: Solved, *, stream: bool
+    ) -> None:
+        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`; `stream` as there.
 
         Empties `measured`: moments with a bias are a copy.
         """
@@ -89,9 +93,11 @@ class ModuleSolver:
                 own = measured[t] if part is not parts[-1] else measured.pop(0)
                 moments.append(own.moments(with_bias=part.with_bias))
                 del own
-            self._solve_part(stage, part, moments, out)
+            self._solve_part(stage, part, moments, out, stream)
 
-    def _solve_part(self, stage: str, part: Part, moments: Sequence[TaskMoments], out: Solved) -> None:
+    def _solve_part(
+        self, stage: str, part: Part, moments: Sequence[TaskMoments], out: Solved, stream: bool
+    ) -> None:
         inputs, with_bias, name = self.inputs, part.with_bias, part.members[0].name
         energies = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
         betas = drift_task_weights(self._given_weights(), energies, len(moments), name)
@@ -114,7 +120,9 @@ class ModuleSolver:
             self._put(module, solved if scale == 1 else base + scale * (solved - base), with_bias, out)
         residuals = (tuple(self._listed(relative_residuals(total, energies))) for total in (before, after))
         names = tuple(m.name for m in part.members)
-        out.inputs.append(InputRecord(stage, names, part.alpha, factor.ridge, factor.jitter, listed, *residuals))
+        out.inputs.append(
+            InputRecord(stage, names, part.alpha, factor.ridge, factor.jitter, listed, *residuals, stream=stream)
+        )
 
     def _base(self, module: LinearModule, with_bias: bool) -> Tensor:
         return self.inputs.oriented(self.inputs.base, module, with_bias)
@@ -148,32 +156,35 @@ class Waiting:
 
     BYTES = 16 * 2**20
 
-    def __init__(self, accumulator: Any, dtype: torch.dtype, device: torch.device):
+    def __init__(self, accumulator: Any, dtype: torch.dtype, device: torch.device, *, outputs: int = 0):
+        """`outputs`: width of the residual stream, whose drift is counted in; 0 where it is not."""
         self.accumulator = accumulator
         rows = max(1, self.BYTES // (accumulator.width * dtype.itemsize))
-        self._expert, self._merged = (
-            torch.empty(rows, accumulator.width, dtype=dtype, device=device) for _ in range(2)
-        )
+        widths = (accumulator.width, accumulator.width, *([outputs] if outputs else []))
+        self._rows = [torch.empty(rows, width, dtype=dtype, device=device) for width in widths]
         self._filled = 0
 
-    def add(self, expert: Tensor, merged: Tensor, mask: Tensor | None) -> None:
-        """What both read of a batch (..., in); padding is left out. Raises `CollectionError`, and as `Accumulator.update`."""
-        name, width = self.accumulator.name, self.accumulator.width
-        keep = row_mask(name, merged, mask)
-        if expert.shape != merged.shape or merged.shape[-1] != width or merged.dtype != self._merged.dtype:
+    def add(self, expert: Read, merged: Read, mask: Tensor | None) -> None:
+        """What both read of a batch; padding is left out. Raises `CollectionError`, and as `Accumulator.update`."""
+        name, width, x = self.accumulator.name, self.accumulator.width, merged.x
+        keep, dtype = row_mask(name, x, mask), self._rows[0].dtype
+        streams = []
+        if merged.stream is not None and expert.stream is not None:  # hidden states may be kept in another dtype
+            streams = [merged.stream.to(dtype) - expert.stream.to(dtype)]
+        if expert.x.shape != x.shape or x.shape[-1] != width or x.dtype != dtype:
             self.flush()
-            self.accumulator.update(kept_rows(name, expert, mask), kept_rows(name, merged, mask))
+            self.accumulator.update(*(kept_rows(name, rows, mask) for rows in (expert.x, x, *streams)))
             return
-        chosen = torch.arange(merged.numel() // width, device=merged.device) if keep is None else keep.nonzero()[:, 0]
-        for rows in chosen.split(self._merged.shape[0]):
-            if self._filled + len(rows) > self._merged.shape[0]:
+        chosen = torch.arange(x.numel() // width, device=x.device) if keep is None else keep.nonzero()[:, 0]
+        for rows in chosen.split(len(self._rows[0])):
+            if self._filled + len(rows) > len(self._rows[0]):
                 self.flush()
             into = slice(self._filled, self._filled + len(rows))
-            torch.index_select(expert.reshape(-1, width), 0, rows, out=self._expert[into])
-            torch.index_select(merged.reshape(-1, width), 0, rows, out=self._merged[into])
+            for kept, given in zip(self._rows, (expert.x, x, *streams), strict=True):
+                torch.index_select(given.reshape(-1, given.shape[-1]), 0, rows, out=kept[into])
             self._filled = into.stop
 
     def flush(self) -> None:
         rows = slice(0, self._filled)
         self._filled = 0
-        self.accumulator.update(self._expert[rows], self._merged[rows])
+        self.accumulator.update(*(kept[rows] for kept in self._rows))

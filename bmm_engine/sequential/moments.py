@@ -9,7 +9,9 @@ X_t (n, in) the rows that expert t reads, X~_t those that the merged network rea
 the last two for the record and for the task weights. There are two ways to come by them:
 
 * `DriftAccumulator` keeps G~, C = D^T X~ and D^T D, all (in, in), whatever the modules are: Q = W C, ||D W^T||^2 = tr(W D^T D W^T), and so on.
-* `ProjectedAccumulator` knows the modules from the start and keeps Q itself: cheaper, in time and memory, where they have few outputs.
+* `ProjectedAccumulator` knows the modules from the start and keeps Q itself: cheaper, in time and memory, where they have few outputs. It may also
+  count in how far the residual stream has drifted that these modules write to: with S_t (n, out) what their outputs are added to in expert t, S~_t in
+  the merged network, it puts D_t W_t^T + (S~_t - S_t), how far the sum would drift under the expert's weight, in the place of D_t W_t^T throughout.
 
 The cross-moment is taken of the drift, not of X_t: what does not drift adds exactly nothing, so that without drift this is plain BMM, and small
 drifts keep their digits in float32.
@@ -91,7 +93,8 @@ class DriftMoments(TaskMoments):
 
 @dataclass(frozen=True)
 class ProjectedMoments(TaskMoments):
-    """`gram` X~^T X~ (in, in); `product` Q (out, in); and for each output the squared norms `drift` of D W_t^T and `change` of X U_t^T (out,)."""
+    """`gram` X~^T X~ (in, in); `product` Q (out, in); and for each output the squared norms `drift` of D W_t^T (with what the residual stream has
+    drifted, where that was given) and `change` of X U_t^T (out,)."""
 
     gram: Tensor
     product: Tensor
@@ -133,9 +136,13 @@ class Accumulator(ABC):
         self._gram = torch.zeros(width, width, dtype=dtype, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
 
-    def update(self, expert: Tensor, merged: Tensor, *, backend: str = "auto") -> None:
+    def update(
+        self, expert: Tensor, merged: Tensor, stream_drift: Tensor | None = None, *, backend: str = "auto"
+    ) -> None:
         """Add rows (..., in) of the expert and of the merged network; leading dimensions are flattened.
 
+        `stream_drift` (..., out): how far what the modules' outputs are added to has drifted, merged less expert (only for a
+        `ProjectedAccumulator`, and then with every update or with none).
         Raises `ShapeMismatchError` (another width, unequal rows), `NonFiniteGramError` (whose rows, how many); then nothing was added.
         """
         if merged.shape != expert.shape or merged.shape[-1] != self.width:
@@ -147,10 +154,11 @@ class Accumulator(ABC):
         if merged.shape[0] == 0:
             return
         drift = merged - expert
-        sums = self._column_sums(merged), self._column_sums(drift)
+        stream = None if stream_drift is None else self._stream_rows(stream_drift, len(drift))
+        sums = [self._column_sums(rows) for rows in (merged, drift, stream) if rows is not None]
         if not all(bool(torch.isfinite(s).all()) for s in sums):
-            self._report(expert, merged)
-        self._add(expert, merged, drift, sums[1], backend)
+            self._report(expert, merged, stream)
+        self._add(expert, merged, drift, sums[1], stream, backend)
         self._sum += sums[0]
         self.rows += merged.shape[0]
 
@@ -162,7 +170,12 @@ class Accumulator(ABC):
         """
 
     @abstractmethod
-    def _add(self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, backend: str) -> None: ...
+    def _add(
+        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+    ) -> None: ...
+
+    def _stream_rows(self, stream_drift: Tensor, rows: int) -> Tensor:
+        raise ConfigError(f"{self.name}: only a ProjectedAccumulator counts in the drift of the residual stream.")
 
     def _column_sums(self, rows: Tensor) -> Tensor:
         ones = torch.ones(1, rows.shape[0], dtype=self.dtype, device=rows.device)
@@ -181,12 +194,14 @@ class Accumulator(ABC):
         gram[-1, -1] = self.rows
         return gram
 
-    def _report(self, expert: Tensor, merged: Tensor) -> None:
-        for whose, rows in (("the expert", expert), ("the merged network", merged)):
+    def _report(self, expert: Tensor, merged: Tensor, stream: Tensor | None) -> None:
+        for whose, rows in (("the expert", expert), ("the merged network", merged), ("the residual stream", stream)):
+            if rows is None:
+                continue
             count = int((~torch.isfinite(rows).all(-1)).sum())
             if count:
                 raise NonFiniteGramError(
-                    f"{self.name}: {count} of {rows.shape[0]} rows that {whose} reads there hold NaN or infinity; nothing was added. Check the"
+                    f"{self.name}: {count} of {rows.shape[0]} rows of {whose} there hold NaN or infinity; nothing was added. Check the"
                     " calibration batch, or run the models in float32.",
                     module=self.name,
                     count=count,
@@ -213,7 +228,9 @@ class DriftAccumulator(Accumulator):
         self._cross, self._drift = (torch.zeros(width, width, dtype=dtype, device=device) for _ in range(2))
         self._drift_sum = torch.zeros(width, dtype=torch.float64, device=device)
 
-    def _add(self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, backend: str) -> None:
+    def _add(
+        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+    ) -> None:
         accumulate_cross_gram(self._cross, drift, merged, G=self._gram, backend=backend)
         accumulate_gram(self._drift, drift, backend=backend)
         self._drift_sum += drift_sum
@@ -251,14 +268,26 @@ class ProjectedAccumulator(Accumulator):
             torch.zeros(outputs, dtype=torch.float64, device=device) for _ in range(3)
         )
 
-    def _add(self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, backend: str) -> None:
+    def _add(
+        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+    ) -> None:
         accumulate_gram(self._gram, merged, backend=backend)
         drifted = drift.to(self.dtype) @ self._expert.mT  # (rows, out)
+        if stream is not None:
+            drifted += stream
         self._product.addmm_(drifted.mT, merged.to(self.dtype))
         self._product_sum += drifted.sum(0, dtype=torch.float64)
         self._drift += drifted.square_().sum(0, dtype=torch.float64)
         changed = torch.addmm(self._change_of_bias, expert.to(self.dtype), self._task_vector.mT)
         self._change += changed.square_().sum(0, dtype=torch.float64)
+
+    def _stream_rows(self, stream_drift: Tensor, rows: int) -> Tensor:
+        outputs = self._expert.shape[0]
+        if stream_drift.shape[-1] != outputs or stream_drift.numel() != rows * outputs:
+            raise ShapeMismatchError(
+                f"{self.name}: the drift of the residual stream has shape {tuple(stream_drift.shape)}; it needs {rows} rows of width {outputs}."
+            )
+        return stream_drift.detach().reshape(-1, outputs).to(self.dtype)
 
     def moments(self, *, with_bias: bool = False) -> ProjectedMoments:
         """With a bias where the modules were given with theirs, and only there. Raises `EmptyCalibrationError` without rows."""

@@ -19,6 +19,7 @@ class SequentialOptions:
     """Every field as in `merge_sequential`. Raises `ConfigError`."""
 
     fit_bias: bool = True
+    target: str = "stream"
     norms: str = "anchor"
     sweeps: int = 1
     blocks: str | None = None
@@ -30,6 +31,8 @@ class SequentialOptions:
     def __post_init__(self) -> None:
         if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 1:
             raise ConfigError(f"sweeps must be a whole number >= 1, not {self.sweeps!r}.")
+        if self.target not in ("stream", "module"):
+            raise ConfigError(f"target must be 'stream' or 'module', not {self.target!r}.")
         if self.norms not in ("anchor", "fit"):
             raise ConfigError(f"norms must be 'anchor' or 'fit', not {self.norms!r}.")
         _ = self.hidden_bytes, parse_dtype(self.walk_dtype), parse_dtype(self.hidden_dtype)

@@ -1,27 +1,33 @@
-"""What modules read while a stage of the network runs, and which of them read the same."""
+"""What modules read while a stage of the network runs, which of them read the same, and what the residual stream holds where they write to it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.blocks import Stop
+from bmm_engine.blocks import Stop, forwarding
 from bmm_engine.errors import CollectionError
+from bmm_engine.sequential.stream import Additions
 
 Run = Callable[[int], Any]
 
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Modules (live names) that read the same tensors: the first of them reads `calls` in one pass of its stage."""
+    """Modules (live names) that read the same tensors: the first of them reads `calls` in one pass of its stage.
+
+    `additions`: of a module that reads them alone and whose output is added, before anything else is done with it and before another of the
+    stage's modules is called, to what is there: how many additions in a row, in each call. 0 for one that does not write to the residual stream.
+    """
 
     modules: tuple[str, ...]
     calls: int
+    additions: int = 0
 
     @property
     def leader(self) -> str:
@@ -35,9 +41,17 @@ def shared_inputs(modules: Mapping[str, nn.Module], alone: Container[str], run: 
     """
     read: dict[str, list[Tensor]] = {}
     sums: dict[str, list[float]] = {}
+    added: dict[str, list[int]] = {}
+    now = [""]
+
+    def count(addend: Tensor) -> None:
+        added[now[0]][-1] += 1
+
+    additions = Additions(count)
 
     def listen(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            additions.leave()
             x = _input_of(name, args, kwargs)
             read.setdefault(name, []).append(x)
             # An input that is changed in place between two readers is not the same.
@@ -45,72 +59,136 @@ def shared_inputs(modules: Mapping[str, nn.Module], alone: Container[str], run: 
 
         return hook
 
-    with _hooked(modules, listen):
+    def follow(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            now[0] = name
+            added.setdefault(name, []).append(0)
+            additions.follow(output)
+
+        return hook
+
+    with _hooked(modules, listen, follow), additions:
         run(0)
     groups: dict[Any, list[str]] = {}
     for name, inputs in read.items():
         key: Any = tuple((id(x), total) for x, total in zip(inputs, sums[name], strict=True))
         key = name if name in alone else key
         groups.setdefault(key, []).append(name)
-    return [SharedInput(tuple(names), len(read[names[0]])) for names in groups.values()]
+    found = []
+    for names in groups.values():
+        counts = set(added[names[0]])
+        writes = len(names) == 1 and names[0] not in alone and len(counts) == 1
+        found.append(SharedInput(tuple(names), len(read[names[0]]), counts.pop() if writes else 0))
+    return found
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a module reads in one call (..., in), and where it writes to the residual stream what its output is added to (..., out)."""
+
+    x: Tensor
+    stream: Tensor | None = None
 
 
 class Reader:
-    """Catches what one module reads in each pass of its stage."""
+    """Catches what one module reads in each pass of its stage and, with `outputs` (how many features it gives), what that is added to."""
 
-    def __init__(self, shared: SharedInput, module: nn.Module):
+    def __init__(self, shared: SharedInput, module: nn.Module, outputs: int = 0):
         self.shared, self.module = shared, module
-        self._caught: list[Tensor] = []
+        self.outputs = outputs if shared.additions else 0
+        self._inputs: list[Tensor] = []
+        self._streams: list[Tensor] = []
+        self._left = 0  # additions of the call at work
         self._stop = False
+        self._additions = Additions(self._caught)
 
     @contextmanager
     def listening(self) -> Iterator[Reader]:
-        handle = self.module.register_forward_pre_hook(self._hook, with_kwargs=True)
-        try:
+        with ExitStack() as stack:
+            handle = self.module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+            stack.callback(handle.remove)
+            if self.outputs:
+                handle = self.module.register_forward_hook(self._on_output)
+                stack.callback(handle.remove)
             yield self
-        finally:
-            handle.remove()
 
-    def read(self, run: Run, batch: int) -> list[Tensor]:
-        """What the module reads of a batch; the pass ends there."""
+    def read(self, run: Run, batch: int) -> list[Read]:
+        """What the module reads of a batch, call by call; the pass ends there."""
         self._stop = True
-        try:
-            run(batch)
-        except Stop:
-            return self._taken(batch)
-        return self._taken(batch)  # raises
+        with ExitStack() as stack:
+            if self.outputs:  # what it gives is of no account
+                stack.enter_context(forwarding(self.module, self._nothing))
+                stack.enter_context(self._additions)
+            try:
+                run(batch)
+            except Stop:
+                pass
+        return self._taken(batch)
 
-    def read_through(self, run: Run, batch: int) -> tuple[list[Tensor], Any]:
+    def read_through(self, run: Run, batch: int) -> tuple[list[Read], Any]:
         """The same, of a pass that goes on to the stage's end; and what the stage gives."""
         self._stop = False
-        output = run(batch)
+        with ExitStack() as stack:
+            if self.outputs:
+                stack.enter_context(self._additions)
+            output = run(batch)
         return self._taken(batch), output
 
-    def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _nothing(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.outputs)
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = _input_of(self.shared.leader, args, kwargs)
         # A pass that goes on may change it in place.
-        self._caught.append(x if self._stop else x.clone())
-        if self._stop and len(self._caught) == self.shared.calls:
+        self._inputs.append(x if self._stop and not self.outputs else x.clone())
+        if self._stop and not self.outputs and len(self._inputs) == self.shared.calls:
             raise Stop
 
-    def _taken(self, batch: int) -> list[Tensor]:
-        taken, self._caught = self._caught, []
-        if len(taken) != self.shared.calls:
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._left = self.shared.additions
+        self._additions.follow(output)
+
+    def _caught(self, addend: Tensor) -> None:
+        if self._left == self.shared.additions:
+            self._streams.append(addend)
+        else:
+            self._streams[-1] += addend
+        self._left -= 1
+        if self._left == 0:
+            self._additions.leave()
+            if self._stop and len(self._streams) == self.shared.calls:
+                raise Stop
+
+    def _taken(self, batch: int) -> list[Read]:
+        inputs, self._inputs = self._inputs, []
+        streams, self._streams = self._streams, []
+        self._additions.leave()
+        if len(inputs) != self.shared.calls:
             raise CollectionError(
-                f"{self.shared.leader}: read {self.shared.calls} inputs of the first calibration batch, and {len(taken)} of batch {batch}. What is"
+                f"{self.shared.leader}: read {self.shared.calls} inputs of the first calibration batch, and {len(inputs)} of batch {batch}. What is"
                 " called only sometimes cannot be solved block by block; leave it out with `modules`."
             )
-        return taken
+        if not self.outputs:
+            return [Read(x) for x in inputs]
+        if len(streams) != self.shared.calls or self._left:
+            raise CollectionError(
+                f"{self.shared.leader}: what it gives is added to the residual stream in the first calibration batch, and not in batch {batch}; aim at"
+                " what modules give (target: module)."
+            )
+        return [Read(*pair) for pair in zip(inputs, streams, strict=True)]
 
 
 @contextmanager
-def _hooked(modules: Mapping[str, nn.Module], listen: Callable[[str], Callable[..., None]]) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(listen(name), with_kwargs=True) for name, m in modules.items()]
-    try:
+def _hooked(
+    modules: Mapping[str, nn.Module],
+    listen: Callable[[str], Callable[..., None]],
+    follow: Callable[[str], Callable[..., None]],
+) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_pre_hook(listen(name), with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(follow(name)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _input_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bmm_engine.blocks import forwarding
 from bmm_engine.sequential.hidden import Room
 
 
@@ -39,7 +40,7 @@ class Replay:
         fresh: dict[str, list[Any]] = {name: [] for name in finished if name not in kept.outputs}
         with ExitStack() as stack:
             for name in _outermost(kept.outputs):
-                stack.enter_context(_replayed(self.block.get_submodule(name), kept.outputs[name]))
+                stack.enter_context(forwarding(self.block.get_submodule(name), _replaying(kept.outputs[name])))
             for name, outputs in fresh.items():
                 handle = self.block.get_submodule(name).register_forward_hook(_recording(outputs))
                 stack.callback(handle.remove)
@@ -89,17 +90,9 @@ def _recording(into: list[Any]) -> Callable[..., None]:
     return hook
 
 
-@contextmanager
-def _replayed(module: nn.Module, outputs: list[Any]) -> Iterator[None]:
+def _replaying(outputs: list[Any]) -> Callable[..., Any]:
     calls = iter(outputs)
-    before = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: _copy(next(calls))
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
+    return lambda *args, **kwargs: _copy(next(calls))
 
 
 def _copy(output: Any) -> Any:

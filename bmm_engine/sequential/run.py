@@ -47,6 +47,7 @@ def merge_sequential(
     scale: Any = 1.0,
     task_weights: str | Sequence[float] | None = "energy",
     fit_bias: bool = True,
+    target: str = "stream",
     norms: str = "anchor",
     sweeps: int = 1,
     blocks: str | None = None,
@@ -88,7 +89,7 @@ def merge_sequential(
 
     Raises what `merge` and `collect_grams` raise.
     """
-    options = SequentialOptions(fit_bias, norms, sweeps, blocks, mask, walk_dtype, hidden_memory, hidden_dtype)
+    options = SequentialOptions(fit_bias, target, norms, sweeps, blocks, mask, walk_dtype, hidden_memory, hidden_dtype)
     calibration = [list(own) for own in batches]
     if len(calibration) != len(experts):
         raise ConfigError(
@@ -226,6 +227,7 @@ def _identity(
             "keep_base": alignment.kept,
             "blocks": skeleton.blocks,
             "fit_bias": options.fit_bias,
+            "target": options.target,
             "norms": options.norms,
             "mask": options.mask if isinstance(options.mask, str) else repr(type(options.mask)),
             "sweeps": options.sweeps,
@@ -243,5 +245,5 @@ def _recipe(plan: MergePlan, options: SequentialOptions) -> dict[str, Any]:
         **known,
         "mode": "sequential",
         "fit_bias": options.fit_bias,
-        "sequential": {"norms": options.norms, "sweeps": options.sweeps},
+        "sequential": {"target": options.target, "norms": options.norms, "sweeps": options.sweeps},
     }

@@ -27,7 +27,7 @@ from bmm_engine.sequential.moments import Accumulator
 from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.passage import Passage
-from bmm_engine.sequential.reading import Reader, Run, SharedInput, shared_inputs
+from bmm_engine.sequential.reading import Read, Reader, Run, SharedInput, shared_inputs
 from bmm_engine.sequential.reads import ExpertReads
 from bmm_engine.sequential.replay import Replay, finished_parts
 from bmm_engine.sequential.skeleton import Skeleton, reader_of
@@ -274,19 +274,24 @@ class SequentialWalk:
             tasks, dtype = range(len(self.experts)), self.skeleton.dtype
             norm = self._norms.get(shared.leader)
             parts = [] if norm else self.solver.parts([self._modules[name] for name in shared.modules])
+            outputs = 0  # that are added to the residual stream
+            if self.options.target == "stream" and shared.additions:
+                outputs = self._modules[shared.leader].out_features
             measured: list[Any]
             if norm is not None:
                 measured = [self.norms.accumulator(norm, t, dtype) for t in tasks]
             else:
-                measured = [self.solver.accumulator(parts, t, dtype) if parts else None for t in tasks]
-            with Reader(shared, listened[shared.leader]).listening() as reader:
+                measured = [
+                    self.solver.accumulator(parts, t, dtype, stream=bool(outputs)) if parts else None for t in tasks
+                ]
+            with Reader(shared, listened[shared.leader], outputs).listening() as reader:
                 for t, accumulator in enumerate(measured):
                     self._measure(reader, accumulator, t, run_of, through)
             before = set(self._now.tensors)
             if norm is not None:
                 self.norms.solve(label, norm, measured, self._now)
             elif parts:
-                self.solver.solve(label, parts, measured, self._now)
+                self.solver.solve(label, parts, measured, self._now, stream=bool(outputs))
             self._left -= set(shared.modules)
             if merged is not None:
                 for name in set(self._now.tensors) - before:
@@ -325,20 +330,20 @@ class SequentialWalk:
                 self._own(reader, t, b, own_run, through)
             return
         merged_run = run_of(merged)
-        waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device)
+        waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device, outputs=reader.outputs)
         for b, mask in enumerate(self._masks[t]):
             own = self._own(reader, t, b, own_run, through)
             drifted = reader.read(merged_run, b)
-            for x, y in zip(own, drifted, strict=True):
-                waiting.add(x, y, mask)
+            for pair in zip(own, drifted, strict=True):
+                waiting.add(*pair, mask)
         waiting.flush()
 
-    def _own(self, reader: Reader, t: int, batch: int, run: Run | None, through: bool) -> list[Tensor]:
+    def _own(self, reader: Reader, t: int, batch: int, run: Run | None, through: bool) -> list[Read]:
         """What expert `t` reads of a batch; with `through` its hidden states go on."""
         leader, expert = reader.shared.leader, self.experts[t]
         if run is None:
             assert self.reads is not None
-            return self.reads.get(leader, t, batch, reader.shared.calls, self.skeleton.device)
+            return self.reads.get(leader, t, batch, self.skeleton.device)
         if through:
             own, output = reader.read_through(run, batch)
             expert.walking().advance(batch, output)

@@ -14,7 +14,7 @@ from bmm_engine import collect_grams, merge, merge_sequential
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError, NonFiniteGramError
 from tests.numerics import relative_error
 from tests.reference_merge import linear_names
-from tests.reference_sequential import reference_sequential
+from tests.reference_sequential import reference_sequential, stream_beside, trace
 from tests.tiny import CONFIGS, family, fine_tune, make_base, make_batches
 
 ARCHITECTURES = list(CONFIGS)
@@ -49,10 +49,11 @@ def assert_close(found, truth, tolerance):
         {},
         {"fit_bias": False, "energy": False, "alpha": 0.01},
         {"scale": 0.7, "alpha": 1.0},
+        {"target": "module"},
         {"sweeps": 2},
         {"norms": True},
     ],
-    ids=["defaults", "plain", "scaled", "sweeps", "norms"],
+    ids=["defaults", "plain", "scaled", "module", "sweeps", "norms"],
 )
 def test_it_is_the_formula_walked_through_the_network(architecture, options):
     base, experts, batches = problem(architecture)
@@ -168,12 +169,11 @@ def test_the_order_of_the_experts_does_not_matter_to_a_bit():
         assert a.task_weights == b.task_weights[::-1]
 
 
-def test_it_says_what_it_lowered():
+@pytest.mark.parametrize("target", ["module", "stream"])
+def test_it_says_what_it_lowered(target):
     """The residual that is recorded is that of the rows themselves; solving lowers what is minimised."""
-    from tests.reference_sequential import trace
-
     base, experts, batches = problem("bert")
-    result = merge_sequential(base, experts, batches, alpha=1e-3, task_weights=None)
+    result = merge_sequential(base, experts, batches, alpha=1e-3, task_weights=None, target=target)
     merged = copy.deepcopy(base)
     merged.load_state_dict({**merged.state_dict(), **result.tensors})
     anchor = merge(base, experts, alpha=math.inf).tensors
@@ -184,13 +184,16 @@ def test_it_says_what_it_lowered():
         for t, expert in enumerate(experts):
             x, y = trace(expert, batches[t], [name])[name]
             drifted, _ = trace(merged, batches[t], [name])[name]
+            beside = [stream_beside(m, batches[t], name) for m in (merged, expert)]
+            assert record.stream == (target == "stream" and beside[0] is not None)
+            shift = beside[0] - beside[1] if record.stream else 0.0
             linear = {
                 k: (s[f"{name}.weight"], s[f"{name}.bias"])
                 for k, s in (("anchor", anchor), ("solved", result.tensors), ("base", base.state_dict()))
             }
             change = (y - nn.functional.linear(x, *linear["base"])).norm()
             for recorded, key in ((record.before, "anchor"), (record.after, "solved")):
-                true = (nn.functional.linear(drifted, *linear[key]) - y).norm() / change
+                true = (nn.functional.linear(drifted, *linear[key]) - y + shift).norm() / change
                 assert abs(recorded[t] - float(true)) < 2e-3 * float(true) + 1e-4, (name, key)
         assert sum(v**2 for v in record.after) <= sum(v**2 for v in record.before) * 1.01
 
@@ -279,6 +282,7 @@ def test_bad_inputs_are_refused(tmp_path):
         ("expert 1: its calibration set is empty", EmptyCalibrationError, {"batches": [batches[0], []]}),
         ("sweeps must be a whole number >= 1", ConfigError, {"sweeps": 0}),
         ("norms must be 'anchor' or 'fit'", ConfigError, {"norms": "all"}),
+        ("target must be 'stream' or 'module'", ConfigError, {"target": "sum"}),
         (r"blocks: .* that matches 'decoder\*'", ConfigError, {"blocks": "decoder*"}),
         ("no config.json", ConfigError, {"base": base.state_dict(), "modules": ["*attention*"]}),
     ):
@@ -288,7 +292,7 @@ def test_bad_inputs_are_refused(tmp_path):
     broken = copy.deepcopy(experts[0])
     with torch.no_grad():
         broken.bert.embeddings.word_embeddings.weight[5:9] = math.inf
-    with pytest.raises(NonFiniteGramError, match=r"layer\.0.*the expert reads there hold NaN"):
+    with pytest.raises(NonFiniteGramError, match=r"layer\.0.*rows of the expert there hold NaN"):
         merge_sequential(base, [broken, experts[1]], batches, keep_base=["bert.embeddings.word*"])
     spare = copy.deepcopy(base)
     spare.spare = nn.Linear(3, 3)
