@@ -35,6 +35,7 @@ _PUBLIC = {
     "magnitude_ranks": "bmm_engine.ops.ranks",
     "solve_drift": "bmm_engine.sequential.solve",
     "DriftAccumulator": "bmm_engine.sequential.moments",
+    "ProjectedAccumulator": "bmm_engine.sequential.moments",
     "alignment": "bmm_engine.moments",
     "LowRank": "bmm_engine.lowrank",
     "search": "bmm_engine.searching.run",
@@ -78,7 +79,7 @@ if TYPE_CHECKING:
     from bmm_engine.scores import Score
     from bmm_engine.searching.run import SearchResult, search, search_recipe
     from bmm_engine.searching.study import Study
-    from bmm_engine.sequential.moments import DriftAccumulator
+    from bmm_engine.sequential.moments import DriftAccumulator, ProjectedAccumulator
     from bmm_engine.sequential.run import merge_sequential
     from bmm_engine.sequential.solve import solve_drift
     from bmm_engine.sequential_grams import collect_sequential

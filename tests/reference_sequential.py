@@ -88,6 +88,7 @@ def reference_sequential(
     every = [*transposed, *norm_names]
     for _ in range(sweeps):
         anchor = {k: v.clone() for k, v in merged.state_dict().items()}
+        written = [0.0] * len(experts)  # what fine-tuning changed in the residual stream so far
         groups, seen = [], trace(merged, batches[0], every)
         for name, (x, _) in seen.items():
             alike = [g for g in groups if name not in norm_names and g[0] not in norm_names]
@@ -114,6 +115,8 @@ def reference_sequential(
                 sum(float((x @ (weight(s, n) - weight(origin, n)).T).pow(2).sum()) / len(x) for n in names)
                 for s, x in zip(states, own)
             ]
+            if shifts[0] is not None:
+                energies = written = [e + w for e, w in zip(energies, written)]
             betas = _betas(energies, energy)
             a = sum(b * y.T @ y / len(y) for b, y in zip(betas, drifted))
             lam = alpha * a.trace() / len(a)

@@ -81,10 +81,18 @@ class ModuleSolver:
         )
 
     def solve(
-        self, stage: str, parts: Sequence[Part], measured: list[Accumulator], out: Solved, *, stream: bool
+        self,
+        stage: str,
+        parts: Sequence[Part],
+        measured: list[Accumulator],
+        out: Solved,
+        *,
+        written: Sequence[float] | None = None,
     ) -> None:
-        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`; `stream` as there.
+        """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`.
 
+        `written`: where they write to the residual stream, what fine-tuning changed there before: `||X_t U_t^T||^2 / n_t`, for each expert as listed,
+        summed over the modules that have written to it.
         Empties `measured`: moments with a bias are a copy.
         """
         for part in parts:
@@ -93,13 +101,21 @@ class ModuleSolver:
                 own = measured[t] if part is not parts[-1] else measured.pop(0)
                 moments.append(own.moments(with_bias=part.with_bias))
                 del own
-            self._solve_part(stage, part, moments, out, stream)
+            self._solve_part(stage, part, moments, out, written)
 
     def _solve_part(
-        self, stage: str, part: Part, moments: Sequence[TaskMoments], out: Solved, stream: bool
+        self,
+        stage: str,
+        part: Part,
+        moments: Sequence[TaskMoments],
+        out: Solved,
+        written: Sequence[float] | None,
     ) -> None:
         inputs, with_bias, name = self.inputs, part.with_bias, part.members[0].name
-        energies = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
+        change = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
+        energies = change
+        if written is not None:
+            energies = [own + before for own, before in zip(change, inputs.ordered(written), strict=True)]
         betas = drift_task_weights(self._given_weights(), energies, len(moments), name)
         factor = drift_factor(moments, betas, alpha=part.alpha, name=name)
         assert factor is not None, "no part is at an infinite ridge"
@@ -120,9 +136,8 @@ class ModuleSolver:
             self._put(module, solved if scale == 1 else base + scale * (solved - base), with_bias, out)
         residuals = (tuple(self._listed(relative_residuals(total, energies))) for total in (before, after))
         names = tuple(m.name for m in part.members)
-        out.inputs.append(
-            InputRecord(stage, names, part.alpha, factor.ridge, factor.jitter, listed, *residuals, stream=stream)
-        )
+        found = (part.alpha, factor.ridge, factor.jitter, listed, *residuals, tuple(self._listed(change)))
+        out.inputs.append(InputRecord(stage, names, *found, stream=written is not None))
 
     def _base(self, module: LinearModule, with_bias: bool) -> Tensor:
         return self.inputs.oriented(self.inputs.base, module, with_bias)

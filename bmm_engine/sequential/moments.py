@@ -245,7 +245,10 @@ class DriftAccumulator(Accumulator):
 
 
 class ProjectedAccumulator(Accumulator):
-    """For one stack of modules: `expert` W_t and `task_vector` U_t (out, in), or [W | b] (out, in + 1)."""
+    """For one stack of modules: `expert` W_t and `task_vector` U_t (out, in), or [W | b] (out, in + 1).
+
+    Its updates may count in how far the residual stream has drifted that the modules' outputs are added to.
+    """
 
     def __init__(
         self,

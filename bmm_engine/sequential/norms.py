@@ -137,7 +137,8 @@ class NormSolver:
             for pair in ((gain, bias), (fitted_gain, fitted_bias))
         )
         names, listed = (norm.weight.removesuffix(".weight"),), tuple(self._listed(betas))
-        out.inputs.append(InputRecord(stage, names, alpha, ridge, 0.0, listed, before, after))
+        change = tuple(self._listed(energies))
+        out.inputs.append(InputRecord(stage, names, alpha, ridge, 0.0, listed, before, after, change))
         for name, fitted in ((norm.weight, fitted_gain), (norm.bias, fitted_bias)):
             if name is not None:
                 base = inputs.load(inputs.base, name)

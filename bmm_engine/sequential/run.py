@@ -72,7 +72,11 @@ def merge_sequential(
 
         W* = argmin_W  sum_t beta_t / n_t ||X~_t W^T - X_t W_t^T||_F^2 + lam ||W - W_a||_F^2,
 
-    towards what each expert gives on its own inputs (see `bmm_engine.drift`), before the modules after it are looked at.
+    towards what each expert gives on its own inputs (`solve_drift`), before the modules after it are looked at. A module whose output is added
+    straight to the residual stream S is aimed at what the expert's stream holds after it, so that it makes up for what the merged network's stream
+    S~ has drifted before:
+
+        W* = argmin_W  sum_t beta_t / n_t ||S~_t + X~_t W^T - S_t - X_t W_t^T||_F^2 + lam ||W - W_a||_F^2.
 
     `base`: a checkpoint (directory or hub id) that transformers can build, or a live model; `experts` as in `merge`. `batches[t]`: expert t's
     calibration data, as for `collect_grams`. Each expert and the merged network pass over them once; within a block, and only there, once
@@ -80,7 +84,7 @@ def merge_sequential(
     `blocks` (a name or shell pattern). The model's own blocks are called; of each model one block at a time is held, read from its files.
     `anchor`, `anchor_parameters`, `grams`, `fishers`: the prior, as in `merge`; it also gives all that is no linear module. `alpha`, `scale`,
     `modules`, `keep_base`, `vocabulary`: as in `merge`. `task_weights`: "energy" (per input `1 / ||X_t U_t^T||^2`), None, or a number per
-    expert. `fit_bias`: solve biases with their weights. `norms`: "fit" solves gains and biases of normalisations too, feature by feature,
+    expert. `fit_bias`: solve biases with their weights. `target`: "stream", or "module": all aim at what the expert's module gives. `norms`: "fit" solves gains and biases of normalisations too, feature by feature,
     instead of taking the anchor's. `sweeps`: walks, each with the result of the one before as its anchor.
     `walk_dtype`: of the models that are run (default: a live base's own, else float32). `hidden_memory`: hidden states kept in memory, in all, the
     rest in files; `hidden_dtype`: how they are kept (bfloat16 halves them).

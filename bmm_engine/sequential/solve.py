@@ -3,7 +3,8 @@
     W* = argmin_W  sum_t beta_t / n_t ||X~_t W^T - X_t W_t^T||_F^2 + lam ||W - W_a||_F^2
        = W_a + R A^{-1},   R = sum_t beta_t / n_t [ (W_t - W_a) G~_t - Q_t ],   A = sum_t beta_t G~_t / n_t + lam I
 
-with G~_t and Q_t as in `moments.py`; ours, after arXiv 2605.12843. Without drift Q_t is 0, and it is plain BMM.
+with G~_t and Q_t as in `moments.py`; ours, after arXiv 2605.12843. Without drift Q_t is 0, and it is plain BMM. With the drift of the residual stream
+counted in (`ProjectedAccumulator`), the first norm is that of `S~_t + X~_t W^T - S_t - X_t W_t^T`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def solve_drift(
     """The sequential MAP weight of one linear module (see the module's text), or of several that share their input, stacked along `out`.
 
     `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`:
-    `DriftAccumulator.moments()`. `alpha`: relative ridge, `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a
+    `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge, `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a
     number per task, or "energy" (`1 / ||X_t U_t^T||^2`, needs `base`). Computed in float64, rounded once.
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.

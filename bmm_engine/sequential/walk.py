@@ -291,13 +291,19 @@ class SequentialWalk:
             if norm is not None:
                 self.norms.solve(label, norm, measured, self._now)
             elif parts:
-                self.solver.solve(label, parts, measured, self._now, stream=bool(outputs))
+                written = self._written() if outputs else None
+                self.solver.solve(label, parts, measured, self._now, written=written)
             self._left -= set(shared.modules)
             if merged is not None:
                 for name in set(self._now.tensors) - before:
                     live = self.skeleton.names[name].removeprefix(f"{label}.")
                     merged[live] = self.skeleton.ready(self._now.tensors[name])
         return bool(found) and advance
+
+    def _written(self) -> list[float]:
+        """What fine-tuning changed in the residual stream so far, for each expert as listed: see `ModuleSolver.solve`."""
+        changes = [record.change for record in (*self.inputs, *self._now.inputs) if record.stream]
+        return [sum(own[t] for own in changes) for t in range(len(self.experts))]
 
     def _finish_parts(
         self, label: str, block: nn.Module, found: Sequence[SharedInput], now: SharedInput, through: bool

@@ -177,6 +177,7 @@ def test_it_says_what_it_lowered(target):
     merged = copy.deepcopy(base)
     merged.load_state_dict({**merged.state_dict(), **result.tensors})
     anchor = merge(base, experts, alpha=math.inf).tensors
+    written = [0.0] * len(experts)
     for record in result.inputs:
         name = record.modules[0]
         if len(record.modules) > 1 or record.stage == "after the blocks":
@@ -192,6 +193,10 @@ def test_it_says_what_it_lowered(target):
                 for k, s in (("anchor", anchor), ("solved", result.tensors), ("base", base.state_dict()))
             }
             change = (y - nn.functional.linear(x, *linear["base"])).norm()
+            assert record.change[t] == pytest.approx(float(change) ** 2 / len(x), rel=1e-3)
+            if record.stream:
+                written[t] += float(change) ** 2
+                change = written[t] ** 0.5
             for recorded, key in ((record.before, "anchor"), (record.after, "solved")):
                 true = (nn.functional.linear(drifted, *linear[key]) - y + shift).norm() / change
                 assert abs(recorded[t] - float(true)) < 2e-3 * float(true) + 1e-4, (name, key)

@@ -1,0 +1,89 @@
+"""One module's sequential solve on plain tensors, against rows themselves in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bmm_engine as bmm
+from bmm_engine.errors import ConfigError, ShapeMismatchError
+from tests.numerics import relative_error
+
+
+def rows(generator, *shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def truth_of(anchor, experts, own, merged, streams, betas, alpha):
+    """By the normal equations of all rows stacked; and each task's squared misfit over n for any weight."""
+    aims = [x @ w.T - s for x, w, s in zip(own, experts, streams)]
+    a = sum(b * y.T @ y / len(y) for b, y in zip(betas, merged))
+    lam = alpha * a.trace() / len(a)
+    right = lam * anchor + sum(b * z.T @ y / len(y) for b, z, y in zip(betas, aims, merged))
+    solved = torch.linalg.solve(a + lam * torch.eye(len(a), dtype=a.dtype), right, left=False)
+    return solved, lambda w: [float((y @ w.T - z).square().sum()) / len(y) for y, z in zip(merged, aims)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 2**31 - 1), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans()
+)
+def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_stream):
+    g = torch.Generator().manual_seed(seed)
+    counts = [4 + 3 * t for t in range(tasks)]
+    own = [rows(g, n, width) for n in counts]
+    merged = [x + 0.3 * rows(g, *x.shape) for x in own]
+    streams = [rows(g, n, outputs) * with_stream for n in counts]
+    full = width + with_bias
+    base, anchor, *experts = (rows(g, outputs, full) for _ in range(2 + tasks))
+    projected = [bmm.ProjectedAccumulator(w, w - base, with_bias=with_bias, dtype=torch.float64) for w in experts]
+    general = [bmm.DriftAccumulator(width, dtype=torch.float64) for _ in experts]
+    for t in range(tasks):
+        for part in (slice(0, 3), slice(3, None)):
+            drift = [streams[t][part]] if with_stream else []
+            projected[t].update(own[t][part], merged[t][part], *drift)
+            general[t].update(own[t][part], merged[t][part])
+    if with_bias:
+        own, merged = ([torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) for x in xs] for xs in (own, merged))
+    changes = [float((x @ (w - base).T).square().sum()) / len(x) for x, w in zip(own, experts)]
+    betas = [tasks / c / sum(1 / k for k in changes) for c in changes]
+    truth, misfit = truth_of(anchor, experts, own, merged, streams, betas, 0.1)
+    for accumulators in (projected, general)[: 1 if with_stream else 2]:
+        moments = [a.moments(with_bias=with_bias) for a in accumulators]
+        found = bmm.solve_drift(anchor, experts, moments, alpha=0.1, task_weights="energy", base=base)
+        assert relative_error(found.weight, truth) < 1e-9
+        assert found.change == pytest.approx(changes, rel=1e-9)
+        assert found.task_weights == pytest.approx(betas, rel=1e-9)
+        assert found.before == pytest.approx(misfit(anchor), rel=1e-6, abs=1e-9)
+        assert found.after == pytest.approx(misfit(truth), rel=1e-6, abs=1e-9)
+
+
+def test_without_drift_it_is_plain_bmm_and_at_an_infinite_ridge_the_anchor():
+    g = torch.Generator().manual_seed(0)
+    own = [rows(g, 40, 7, dtype=torch.float32) for _ in range(2)]
+    anchor, *experts = (rows(g, 5, 7, dtype=torch.float32) for _ in range(3))
+    measured = [bmm.DriftAccumulator(7) for _ in own]
+    for accumulator, x in zip(measured, own):
+        accumulator.update(x, x)
+    moments = [a.moments() for a in measured]
+    plain = bmm.solve_map(anchor, experts, [x.T @ x / len(x) for x in own], alpha=0.03).weight
+    assert relative_error(bmm.solve_drift(anchor, experts, moments, alpha=0.03).weight, plain.double()) < 1e-5
+    assert torch.equal(bmm.solve_drift(anchor, experts, moments, alpha=math.inf).weight, anchor)
+
+
+def test_bad_arguments_are_refused():
+    moments = [bmm.DriftAccumulator(3)]
+    moments[0].update(torch.ones(2, 3), torch.ones(2, 3))
+    weight, own = torch.ones(2, 3), [moments[0].moments()]
+    with pytest.raises(ConfigError, match="2 experts and 1 moments"):
+        bmm.solve_drift(weight, [weight, weight], own, alpha=1.0)
+    with pytest.raises(ShapeMismatchError, match="moments of width 3 for a module of width 4"):
+        bmm.solve_drift(torch.ones(2, 4), [torch.ones(2, 4)], own, alpha=1.0)
+    with pytest.raises(ConfigError, match="'energy' needs `base`"):
+        bmm.solve_drift(weight, [weight], own, alpha=1.0, task_weights="energy")
+    with pytest.raises(ConfigError, match="was measured without biases"):
+        bmm.ProjectedAccumulator(weight, weight).moments(with_bias=True)
