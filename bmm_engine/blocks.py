@@ -238,13 +238,13 @@ def replaced(model: nn.Module, blocks: str, forward: Callable[..., Any]) -> Iter
 def forwarding(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`forward` in the place of the module's own; its hooks stay."""
     before = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
         if before is not None:
-            module.forward = before  # type: ignore[method-assign]
+            module.forward = before
 
 
 def block_list(model: nn.Module, blocks: str) -> nn.ModuleList:

@@ -102,7 +102,10 @@ def reference_sequential(
                 continue
             shifts = [None] * len(experts)  # what the residual stream has drifted before
             if target == "stream" and len(names) == 1:
-                after, before = ([stream_beside(m, b, names[0]) for m, b in zip(ms, batches)] for ms in ([merged] * len(experts), experts))
+                after, before = (
+                    [stream_beside(m, b, names[0]) for m, b in zip(ms, batches)]
+                    for ms in ([merged] * len(experts), experts)
+                )
                 shifts = [None if s is None else s - r for s, r in zip(after, before)]
             bias = fit_bias and f"{names[0]}.bias" in origin
             drifted = [_with_one(y, bias) for y in drifted]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 NOTE = (
     "How far what the merged network's modules give is from what the expert's give, relative to what fine-tuning changed in these modules: 0 is the"
-    " expert. Of modules that write to the residual stream it is what that holds after them, drift from before included. Deeper in the network it adds"
-    " up, and is often above 1. Dotted with the anchor's weights, solid as solved."
+    " expert. Of modules that write to the residual stream it is what that holds after them, drift from before included. Deeper in the network it"
+    " adds up, and is often above 1. Dotted with the anchor's weights, solid as solved."
 )
 MOST_LINES = 7  # colours
 

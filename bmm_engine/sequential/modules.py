@@ -134,10 +134,21 @@ class ModuleSolver:
             out.modules.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, listed, shift))
             scale = self.settings.scale_setting.at(module.weight, inputs.depth(module.weight), len(moments))
             self._put(module, solved if scale == 1 else base + scale * (solved - base), with_bias, out)
-        residuals = (tuple(self._listed(relative_residuals(total, energies))) for total in (before, after))
-        names = tuple(m.name for m in part.members)
-        found = (part.alpha, factor.ridge, factor.jitter, listed, *residuals, tuple(self._listed(change)))
-        out.inputs.append(InputRecord(stage, names, *found, stream=written is not None))
+        first, last = (tuple(self._listed(relative_residuals(total, energies))) for total in (before, after))
+        out.inputs.append(
+            InputRecord(
+                stage,
+                tuple(m.name for m in part.members),
+                part.alpha,
+                factor.ridge,
+                factor.jitter,
+                listed,
+                first,
+                last,
+                change=tuple(self._listed(change)),
+                stream=written is not None,
+            )
+        )
 
     def _base(self, module: LinearModule, with_bias: bool) -> Tensor:
         return self.inputs.oriented(self.inputs.base, module, with_bias)

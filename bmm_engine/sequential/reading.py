@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +119,8 @@ class Reader:
             if self.outputs:  # what it gives is of no account
                 stack.enter_context(forwarding(self.module, self._nothing))
                 stack.enter_context(self._additions)
-            try:
-                run(batch)
-            except Stop:
-                pass
+            stack.enter_context(suppress(Stop))
+            run(batch)
         return self._taken(batch)
 
     def read_through(self, run: Run, batch: int) -> tuple[list[Read], Any]:
@@ -172,8 +170,8 @@ class Reader:
             return [Read(x) for x in inputs]
         if len(streams) != self.shared.calls or self._left:
             raise CollectionError(
-                f"{self.shared.leader}: what it gives is added to the residual stream in the first calibration batch, and not in batch {batch}; aim at"
-                " what modules give (target: module)."
+                f"{self.shared.leader}: what it gives is added to the residual stream in the first calibration batch, and not in batch {batch}."
+                " Aim at what modules give (target: module)."
             )
         return [Read(*pair) for pair in zip(inputs, streams, strict=True)]
 

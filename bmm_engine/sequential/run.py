@@ -84,8 +84,9 @@ def merge_sequential(
     `blocks` (a name or shell pattern). The model's own blocks are called; of each model one block at a time is held, read from its files.
     `anchor`, `anchor_parameters`, `grams`, `fishers`: the prior, as in `merge`; it also gives all that is no linear module. `alpha`, `scale`,
     `modules`, `keep_base`, `vocabulary`: as in `merge`. `task_weights`: "energy" (per input `1 / ||X_t U_t^T||^2`), None, or a number per
-    expert. `fit_bias`: solve biases with their weights. `target`: "stream", or "module": all aim at what the expert's module gives. `norms`: "fit" solves gains and biases of normalisations too, feature by feature,
-    instead of taking the anchor's. `sweeps`: walks, each with the result of the one before as its anchor.
+    expert. `fit_bias`: solve biases with their weights. `target`: "stream", or "module": all aim at what the expert's module gives.
+    `norms`: "fit" solves gains and biases of normalisations too, feature by feature, instead of taking the
+    anchor's. `sweeps`: walks, each with the result of the one before as its anchor.
     `walk_dtype`: of the models that are run (default: a live base's own, else float32). `hidden_memory`: hidden states kept in memory, in all, the
     rest in files; `hidden_dtype`: how they are kept (bfloat16 halves them).
     `output` and what follows: as in `merge`. What is finished is kept in `output` + ".walk", block by block: called again after it was killed,
@@ -121,15 +122,17 @@ def merge_sequential(
     anchor_plan.check_statistics()
     skeleton = Skeleton.of(base, plan.alignment, options, device)
     specs = output_specs(plan.alignment, dtype)
-    target = Path(output).expanduser().resolve() if output is not None else None
+    destination = Path(output).expanduser().resolve() if output is not None else None
     writer = None
-    if target is not None:  # sharding and the output path are refused before any work
-        writer = CheckpointWriter(target, list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite)
+    if destination is not None:  # sharding and the output path are refused before any work
+        writer = CheckpointWriter(
+            destination, list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite
+        )
     with ExitStack() as stack:
         folder = None
-        if target is not None:
+        if destination is not None:
             identity = _identity(plan, anchor_plan, calibration, options, skeleton)
-            folder = stack.enter_context(_taken(walk_folder(target), identity))
+            folder = stack.enter_context(_taken(walk_folder(destination), identity))
         prior_source = _anchor(anchor_plan, folder, progress)
         walks = [
             SequentialWalk(plan, skeleton, calibration, options, Sweep(folder and folder / f"sweep-{n + 1}"), report)

@@ -51,8 +51,9 @@ def solve_drift(
     """The sequential MAP weight of one linear module (see the module's text), or of several that share their input, stacked along `out`.
 
     `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`:
-    `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge, `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a
-    number per task, or "energy" (`1 / ||X_t U_t^T||^2`, needs `base`). Computed in float64, rounded once.
+    `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge,
+    `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
+    needs `base`). Computed in float64, rounded once.
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
     """

@@ -81,7 +81,9 @@ def test_what_is_finished_is_not_done_again(models, tmp_path, monkeypatch):
 
     solved, solve = [], ModuleSolver.solve
     monkeypatch.setattr(
-        ModuleSolver, "solve", lambda self, stage, *rest, **more: (solved.append(stage), solve(self, stage, *rest, **more))[1]
+        ModuleSolver,
+        "solve",
+        lambda self, stage, *rest, **more: (solved.append(stage), solve(self, stage, *rest, **more))[1],
     )
     said = []
     merge_sequential(*models, output=tmp_path / "out", report=said.append)

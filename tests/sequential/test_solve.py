@@ -29,9 +29,7 @@ def truth_of(anchor, experts, own, merged, streams, betas, alpha):
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.integers(0, 2**31 - 1), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans()
-)
+@given(st.integers(0, 2**31 - 1), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans())
 def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_stream):
     g = torch.Generator().manual_seed(seed)
     counts = [4 + 3 * t for t in range(tasks)]

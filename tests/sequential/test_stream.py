@@ -75,7 +75,7 @@ def test_a_stream_that_is_gone_in_another_batch_is_an_error():
     with Reader(SharedInput(("out",), 1, 1), block.out, WIDTH).listening() as reader:
         assert reader.read(run, 0)[0].stream is not None
         for _ in range(2):  # nothing is left over from the first failure
-            with pytest.raises(CollectionError, match="not in batch 1.*target: module"):
+            with pytest.raises(CollectionError, match=r"not in batch 1.*target: module"):
                 reader.read(run, 1)
         assert reader.read(run, 0)[0].stream is not None
 
