@@ -31,8 +31,11 @@ $(STAMPS)/minilm: $(STAMPS)/venv
 demo: $(STAMPS)/demo $(STAMPS)/minilm
 	$(BIN)/bmm demo -o demo_output
 
+# What is timed runs alone, after everything else.
+SPEED := tests/bench/test_speed.py
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --ignore $(SPEED)
+	$(BIN)/python -m pytest -q $(SPEED)
 
 # make bench NAME=gram
 NAME ?= gram

@@ -4,6 +4,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes that share the cores run on one thread each. It has to be said before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bmm_engine.blocks import Stop, forwarding
 from bmm_engine.errors import CollectionError
-from bmm_engine.sequential.stream import Additions
+from bmm_engine.sequential.additions import Additions
 
 Run = Callable[[int], Any]
 
@@ -147,15 +147,15 @@ class Reader:
         self._additions.follow(output)
 
     def _caught(self, addend: Tensor) -> None:
+        if not self._left:
+            return
         if self._left == self.shared.additions:
             self._streams.append(addend)
         else:
             self._streams[-1] += addend
         self._left -= 1
-        if self._left == 0:
-            self._additions.leave()
-            if self._stop and len(self._streams) == self.shared.calls:
-                raise Stop
+        if self._stop and not self._left and len(self._streams) == self.shared.calls:
+            raise Stop
 
     def _taken(self, batch: int) -> list[Read]:
         inputs, self._inputs = self._inputs, []

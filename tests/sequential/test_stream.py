@@ -69,6 +69,16 @@ def test_it_is_what_the_output_is_added_to_and_nothing_else(name):
     assert len(reads) == 2
 
 
+def test_what_another_module_gives_is_no_part_of_the_stream():
+    block, x = Block(lambda x, y, other: (x + y) + other(x)), torch.randn(2, 3, WIDTH)
+    run = torch.inference_mode()(lambda batch: block(x))
+    found = {s.leader: s for s in shared_inputs({"out": block.out, "other": block.other}, (), run)}
+    assert found["out"].additions == 1
+    with Reader(found["out"], block.out, WIDTH).listening() as reader:
+        for read in (*reader.read(run, 0), *reader.read_through(run, 0)[0]):
+            assert torch.equal(read.stream, x)
+
+
 def test_a_stream_that_is_gone_in_another_batch_is_an_error():
     block = Block(lambda x, y, other: x + y if x.shape[0] == 2 else x * y)
     run = torch.inference_mode()(lambda batch: block(torch.ones(2 + batch, WIDTH)))

@@ -1,4 +1,4 @@
-"""Modules that write to the residual stream: what their output is added to."""
+"""What a module's output is added to: the residual stream, where it writes to it."""
 
 from __future__ import annotations
 
