@@ -71,6 +71,7 @@ def reference_sequential(
     energy=True,
     fit_bias=True,
     target="stream",
+    mean_weight=0.0,
     norms=False,
     anchor=None,
     sweeps=1,
@@ -121,14 +122,15 @@ def reference_sequential(
             if shifts[0] is not None:
                 energies = written = [e + w for e, w in zip(energies, written)]
             betas = _betas(energies, energy)
-            a = sum(b * y.T @ y / len(y) for b, y in zip(betas, drifted))
+            weights = [torch.eye(len(y), dtype=y.dtype) + mean_weight / len(y) for y in drifted]  # of pairs of rows
+            a = sum(b * y.T @ m @ y / len(y) for b, y, m in zip(betas, drifted, weights))
             lam = alpha * a.trace() / len(a)
             a = a + lam * torch.eye(len(a), dtype=a.dtype)
             for n in names:
                 right = lam * weight(anchor, n)
-                for b, s, x, y, shift in zip(betas, states, own, drifted, shifts):
+                for b, s, x, y, shift, m in zip(betas, states, own, drifted, shifts, weights):
                     aim = x @ weight(s, n).T
-                    right = right + b * (aim if shift is None else aim - shift).T @ y / len(y)
+                    right = right + b * (aim if shift is None else aim - shift).T @ m @ y / len(y)
                 solved = torch.linalg.solve(a, right, left=False)
                 result = weight(origin, n) + scale * (solved - weight(origin, n))
                 state = merged.state_dict()

@@ -17,6 +17,7 @@ from bmm_engine.collect import kept_rows, row_mask
 from bmm_engine.inputs import Inputs
 from bmm_engine.plan import MergePlan
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
+from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.reading import Read
 from bmm_engine.sequential.solve import drift_factor, drift_task_weights, relative_residuals, solve_module
 from bmm_engine.stream import InputRecord, ModuleRecord
@@ -49,8 +50,8 @@ class Part:
 class ModuleSolver:
     """Solves a plan's linear modules against an anchor's tensors (float32 or wider, by the base's names)."""
 
-    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource, *, fit_bias: bool):
-        self.settings, self.inputs, self.anchor, self.fit_bias = plan.settings, inputs, anchor, fit_bias
+    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource, options: SequentialOptions):
+        self.settings, self.inputs, self.anchor, self.options = plan.settings, inputs, anchor, options
         self._merged = set(plan.alignment.merged)
 
     def parts(self, modules: Sequence[LinearModule]) -> list[Part]:
@@ -59,7 +60,7 @@ class ModuleSolver:
         for module in modules:
             depth, count = self.inputs.depth(module.weight), len(self.inputs.experts)
             alpha = self.settings.alpha_setting.at(module.weight, depth, count)
-            with_bias = self.fit_bias and module.has_bias and module.bias in self._merged
+            with_bias = self.options.fit_bias and module.has_bias and module.bias in self._merged
             if alpha != math.inf:
                 found.setdefault((alpha, with_bias), []).append(module)
         return [Part(tuple(members), *key) for key, members in found.items()]
@@ -117,7 +118,8 @@ class ModuleSolver:
         if written is not None:
             energies = [own + before for own, before in zip(change, inputs.ordered(written), strict=True)]
         betas = drift_task_weights(self._given_weights(), energies, len(moments), name)
-        factor = drift_factor(moments, betas, alpha=part.alpha, name=name)
+        mean_weight = self.options.mean_weight
+        factor = drift_factor(moments, betas, alpha=part.alpha, mean_weight=mean_weight, name=name)
         assert factor is not None, "no part is at an infinite ridge"
         before, after = ([0.0] * len(moments) for _ in range(2))
         listed = tuple(self._listed(betas))
@@ -125,7 +127,8 @@ class ModuleSolver:
             anchor = inputs.oriented(self.anchor, module, with_bias)
             base = self._base(module, with_bias)
             experts = [self._expert(t, module, with_bias) for t in range(len(moments))]
-            solved, *misfits = solve_module(anchor, experts, [own.of(outputs) for own in moments], betas, factor)
+            own_moments = [own.of(outputs) for own in moments]
+            solved, *misfits = solve_module(anchor, experts, own_moments, betas, factor, mean_weight)
             for total, own in zip((before, after), misfits, strict=True):
                 total[:] = [a + b for a, b in zip(total, own, strict=True)]
             moved = float((anchor - base).norm())

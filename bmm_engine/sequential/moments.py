@@ -21,15 +21,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from bmm_engine.errors import ConfigError, EmptyCalibrationError, NonFiniteGramError, ShapeMismatchError
-from bmm_engine.moments import DenseMoment
+from bmm_engine.moments import DenseMoment, Moment, SumMoment, TaskVectorMoment
 from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
 
@@ -45,10 +44,19 @@ class TaskMoments(ABC):
     def width(self) -> int:
         return self.gram.shape[0]
 
-    @cached_property
-    def merged(self) -> DenseMoment:
-        """`X~^T X~ / n`: of what the merged network reads."""
-        return DenseMoment(self.gram, self.rows, module=self.name)
+    total: Tensor  # (in,), the sum of the rows that the merged network reads
+
+    def merged(self, mean_weight: float = 0.0) -> Moment:
+        """`X~^T X~ / n`, of what the merged network reads, and `mean_weight` times the outer product of its mean."""
+        gram = DenseMoment(self.gram, self.rows, module=self.name)
+        if not mean_weight:
+            return gram
+        mean = (self.total / self.rows)[None]
+        return SumMoment([(1.0, gram), (mean_weight, TaskVectorMoment(mean, normalization="none"))])
+
+    @abstractmethod
+    def drifted_total(self, expert: Tensor) -> Tensor:
+        """The sum of the rows of `D W_t^T` (out,), float64."""
 
     @abstractmethod
     def of(self, outputs: slice) -> TaskMoments:
@@ -69,11 +77,13 @@ class TaskMoments(ABC):
 
 @dataclass(frozen=True)
 class DriftMoments(TaskMoments):
-    """`gram` X~^T X~, `cross` D^T X~, `drift` D^T D, each (in, in)."""
+    """`gram` X~^T X~, `cross` D^T X~, `drift` D^T D, each (in, in); `total` and `drift_total` (in,), sums of the rows of X~ and D."""
 
     gram: Tensor
     cross: Tensor
     drift: Tensor
+    total: Tensor
+    drift_total: Tensor
     rows: int
     name: str = "module"
 
@@ -82,6 +92,9 @@ class DriftMoments(TaskMoments):
 
     def drifted(self, expert: Tensor) -> Tensor:
         return expert.double() @ self.cross.double()
+
+    def drifted_total(self, expert: Tensor) -> Tensor:
+        return expert.double() @ self.drift_total
 
     def target_drift(self, expert: Tensor) -> float:
         return squared(expert, self.drift)
@@ -93,23 +106,32 @@ class DriftMoments(TaskMoments):
 
 @dataclass(frozen=True)
 class ProjectedMoments(TaskMoments):
-    """`gram` X~^T X~ (in, in); `product` Q (out, in); and for each output the squared norms `drift` of D W_t^T (with what the residual stream has
-    drifted, where that was given) and `change` of X U_t^T (out,)."""
+    """`gram` X~^T X~ (in, in); `product` Q (out, in); `total` (in,) and `product_total` (out,), sums of the rows of X~ and of D W_t^T; and for
+    each output the squared norms `drift` of D W_t^T (with what the residual stream has drifted, where that was given) and `change` of X U_t^T."""
 
     gram: Tensor
     product: Tensor
+    total: Tensor
+    product_total: Tensor
     drift: Tensor
     change: Tensor
     rows: int
     name: str = "module"
 
     def of(self, outputs: slice) -> ProjectedMoments:
-        return ProjectedMoments(
-            self.gram, self.product[outputs], self.drift[outputs], self.change[outputs], self.rows, self.name
+        return replace(
+            self,
+            product=self.product[outputs],
+            product_total=self.product_total[outputs],
+            drift=self.drift[outputs],
+            change=self.change[outputs],
         )
 
     def drifted(self, expert: Tensor) -> Tensor:
         return self.product.double()
+
+    def drifted_total(self, expert: Tensor) -> Tensor:
+        return self.product_total
 
     def target_drift(self, expert: Tensor) -> float:
         return float(self.drift.sum())
@@ -194,6 +216,9 @@ class Accumulator(ABC):
         gram[-1, -1] = self.rows
         return gram
 
+    def _total(self, with_bias: bool) -> Tensor:
+        return pad(self._sum, (0, 1), value=float(self.rows)) if with_bias else self._sum
+
     def _report(self, expert: Tensor, merged: Tensor, stream: Tensor | None) -> None:
         for whose, rows in (("the expert", expert), ("the merged network", merged), ("the residual stream", stream)):
             if rows is None:
@@ -236,12 +261,12 @@ class DriftAccumulator(Accumulator):
         self._drift_sum += drift_sum
 
     def moments(self, *, with_bias: bool = False) -> DriftMoments:
-        gram = self._whole_gram(with_bias)
+        gram, total = self._whole_gram(with_bias), self._total(with_bias)
         if not with_bias:
-            return DriftMoments(gram, self._cross, self._drift, self.rows, self.name)
+            return DriftMoments(gram, self._cross, self._drift, total, self._drift_sum, self.rows, self.name)
         cross, drift = pad(self._cross, (0, 1, 0, 1)), pad(self._drift, (0, 1, 0, 1))
         cross[:-1, -1] = self._drift_sum.to(self.dtype)  # the constant 1 does not drift: its own row stays zero
-        return DriftMoments(gram, cross, drift, self.rows, self.name)
+        return DriftMoments(gram, cross, drift, total, pad(self._drift_sum, (0, 1)), self.rows, self.name)
 
 
 class ProjectedAccumulator(Accumulator):
@@ -299,4 +324,7 @@ class ProjectedAccumulator(Accumulator):
         gram, product = self._whole_gram(with_bias), self._product
         if with_bias:
             product = torch.cat([product, self._product_sum.to(self.dtype)[:, None]], 1)
-        return ProjectedMoments(gram, product, self._drift, self._change, self.rows, self.name)
+        total = self._total(with_bias)
+        return ProjectedMoments(
+            gram, product, total, self._product_sum, self._drift, self._change, self.rows, self.name
+        )

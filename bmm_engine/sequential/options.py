@@ -12,6 +12,7 @@ from bmm_engine.checkpoint import parse_size
 from bmm_engine.collect import Mask, placement
 from bmm_engine.errors import ConfigError
 from bmm_engine.output import parse_dtype
+from bmm_engine.sequential.solve import check_mean_weight
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class SequentialOptions:
 
     fit_bias: bool = True
     target: str = "stream"
+    mean_weight: float = 0.0
     norms: str = "anchor"
     sweeps: int = 1
     blocks: str | None = None
@@ -33,6 +35,7 @@ class SequentialOptions:
             raise ConfigError(f"sweeps must be a whole number >= 1, not {self.sweeps!r}.")
         if self.target not in ("stream", "module"):
             raise ConfigError(f"target must be 'stream' or 'module', not {self.target!r}.")
+        check_mean_weight(self.mean_weight)
         if self.norms not in ("anchor", "fit"):
             raise ConfigError(f"norms must be 'anchor' or 'fit', not {self.norms!r}.")
         _ = self.hidden_bytes, parse_dtype(self.walk_dtype), parse_dtype(self.hidden_dtype)

@@ -48,6 +48,7 @@ def merge_sequential(
     task_weights: str | Sequence[float] | None = "energy",
     fit_bias: bool = True,
     target: str = "stream",
+    mean_weight: float = 0.0,
     norms: str = "anchor",
     sweeps: int = 1,
     blocks: str | None = None,
@@ -85,6 +86,7 @@ def merge_sequential(
     `anchor`, `anchor_parameters`, `grams`, `fishers`: the prior, as in `merge`; it also gives all that is no linear module. `alpha`, `scale`,
     `modules`, `keep_base`, `vocabulary`: as in `merge`. `task_weights`: "energy" (per input `1 / ||X_t U_t^T||^2`), None, or a number per
     expert. `fit_bias`: solve biases with their weights. `target`: "stream", or "module": all aim at what the expert's module gives.
+    `mean_weight`: how much more the mean error of a task counts, which shifts all of its predictions (`solve_drift`).
     `norms`: "fit" solves gains and biases of normalisations too, feature by feature, instead of taking the
     anchor's. `sweeps`: walks, each with the result of the one before as its anchor.
     `walk_dtype`: of the models that are run (default: a live base's own, else float32). `hidden_memory`: hidden states kept in memory, in all, the
@@ -94,7 +96,9 @@ def merge_sequential(
 
     Raises what `merge` and `collect_grams` raise.
     """
-    options = SequentialOptions(fit_bias, target, norms, sweeps, blocks, mask, walk_dtype, hidden_memory, hidden_dtype)
+    options = SequentialOptions(
+        fit_bias, target, mean_weight, norms, sweeps, blocks, mask, walk_dtype, hidden_memory, hidden_dtype
+    )
     calibration = [list(own) for own in batches]
     if len(calibration) != len(experts):
         raise ConfigError(
@@ -235,6 +239,7 @@ def _identity(
             "blocks": skeleton.blocks,
             "fit_bias": options.fit_bias,
             "target": options.target,
+            "mean_weight": options.mean_weight,
             "norms": options.norms,
             "mask": options.mask if isinstance(options.mask, str) else repr(type(options.mask)),
             "sweeps": options.sweeps,
@@ -252,5 +257,10 @@ def _recipe(plan: MergePlan, options: SequentialOptions) -> dict[str, Any]:
         **known,
         "mode": "sequential",
         "fit_bias": options.fit_bias,
-        "sequential": {"target": options.target, "norms": options.norms, "sweeps": options.sweeps},
+        "sequential": {
+            "target": options.target,
+            "mean_weight": options.mean_weight,
+            "norms": options.norms,
+            "sweeps": options.sweeps,
+        },
     }

@@ -5,6 +5,9 @@
 
 with G~_t and Q_t as in `moments.py`; ours, after arXiv 2605.12843. Without drift Q_t is 0, and it is plain BMM. With the drift of the residual stream
 counted in (`ProjectedAccumulator`), the first norm is that of `S~_t + X~_t W^T - S_t - X_t W_t^T`.
+
+An error that all rows of a task share does not average out over them, as others do, and shifts every prediction. A `mean_weight` gamma counts it once
+more: `+ gamma sum_t beta_t || mean(X~_t W^T - X_t W_t^T) ||^2`, which adds a rank-1 term for each task to A and to R.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ def solve_drift(
     *,
     alpha: float,
     task_weights: Sequence[float] | str | None = None,
+    mean_weight: float = 0.0,
     base: Tensor | None = None,
     name: str = "module",
 ) -> DriftSolution:
@@ -53,7 +57,7 @@ def solve_drift(
     `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`:
     `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge,
     `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
-    needs `base`). Computed in float64, rounded once.
+    needs `base`). `mean_weight`: gamma above. Computed in float64, rounded once.
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
     """
@@ -70,8 +74,9 @@ def solve_drift(
     if base is not None:
         change = tuple(m.energy([e - base]) / m.rows for m, e in zip(moments, experts, strict=True))
     betas = drift_task_weights(task_weights, change, len(experts), name)
-    factor = drift_factor(moments, betas, alpha=alpha, name=name)
-    weight, before, after = solve_module(anchor, experts, moments, betas, factor)
+    check_mean_weight(mean_weight)
+    factor = drift_factor(moments, betas, alpha=alpha, mean_weight=mean_weight, name=name)
+    weight, before, after = solve_module(anchor, experts, moments, betas, factor, mean_weight)
     ridge, jitter = (math.inf, 0.0) if factor is None else (factor.ridge, factor.jitter)
     return DriftSolution(weight, ridge, jitter, betas, tuple(before), tuple(after), change)
 
@@ -93,13 +98,19 @@ def drift_task_weights(
     return weights
 
 
+def check_mean_weight(value: float) -> None:
+    """Raise `ConfigError` unless it is finite and >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"mean_weight must be a number >= 0, not {value!r}.")
+
+
 def drift_factor(
-    moments: Sequence[TaskMoments], task_weights: Sequence[float], *, alpha: float, name: str
+    moments: Sequence[TaskMoments], task_weights: Sequence[float], *, alpha: float, mean_weight: float, name: str
 ) -> Factor | None:
     """The factor of A, which modules that share their input share; None where `alpha` is inf. Raises as `factorize` does."""
     if alpha == math.inf:
         return None
-    grams = [own.merged for own in moments]
+    grams = [own.merged(mean_weight) for own in moments]
     (factor,) = factorize([grams], [task_weights], alpha=alpha, names=[name], device=moments[0].gram.device)
     return factor
 
@@ -110,6 +121,7 @@ def solve_module(
     moments: Sequence[TaskMoments],
     task_weights: Sequence[float],
     factor: Factor | None,
+    mean_weight: float,
 ) -> tuple[Tensor, list[float], list[float]]:
     """`W*` (out, in), and per task the squared misfit of the anchor and of `W*`, over n; by blocks of rows, which are independent.
 
@@ -127,6 +139,10 @@ def solve_module(
             toward = gap @ moments[t].gram.double()
             drifted.append(moments[t].of(rows).drifted(part))
             residual.add_(toward.sub(drifted[t]), alpha=beta / moments[t].rows)
+            if mean_weight:
+                inputs = moments[t].total
+                shared = gap @ inputs - moments[t].of(rows).drifted_total(part)
+                residual.addr_(shared, inputs, alpha=mean_weight * beta / moments[t].rows ** 2)
             before[t] += float((toward.sub_(drifted[t], alpha=2) * gap).sum())
         solved = own if factor is None else factor.solve(residual).add_(own).to(anchor.dtype)
         weight[rows] = solved

@@ -111,7 +111,7 @@ class SequentialWalk:
 
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
-        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, fit_bias=self.options.fit_bias)
+        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, self.options)
         self.norms = NormSolver(self.plan, self.expert_inputs, anchor)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))

@@ -50,10 +50,11 @@ def assert_close(found, truth, tolerance):
         {"fit_bias": False, "energy": False, "alpha": 0.01},
         {"scale": 0.7, "alpha": 1.0},
         {"target": "module"},
+        {"mean_weight": 10.0},
         {"sweeps": 2},
         {"norms": True},
     ],
-    ids=["defaults", "plain", "scaled", "module", "sweeps", "norms"],
+    ids=["defaults", "plain", "scaled", "section 7", "means", "sweeps", "norms"],
 )
 def test_it_is_the_formula_walked_through_the_network(architecture, options):
     base, experts, batches = problem(architecture)
@@ -287,6 +288,7 @@ def test_bad_inputs_are_refused(tmp_path):
         ("expert 1: its calibration set is empty", EmptyCalibrationError, {"batches": [batches[0], []]}),
         ("sweeps must be a whole number >= 1", ConfigError, {"sweeps": 0}),
         ("norms must be 'anchor' or 'fit'", ConfigError, {"norms": "all"}),
+        ("mean_weight must be a number >= 0", ConfigError, {"mean_weight": -1.0}),
         ("target must be 'stream' or 'module'", ConfigError, {"target": "sum"}),
         (r"blocks: .* that matches 'decoder\*'", ConfigError, {"blocks": "decoder*"}),
         ("no config.json", ConfigError, {"base": base.state_dict(), "modules": ["*attention*"]}),

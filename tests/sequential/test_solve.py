@@ -18,19 +18,28 @@ def rows(generator, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def truth_of(anchor, experts, own, merged, streams, betas, alpha):
+def truth_of(anchor, experts, own, merged, streams, betas, alpha, gamma):
     """By the normal equations of all rows stacked; and each task's squared misfit over n for any weight."""
     aims = [x @ w.T - s for x, w, s in zip(own, experts, streams)]
-    a = sum(b * y.T @ y / len(y) for b, y in zip(betas, merged))
+    weights = [torch.eye(len(y), dtype=y.dtype) + gamma / len(y) for y in merged]  # of pairs of rows
+    a = sum(b * y.T @ m @ y / len(y) for b, y, m in zip(betas, merged, weights))
     lam = alpha * a.trace() / len(a)
-    right = lam * anchor + sum(b * z.T @ y / len(y) for b, z, y in zip(betas, aims, merged))
+    right = lam * anchor + sum(b * z.T @ m @ y / len(y) for b, z, y, m in zip(betas, aims, merged, weights))
     solved = torch.linalg.solve(a + lam * torch.eye(len(a), dtype=a.dtype), right, left=False)
     return solved, lambda w: [float((y @ w.T - z).square().sum()) / len(y) for y, z in zip(merged, aims)]
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31 - 1), st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.booleans())
-def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_stream):
+@given(
+    st.integers(0, 2**31 - 1),
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.0, 10.0]),
+)
+def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_stream, gamma):
     g = torch.Generator().manual_seed(seed)
     counts = [4 + 3 * t for t in range(tasks)]
     own = [rows(g, n, width) for n in counts]
@@ -49,10 +58,12 @@ def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_
         own, merged = ([torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) for x in xs] for xs in (own, merged))
     changes = [float((x @ (w - base).T).square().sum()) / len(x) for x, w in zip(own, experts)]
     betas = [tasks / c / sum(1 / k for k in changes) for c in changes]
-    truth, misfit = truth_of(anchor, experts, own, merged, streams, betas, 0.1)
+    truth, misfit = truth_of(anchor, experts, own, merged, streams, betas, 0.1, gamma)
     for accumulators in (projected, general)[: 1 if with_stream else 2]:
         moments = [a.moments(with_bias=with_bias) for a in accumulators]
-        found = bmm.solve_drift(anchor, experts, moments, alpha=0.1, task_weights="energy", base=base)
+        found = bmm.solve_drift(
+            anchor, experts, moments, alpha=0.1, task_weights="energy", mean_weight=gamma, base=base
+        )
         assert relative_error(found.weight, truth) < 1e-9
         assert found.change == pytest.approx(changes, rel=1e-9)
         assert found.task_weights == pytest.approx(betas, rel=1e-9)
