@@ -51,28 +51,32 @@ def make_batches(seed: int, sentences: int, vocabulary: int, batch_size: int = 1
     return batches
 
 
-def child(folder: Path, experts: int, sentences: int, vocabulary: int, anchor: str) -> None:
+def child(folder: Path, experts: int, sentences: int, vocabulary: int, anchor: str, target: str) -> None:
     from bmm_engine import merge_sequential
 
     batches = [make_batches(t, sentences, vocabulary) for t in range(experts)]
     tokens = sum(int(b["attention_mask"].sum()) for own in batches for b in own)
     started = time.perf_counter()
     paths = [folder / f"expert-{t}" for t in range(experts)]
-    result = merge_sequential(folder / "base", paths, batches, anchor=anchor, output=folder / "merged", progress=False)
+    options: dict[str, Any] = {"anchor": anchor, "target": target, "output": folder / "merged", "progress": False}
+    result = merge_sequential(folder / "base", paths, batches, **options)
     seconds = time.perf_counter() - started
     print(json.dumps({"seconds": seconds, "modules": len(result.modules), "tokens": tokens}))
 
 
-def run(folder: Path, *, experts: int, sentences: int, anchor: str, shape: dict[str, Any]) -> dict[str, Any]:
+def run(
+    folder: Path, *, experts: int, sentences: int, anchor: str, target: str, shape: dict[str, Any]
+) -> dict[str, Any]:
     make_models(folder, experts, shape)
     vocabulary = shape.get("vocab_size", 30522)
     command = [sys.executable, "-m", "bench.sequential", "--child", str(folder), "--vocabulary", str(vocabulary)]
-    command += ["--experts", str(experts), "--sentences", str(sentences), "--anchor", anchor]
+    command += ["--experts", str(experts), "--sentences", str(sentences), "--anchor", anchor, "--target", target]
     log = folder / "log"
     peak = processes.run(command, log).peak_mib
     measured = json.loads(log.read_text().splitlines()[-1])
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    return {"experts": experts, "sentences": sentences, "anchor": anchor, **measured, "peak_mib": peak, **machine}
+    given = {"experts": experts, "sentences": sentences, "anchor": anchor, "target": target}
+    return {**given, **measured, "peak_mib": peak, **machine}
 
 
 def main() -> None:
@@ -80,13 +84,14 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--sentences", type=int, default=256, help="for each expert")
     parser.add_argument("--anchor", default="average")
+    parser.add_argument("--target", choices=("stream", "module"), default="stream")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--vocabulary", type=int, default=30522, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    options = {key: getattr(arguments, key) for key in ("experts", "sentences", "anchor", "target")}
     if arguments.child:
-        return child(arguments.child, arguments.experts, arguments.sentences, arguments.vocabulary, arguments.anchor)
-    options = {"experts": arguments.experts, "sentences": arguments.sentences, "anchor": arguments.anchor}
+        return child(arguments.child, vocabulary=arguments.vocabulary, **options)
     with tempfile.TemporaryDirectory() as folder:
         report = run(Path(folder), shape=MINILM, **options)
     print(json.dumps(report, indent=1))

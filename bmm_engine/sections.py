@@ -31,7 +31,7 @@ class SequentialRecipe(Strict):
 
     `target`: what a module that writes to the residual stream aims at: "stream", what the expert's stream holds after it (so that it makes up for
     what the stream has drifted before), or "module", what the expert's module gives.
-    `mean_weight`: how much more a task's mean error counts, which does not average out over its rows.
+    `mean_weight`: how much more a task's mean error counts in linear modules, which does not average out over its rows.
     `norms`: "anchor" takes gains (and biases) of normalisations from the anchor, "fit" solves them too, feature by feature.
     """
 

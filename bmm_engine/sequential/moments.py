@@ -37,14 +37,13 @@ class TaskMoments(ABC):
     """One task's moments at one input: sums over `rows` rows; with a bias they are those of [x, 1], and `width` counts it."""
 
     gram: Tensor
+    total: Tensor  # (in,), the sum of the rows that the merged network reads
     rows: int
     name: str
 
     @property
     def width(self) -> int:
         return self.gram.shape[0]
-
-    total: Tensor  # (in,), the sum of the rows that the merged network reads
 
     def merged(self, mean_weight: float = 0.0) -> Moment:
         """`X~^T X~ / n`, of what the merged network reads, and `mean_weight` times the outer product of its mean."""
@@ -163,8 +162,8 @@ class Accumulator(ABC):
     ) -> None:
         """Add rows (..., in) of the expert and of the merged network; leading dimensions are flattened.
 
-        `stream_drift` (..., out): how far what the modules' outputs are added to has drifted, merged less expert (only for a
-        `ProjectedAccumulator`, and then with every update or with none).
+        `stream_drift` (..., out): how far what the modules' outputs are added to has drifted, merged less expert (by default not at all; only
+        for a `ProjectedAccumulator`).
         Raises `ShapeMismatchError` (another width, unequal rows), `NonFiniteGramError` (whose rows, how many); then nothing was added.
         """
         if merged.shape != expert.shape or merged.shape[-1] != self.width:

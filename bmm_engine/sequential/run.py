@@ -86,7 +86,7 @@ def merge_sequential(
     `anchor`, `anchor_parameters`, `grams`, `fishers`: the prior, as in `merge`; it also gives all that is no linear module. `alpha`, `scale`,
     `modules`, `keep_base`, `vocabulary`: as in `merge`. `task_weights`: "energy" (per input `1 / ||X_t U_t^T||^2`), None, or a number per
     expert. `fit_bias`: solve biases with their weights. `target`: "stream", or "module": all aim at what the expert's module gives.
-    `mean_weight`: how much more the mean error of a task counts, which shifts all of its predictions (`solve_drift`).
+    `mean_weight`: how much more the mean error of a task counts in linear modules, which shifts all of its predictions (`solve_drift`).
     `norms`: "fit" solves gains and biases of normalisations too, feature by feature, instead of taking the
     anchor's. `sweeps`: walks, each with the result of the one before as its anchor.
     `walk_dtype`: of the models that are run (default: a live base's own, else float32). `hidden_memory`: hidden states kept in memory, in all, the

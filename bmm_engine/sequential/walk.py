@@ -126,6 +126,10 @@ class SequentialWalk:
             self.reads.complete = True
         if never := self._left & set(self._modules):
             raise self._never_called(never)
+        if self.options.target == "stream" and not any(record.stream for record in self.inputs):
+            self.report(
+                "none of the merged modules writes straight to a residual stream: all are aimed at what the expert's modules give"
+            )
         if self._left:
             self.report(
                 f"{len(self._left)} normalisations are never called, the first is {min(self._left)}; they stay as the anchor has them"
@@ -392,4 +396,5 @@ def _line(record: InputRecord) -> str:
         return f"{sum(known) / len(known):.3f}" if known else "-"
 
     more = f" and {len(record.modules) - 1} more" if len(record.modules) > 1 else ""
-    return f"{record.modules[0]}{more}: relative residual {mean(record.before)} with the anchor, {mean(record.after)} solved"
+    where = " (of the stream after it)" if record.stream else ""
+    return f"{record.modules[0]}{more}: relative residual{where} {mean(record.before)} with the anchor, {mean(record.after)} solved"

@@ -107,7 +107,7 @@ WRITERS = {
 def test_every_architecture_is_aimed_at_its_stream(name, tmp_path):
     if name in CONFIGS:
         base, experts, batches = problem(name)
-        result = merge_sequential(base, experts, batches)
+        given = base, experts
     else:
         torch.manual_seed(0)
         cls, config = OTHERS[name]()
@@ -115,10 +115,12 @@ def test_every_architecture_is_aimed_at_its_stream(name, tmp_path):
         base.save_pretrained(tmp_path / "base")
         experts = [fine_tune(base, 2 + t, 0.1) for t in range(2)]
         batches = [make_batches("llama", 20 + t, 4) for t in range(2)]
-        result = merge_sequential(tmp_path / "base", [e.state_dict() for e in experts], batches)
+        given = tmp_path / "base", [e.state_dict() for e in experts]
+    said = []
+    result = merge_sequential(*given, batches, report=said.append)
+    assert any("writes straight to a residual stream" in line for line in said) == (not WRITERS[name])
     found = {n for record in result.inputs if record.stream for n in record.modules}
-    depth = sum(r.stage.endswith((".0", ".1")) for r in result.inputs) and 2
-    assert len(found) == depth * len(WRITERS[name])
+    assert len(found) == 2 * len(WRITERS[name])  # blocks
     assert all(n.endswith(tuple(WRITERS[name])) for n in found)
     assert all(len(r.modules) == 1 for r in result.inputs if r.stream)
 
