@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from bench import anchors, peak, report, scaling
+from bench.accuracy import command as accuracy
 from bench.harness import Case, Plan, measure
 from bench.report import Row, note
 
@@ -32,7 +33,7 @@ NAMES = ("peak", *OPS, "scaling", "anchors")
 
 ROUNDS = 9
 
-_EPILOG = "`python -m bench table FILE...` prints the rows of JSON files as one markdown table."
+_EPILOG = "`python -m bench table FILE...` prints the rows of JSON files as one markdown table. `python -m bench accuracy`: quality."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["table"]:
         return _table([Path(name) for name in arguments[1:]])
+    if arguments[:1] == ["accuracy"]:
+        return accuracy.main(arguments[1:])
     options = _parse(arguments)
     if options.plot:
         scaling.require_matplotlib()

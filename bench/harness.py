@@ -99,7 +99,7 @@ def measure(case: Case, rounds: int = 9) -> list[Row]:
     for name, rival in case.rivals.items():
         case.reset()
         errors[name] = case.gate.error(case.gate.part(rival()))
-    memory = {backend: _peak_mib(partial(case.ours, backend), case.device) for backend in ours}
+    memory = {backend: peak_mib_of(partial(case.ours, backend), case.device) for backend in ours}
 
     variants = [partial(case.ours, backend) for backend in ours] + list(case.rivals.values())
     samples = timing.interleaved(variants, case.device, rounds, cold=case.limit == "copy")
@@ -151,7 +151,7 @@ def _right_ones(case: Case, backends: Sequence[str]) -> Iterator[tuple[str, floa
         yield backend, case.gate.error(got)
 
 
-def _peak_mib(work: Callable[[], object], device: torch.device) -> float | None:
+def peak_mib_of(work: Callable[[], object], device: torch.device) -> float | None:
     """Memory that one run takes beyond what was held before it; None where the system does not tell."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

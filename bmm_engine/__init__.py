@@ -15,6 +15,8 @@ _PUBLIC = {
     "collect_grams": "bmm_engine.collect",
     "collect_fisher": "bmm_engine.fisher",
     "FisherSet": "bmm_engine.fisher",
+    "collect_sensitivity": "bmm_engine.sensitivity",
+    "SensitivitySet": "bmm_engine.sensitivity",
     "collect_sequential": "bmm_engine.sequential_grams",
     "ContinualMerge": "bmm_engine.continual",
     "GramAccumulator": "bmm_engine.grams",
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from bmm_engine.scores import Score
     from bmm_engine.searching.run import SearchResult, search, search_recipe
     from bmm_engine.searching.study import Study
+    from bmm_engine.sensitivity import SensitivitySet, collect_sensitivity
     from bmm_engine.sequential.moments import DriftAccumulator, ProjectedAccumulator
     from bmm_engine.sequential.run import merge_sequential
     from bmm_engine.sequential.solve import solve_drift

@@ -73,7 +73,7 @@ def collect_fisher(
     }
     likelihood = _Likelihood(model, labels, seed, mask, next_token)
     seen = 0
-    with evaluating(model), _differentiable(parameters.values()), torch.enable_grad():
+    with evaluating(model), differentiable(parameters.values()), torch.enable_grad():
         samples = _samples(batches, examples, device)
         for number, sample in enumerate(track(samples, "collecting Fisher information", total=examples, show=progress)):
             terms = likelihood.terms(sample, number)
@@ -237,7 +237,7 @@ class _Likelihood:
                 " float32."
             )
         logits = logits[0] if logits.dtype == torch.float64 else logits[0].float()
-        generator = torch.Generator().manual_seed(_seed(self.seed, number))
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, number))
         if logits.dim() == 1:
             return self._of_a_class(logits, given, generator)
         return self._of_a_sequence(logits, sample, given, generator)
@@ -251,7 +251,7 @@ class _Likelihood:
         if self.labels == "expected":
             return [(share, log_p[y]) for y, share in enumerate(log_p.exp().tolist()) if share > 0]
         if self.labels == "sampled":
-            return [(1.0, log_p[_draw(log_p[None], generator)[0]])]
+            return [(1.0, log_p[draw_labels(log_p[None], generator)[0]])]
         label = int(self._given(given).reshape(-1)[0])
         if not 0 <= label < len(logits):
             raise ConfigError(f"labels: {label} is none of the model's {len(logits)} classes.")
@@ -293,7 +293,7 @@ class _Likelihood:
         if not len(logits):
             return []
         log_p = logits.log_softmax(-1)
-        drawn = _draw(log_p, generator) if self.labels == "sampled" else None
+        drawn = draw_labels(log_p, generator) if self.labels == "sampled" else None
         chosen = self._given(targets)[kept] if drawn is None else torch.tensor(drawn, device=log_p.device)
         return [(1.0, log_p.gather(1, chosen[:, None]).sum())]
 
@@ -336,7 +336,7 @@ def _pick(batch: Any, index: int, size: int) -> Any:
     return batch
 
 
-def _draw(log_p: Tensor, generator: torch.Generator) -> list[int]:
+def draw_labels(log_p: Tensor, generator: torch.Generator) -> list[int]:
     """One label for each row of log-probabilities (n, labels), by inversion on the CPU: the same on every device."""
     cumulative = log_p.detach().double().cpu().exp().cumsum(-1)
     heights = torch.rand(len(cumulative), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
@@ -344,13 +344,15 @@ def _draw(log_p: Tensor, generator: torch.Generator) -> list[int]:
     return [int(y) for y in found[:, 0]]
 
 
-def _seed(seed: int, number: int) -> int:
+def sample_seed(seed: int, number: int) -> int:
+    """64 bits of its own for each sample."""
     digest = hashlib.blake2b(f"{seed}\0{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 @contextmanager
-def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Frozen ones too, while the context lasts."""
     frozen = [p for p in parameters if not p.requires_grad]
     try:
         for parameter in frozen:

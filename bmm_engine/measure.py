@@ -1,4 +1,4 @@
-"""What the experts of a recipe are measured for on their calibration data: Grams, Grams of a sequential walk, Fisher information."""
+"""What the experts of a recipe are measured for on their calibration data: Grams, Grams of a sequential walk, Fisher information, sensitivities."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from bmm_engine.calibration import CalibrationData, read_calibration
 from bmm_engine.checkpoint import AdapterSource, Checkpoint, TensorSource, open_adapter
 from bmm_engine.checkpoint.compose import LayerRange, StackedSource
 from bmm_engine.errors import CheckpointError, ConfigError
+from bmm_engine.evaluators.heads import with_head
 from bmm_engine.fisher import FisherSet, collect_fisher
 from bmm_engine.grams import GramSet
 from bmm_engine.progress import quiet_transformers
 from bmm_engine.recipe import ExpertRecipe, ModelRecipe, Recipe, StackRecipe
 from bmm_engine.sections import CalibrationRecipe
+from bmm_engine.sensitivity import SensitivitySet, collect_sensitivity
 from bmm_engine.sources import adapter_options, open_expert
 
 if TYPE_CHECKING:
@@ -145,6 +147,32 @@ def fisher_from_checkpoint(
     )
 
 
+def sensitivity_from_checkpoint(
+    model: str | TensorSource,
+    data: CalibrationData,
+    options: CalibrationRecipe,
+    *,
+    head: Path | None = None,
+    pooling: str = "mean",
+    modules: list[str] | None = None,
+    device: str = "cpu",
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> SensitivitySet:
+    """The same for its sensitivities. `head`: a bare encoder's own, a safetensors file, on what `pooling` ("mean", "cls") makes of its output.
+    Raises as `collect_sensitivity`."""
+    source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
+    live, path = live_model(source, dtype=options.dtype, device=device)
+    return collect_sensitivity(
+        live,
+        _batches(data, path, options),
+        logits=None if head is None else with_head(live, head, pooling).logits,
+        modules=modules,
+        calibration=data.describe(),
+        progress=progress,
+    )
+
+
 def gram_sets(
     recipe: Recipe, models: Models, *, report: Report, sequential: bool = False, progress: bool | None = None
 ) -> list[GramSet]:
@@ -201,6 +229,34 @@ def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: boo
         if expert.fisher is not None:
             found.save(expert.fisher)
         report(f"{expert.label}: Fisher information of {found.examples} samples collected from {data[i].describe()}")
+        sets.append(found)
+    return sets
+
+
+def sensitivity_sets(
+    recipe: Recipe, models: Models, *, report: Report, progress: bool | None = None
+) -> list[SensitivitySet]:
+    """Each expert's sensitivities: from its file where it exists, else collected (and saved there if the recipe names a file)."""
+    data = _missing_data(recipe, [e.sensitivity for e in recipe.experts], "sensitivity")
+    sets = []
+    for i, expert in enumerate(recipe.experts):
+        if i not in data:
+            sets.append(SensitivitySet.load(str(expert.sensitivity)))
+            report(f"{expert.label}: sensitivities from {expert.sensitivity}")
+            continue
+        found = sensitivity_from_checkpoint(
+            models.expert(recipe, expert),
+            data[i],
+            recipe.calibration,
+            modules=recipe.modules,
+            head=None if expert.head is None else Path(expert.head),
+            pooling=recipe.evaluation.pooling if recipe.evaluation else "mean",
+            device=recipe.device,
+            progress=progress,
+        )
+        if expert.sensitivity is not None:
+            found.save(expert.sensitivity)
+        report(f"{expert.label}: sensitivities of {len(found.names)} modules collected from {data[i].describe()}")
         sets.append(found)
     return sets
 

@@ -9,7 +9,7 @@ from typing import Any
 from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.checkpoint.tokenizer import check_same_tokenizer
 from bmm_engine.errors import ConfigError
-from bmm_engine.measure import Models, Report, calibration_batches, fisher_sets, gram_sets
+from bmm_engine.measure import Models, Report, calibration_batches, fisher_sets, gram_sets, sensitivity_sets
 from bmm_engine.merging import MergeResult, merge, plan_merge
 from bmm_engine.plan import MergePlan, MergeSettings, given_task_weights
 from bmm_engine.posterior import Posterior
@@ -36,7 +36,7 @@ def settings_of(recipe: Recipe) -> MergeSettings:
 
 def sequential_options(recipe: Recipe) -> SequentialOptions:
     """The part of a recipe that decides how the mode sequential walks. Raises `ConfigError`."""
-    own = recipe.sequential.model_dump()
+    own = recipe.sequential.model_dump(exclude={"output_weights"})
     return SequentialOptions(fit_bias=bool(recipe.fit_bias), walk_dtype=recipe.calibration.dtype, **own)
 
 
@@ -91,7 +91,7 @@ def prepare_recipe(
     progress: bool | None = None,
     report: Report = lambda line: None,
 ) -> PreparedMerge:
-    """Check a recipe against its models, and measure what is missing (Grams, Fisher information), once for all its merges."""
+    """Check a recipe against its models, and measure what is missing (Grams, Fisher information, sensitivities), once for all its merges."""
     settings = settings_of(recipe)
     plan_recipe(recipe, local_files_only=local_files_only)  # names and shapes, before any model runs
     sequential = recipe.mode == "sequential"
@@ -134,6 +134,8 @@ def prepare_recipe(
     options = sequential_options(recipe)
     walked = {f.name: getattr(options, f.name) for f in fields(options)}
     walked |= {"batches": calibration_batches(recipe, models), "report": report}
+    if recipe.sequential.output_weights == "sensitivity":
+        walked["sensitivities"] = sensitivity_sets(recipe, models, report=report, progress=progress)
     return PreparedMerge({**common, **walked}, sequential=True)
 
 

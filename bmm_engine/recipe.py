@@ -64,8 +64,9 @@ ModelReference = Annotated[
 
 
 class ExpertRecipe(Strict):
-    """One fine-tune. `grams`: its Gram file, read if it exists, else made from `calibration` and kept there. `fisher`: the same for its
-    Fisher information. `parameters`: its own values of the anchor's per-expert parameters; a plain list is a gradient over depth here.
+    """One fine-tune. `grams`: its Gram file, read if it exists, else made from `calibration` and kept there. `fisher`, `sensitivity`: the same for
+    its Fisher information, and for how much its predictions depend on its modules' outputs. `parameters`: its own values of the anchor's per-expert
+    parameters; a plain list is a gradient over depth here.
     `validation`: labelled data of its task, which a search scores by; `test`: what the result is judged on. `head`: for a bare encoder, a
     safetensors file of its linear head (`weight` (classes, width), `bias`); `metric`: of its task, instead of the evaluation's."""
 
@@ -74,6 +75,7 @@ class ExpertRecipe(Strict):
     grams: str | None = None
     calibration: str | None = None
     fisher: str | None = None
+    sensitivity: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     validation: str | None = None
     test: str | None = None
@@ -329,6 +331,7 @@ class Recipe(Strict):
                     "grams": beside(e.grams),
                     "calibration": beside(e.calibration),
                     "fisher": beside(e.fisher),
+                    "sensitivity": beside(e.sensitivity),
                     "validation": beside(e.validation),
                     "test": beside(e.test),
                     "head": beside(e.head),

@@ -59,9 +59,10 @@ class ModuleRecord:
 class InputRecord:
     """What a sequential merge found at one input of the network: the modules solved there and, per expert as listed, its task weight and its
     relative residual `||X~ W^T - X W_t^T|| / ||X U_t^T||` with the anchor's weights and with the solved ones; None where fine-tuning changed
-    nothing. `change`: `||X U_t^T||^2 / n`. `stream`: the module writes to the residual stream and was aimed at what that holds after it: then the
-    numerator is how far this is from the expert's, `||S~ + X~ W^T - S - X W_t^T||`, and the denominator, as in the energy weights, adds up the
-    `change` of all modules that have written to it."""
+    nothing. `change`: `||X U_t^T||^2 / n`; `energy`: the same in the task's output metric, where there is one. `stream`: the module writes to the
+    residual stream and was aimed at what that holds after it: then the numerator is how far this is from the expert's,
+    `||S~ + X~ W^T - S - X W_t^T||`, and the denominator adds up the `change` of all modules that have written to it, as energy weights do the
+    `energy`."""
 
     stage: str
     modules: tuple[str, ...]
@@ -72,6 +73,7 @@ class InputRecord:
     before: tuple[float | None, ...]
     after: tuple[float | None, ...]
     change: tuple[float, ...]
+    energy: tuple[float, ...]
     stream: bool = False
 
 

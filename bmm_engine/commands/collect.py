@@ -37,6 +37,15 @@ def collect(
     field: Annotated[str, typer.Option(help="The text column of .jsonl, .csv and .tsv.")] = "text",
     dtype: Annotated[str, typer.Option(help="The model runs in float32, bfloat16 or float16.")] = "float32",
     fisher: Annotated[bool, typer.Option("--fisher", help="Measure Fisher information instead of Grams.")] = False,
+    sensitivity: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="Measure how much predictions depend on each module's outputs instead."),
+    ] = False,
+    head: Annotated[
+        Path | None,
+        typer.Option(help="For --sensitivity of a bare encoder: its linear head (.safetensors).", show_default=False),
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="What `--head` reads: mean or cls.")] = "mean",
     labels: Annotated[str, typer.Option(help="For --fisher: expected, or sampled (language models).")] = "expected",
     base: Annotated[
         str | None, typer.Option(help="The base of a LoRA adapter that is to be measured.", show_default=False)
@@ -49,12 +58,28 @@ def collect(
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
-    """Measure an expert on its calibration data, once for all merges: its Grams, or its Fisher information."""
+    """Measure an expert on its calibration data, once for all merges: its Grams, its Fisher information, or its sensitivities."""
     from bmm_engine.calibration import read_calibration
-    from bmm_engine.measure import Models, collect_from_checkpoint, fisher_from_checkpoint, fisher_sets, gram_sets
+    from bmm_engine.measure import (
+        Models,
+        collect_from_checkpoint,
+        fisher_from_checkpoint,
+        fisher_sets,
+        gram_sets,
+        sensitivity_from_checkpoint,
+        sensitivity_sets,
+    )
     from bmm_engine.recipe import Recipe
 
-    what = "fisher" if fisher else "grams"
+    if fisher and sensitivity:
+        raise ConfigError("--fisher and --sensitivity are measured one at a time.")
+    if head is not None and not sensitivity:
+        raise ConfigError(
+            "--head is for --sensitivity: Grams are of the encoder alone, and --fisher needs a model that gives logits."
+        )
+    if pooling not in ("mean", "cls"):
+        raise ConfigError(f"--pooling must be mean or cls, not {pooling!r}.")
+    what = "fisher" if fisher else "sensitivity" if sensitivity else "grams"
     report, progress = reporter_of(as_json), progress_of(as_json)
     sets: list[Any]
     if source.endswith((".yaml", ".yml")):
@@ -65,6 +90,8 @@ def collect(
             raise ConfigError(f"{source}: expert {label!r} has no `{what}` to save to; give every expert a path there.")
         if fisher:
             sets = fisher_sets(loaded, Models(offline), report=report, progress=progress)
+        elif sensitivity:
+            sets = sensitivity_sets(loaded, Models(offline), report=report, progress=progress)
         else:
             from bmm_engine.anchors import get_anchor
 
@@ -86,6 +113,9 @@ def collect(
         options: dict[str, Any] = {"device": device, "progress": progress}
         if fisher:
             sets = [fisher_from_checkpoint(model, own, recipe.calibration, **options)]
+        elif sensitivity:
+            chosen = {"head": head, "pooling": pooling, "modules": modules or None}
+            sets = [sensitivity_from_checkpoint(model, own, recipe.calibration, **chosen, **options)]
         else:
             sets = [collect_from_checkpoint(model, own, recipe.calibration, modules=modules or None, **options)]
         files = [str(sets[0].save(output))]
@@ -106,8 +136,9 @@ def _spread(recipe: Any, source: Path, workers: int, ray: str | None, offline: b
 
 
 def _measured(found: Any, file: str) -> dict[str, Any]:
-    """What a file of Grams or Fisher information holds."""
+    """What a file of Grams, Fisher information or sensitivities holds."""
     from bmm_engine.grams import GramSet
+    from bmm_engine.sensitivity import SensitivitySet
 
     if isinstance(found, GramSet):
         grams = len(set(found.modules.values()))
@@ -116,6 +147,8 @@ def _measured(found: Any, file: str) -> dict[str, Any]:
             "grams": grams,
             "what": f"{grams} Grams for {len(found.modules)} modules",
         }
+    elif isinstance(found, SensitivitySet):
+        counts = {"modules": len(found.names), "what": f"sensitivities of {len(found.names)} modules"}
     else:
         counts = {"parameters": len(found.names), "what": f"Fisher information of {len(found.names)} parameters"}
     return {"file": file, **counts, "calibration": found.calibration}

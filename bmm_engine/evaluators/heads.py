@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +26,13 @@ class EncoderWithHead(nn.Module):
         self.pooling = pooling
 
     def forward(self, **inputs: Any) -> SimpleNamespace:
-        hidden = self.encoder(**inputs).last_hidden_state  # (rows, positions, width)
+        return SimpleNamespace(logits=self.logits(self.encoder(**inputs), inputs))
+
+    def logits(self, output: Any, inputs: Mapping[str, Any]) -> Tensor:
+        """(rows, classes), of the encoder's output for these inputs."""
+        hidden = output.last_hidden_state  # (rows, positions, width)
         pooled = hidden[:, 0] if self.pooling == "cls" else mean_over(hidden, inputs.get("attention_mask"))
-        return SimpleNamespace(logits=nn.functional.linear(pooled, self.weight, self.bias))
+        return nn.functional.linear(pooled, self.weight.to(pooled), self.bias.to(pooled))
 
 
 def mean_over(hidden: Tensor, mask: Tensor | None) -> Tensor:

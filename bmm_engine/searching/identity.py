@@ -33,7 +33,15 @@ def identity_of(recipe: Recipe, workers: int, local_files_only: bool) -> dict[st
         source = models.expert(recipe, expert)
         # A Gram file that comes of calibration may not be there yet; the calibration stands for it.
         grams = expert.grams if expert.calibration is None else None
-        files = [expert.validation, expert.test, expert.head, expert.calibration, expert.fisher, grams]
+        files = [
+            expert.validation,
+            expert.test,
+            expert.head,
+            expert.calibration,
+            expert.fisher,
+            expert.sensitivity,
+            grams,
+        ]
         identity["experts"].append(
             {
                 "name": expert.label,

@@ -23,6 +23,7 @@ from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective
 from bmm_engine.searching.space import Candidate, SearchGroup, Space, common_value, module_groups, weighting_label
 from bmm_engine.sections import SearchRecipe
+from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.run import merge_sequential
 from bmm_engine.sources import Model
@@ -51,10 +52,12 @@ class Tasks(Protocol):
 
 @dataclass(frozen=True)
 class Walking:
-    """How trials walk through the network, in the mode sequential; `batches` makes every expert's calibration data where a trial runs."""
+    """How trials walk through the network, in the mode sequential; `batches` makes every expert's calibration data where a trial runs,
+    `sensitivities` what it weighs outputs by (none: all alike)."""
 
     batches: Callable[[], Sequence[Sequence[Any]]]
     options: SequentialOptions
+    sensitivities: Callable[[], Sequence[SensitivitySet]] = tuple
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Problem:
             return merge(self.base, self.experts, grams=self.grams, **arguments).tensors or {}
         batches, options = self.walking.batches(), self.walking.options
         walked = {f.name: getattr(options, f.name) for f in fields(options)}
+        walked["sensitivities"] = self.walking.sensitivities()
         result = merge_sequential(self.base, self.experts, batches, grams=self.grams, **walked, **arguments)
         return result.tensors or {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,7 +34,9 @@ from bmm_engine.searching.study import Study
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import RecipeProblem, with_grams
 from bmm_engine.sections import SearchRecipe
+from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.options import SequentialOptions
+from bmm_engine.sequential.run import open_sensitivities
 from bmm_engine.sources import Model
 
 
@@ -131,6 +134,7 @@ def search(
     grams: Any = "task_vectors",
     batches: Sequence[Sequence[Any]] | None = None,
     sequential: Mapping[str, Any] | None = None,
+    sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
     anchor: str = "average",
     anchor_parameters: Mapping[str, Any] | None = None,
     anchors: Sequence[str] = (),
@@ -150,7 +154,7 @@ def search(
     `base`: a live model; `experts`: live models (or state dicts or paths, with `expert_scores`). `evaluate(model, task)` returns a number, higher is
     better, or a `Score`; it gets a live copy of the base with a candidate's weights. `tasks`: names, by default one for each expert, and task i
     is then expert i's. `batches`: each expert's calibration data, for the mode sequential, in which every trial walks through the network (see
-    `merge_sequential`; `sequential`: its `fit_bias`, `norms`, `sweeps`, `blocks`, `mask`, `hidden_memory`, `hidden_dtype`, `walk_dtype`). The
+    `merge_sequential`; `sequential`: its `fit_bias`, `target`, `mean_weight`, `norms`, `sweeps`, `blocks`, ...; `sensitivities` as there). The
     objective is over score / expert's score. `anchors`: rules to choose from. `options`: of the recipe's section `search`
     (trials, minutes, seed, optimizer, groups, depth_bins, ...). `study`: a folder to keep and resume the trials in.
     Raises `ConfigError`, `SearchError`, and what `merge` raises.
@@ -175,7 +179,8 @@ def search(
     walking = None
     if batches is not None:
         calibration = [list(own) for own in batches]
-        walking = Walking(lambda: calibration, SequentialOptions(**(sequential or {})))
+        weights = open_sensitivities(sensitivities, len(experts))
+        walking = Walking(lambda: calibration, SequentialOptions(**(sequential or {})), lambda: weights)
     chosen = {name: (name, dict(anchor_parameters or {}) if name == anchor else {}) for name in (anchors or [anchor])}
     problem = Problem(
         base,
@@ -200,7 +205,9 @@ def search(
             "settings": {"alpha": repr(alpha), "scale": repr(scale), "task_weights": repr(settings.task_weights)},
             "grams": settings.gram_source,
             "models": models_of(problem),
-            "sequential": None if walking is None else [*map(batches_digest, calibration), repr(walking.options)],
+            "sequential": None
+            if walking is None
+            else [*map(batches_digest, calibration), repr(walking.options), *(own.digest() for own in weights)],
         }
         kept = stack.enter_context(open_study(study_path, problem, identity, None))
         stack.enter_context(kept.drive())

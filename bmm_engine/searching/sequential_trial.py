@@ -37,6 +37,7 @@ class SequentialWriter:
             device,
         )
         self.batches = self.walking.batches()
+        self.sensitivities = self.walking.sensitivities()
         self.skeleton = Skeleton.of(problem.base, problem.plan.alignment, self.walking.options, device)
         folder = tempfile.mkdtemp(prefix="bmm-expert-reads-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -57,7 +58,15 @@ class SequentialWriter:
         plan = replace(self.problem.plan, settings=settings)
         with ExitStack() as stack:
             walks = [
-                SequentialWalk(plan, self.skeleton, self.batches, self.walking.options, Sweep(None), reads=self.reads)
+                SequentialWalk(
+                    plan,
+                    self.skeleton,
+                    self.batches,
+                    self.walking.options,
+                    Sweep(None),
+                    reads=self.reads,
+                    sensitivities=self.sensitivities,
+                )
                 for _ in range(self.walking.options.sweeps)
             ]
             source = walk_all(walks, anchor, stack, False)

@@ -17,7 +17,7 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators import Evaluator
 from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
 from bmm_engine.factors import FactorGroup, FactorMaker, Factors
-from bmm_engine.measure import Models, Report, calibration_batches, collect_from_checkpoint
+from bmm_engine.measure import Models, Report, calibration_batches, collect_from_checkpoint, sensitivity_sets
 from bmm_engine.parallel import in_order, share_of_memory
 from bmm_engine.pipeline import sequential_options, settings_of
 from bmm_engine.recipe import Recipe
@@ -45,6 +45,9 @@ class RecipeProblem:
         if recipe.mode == "sequential":
             settings = replace(settings, gram_source="task_vectors", fit_bias=False)
             walking = Walking(partial(calibration_batches, recipe, models), sequential_options(recipe))
+            if recipe.sequential.output_weights == "sensitivity":
+                measure = partial(sensitivity_sets, recipe, models, report=lambda line: None, progress=False)
+                walking = replace(walking, sensitivities=measure)
         return Problem(
             base=models.get(recipe.base),
             experts=tuple(models.get(e.model) for e in recipe.experts),

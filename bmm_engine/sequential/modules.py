@@ -16,10 +16,12 @@ from bmm_engine.checkpoint import TensorSource
 from bmm_engine.collect import kept_rows, row_mask
 from bmm_engine.inputs import Inputs
 from bmm_engine.plan import MergePlan
+from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.reading import Read
 from bmm_engine.sequential.solve import drift_factor, drift_task_weights, relative_residuals, solve_module
+from bmm_engine.sequential.weighted import output_metrics, solve_weighted_module
 from bmm_engine.stream import InputRecord, ModuleRecord
 
 
@@ -47,11 +49,29 @@ class Part:
         return [slice(stop - m.out_features, stop) for stop, m in zip(stops, self.members, strict=True)]
 
 
+@dataclass(frozen=True)
+class Written:
+    """What fine-tuning changed in the residual stream before a module that writes to it, for each expert as listed: `change` and `energy` of
+    `InputRecord`, summed over the modules that have written to it."""
+
+    change: Sequence[float]
+    energy: Sequence[float]
+
+
 class ModuleSolver:
     """Solves a plan's linear modules against an anchor's tensors (float32 or wider, by the base's names)."""
 
-    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource, options: SequentialOptions):
+    def __init__(
+        self,
+        plan: MergePlan,
+        inputs: Inputs,
+        anchor: TensorSource,
+        options: SequentialOptions,
+        sensitivities: Sequence[SensitivitySet] = (),
+    ):
+        """`sensitivities`: one for each expert in the inputs' order, or none."""
         self.settings, self.inputs, self.anchor, self.options = plan.settings, inputs, anchor, options
+        self.sensitivities = sensitivities
         self._merged = set(plan.alignment.merged)
 
     def parts(self, modules: Sequence[LinearModule]) -> list[Part]:
@@ -88,12 +108,11 @@ class ModuleSolver:
         measured: list[Accumulator],
         out: Solved,
         *,
-        written: Sequence[float] | None = None,
+        written: Written | None = None,
     ) -> None:
         """Solve the modules of `parts`, which read what was `measured` for each expert (in the inputs' order), into `out`.
 
-        `written`: where they write to the residual stream, what fine-tuning changed there before: `||X_t U_t^T||^2 / n_t`, for each expert as listed,
-        summed over the modules that have written to it.
+        `written`: where they write to the residual stream, what fine-tuning changed there before.
         Empties `measured`: moments with a bias are a copy.
         """
         for part in parts:
@@ -110,25 +129,34 @@ class ModuleSolver:
         part: Part,
         moments: Sequence[TaskMoments],
         out: Solved,
-        written: Sequence[float] | None,
+        written: Written | None,
     ) -> None:
         inputs, with_bias, name = self.inputs, part.with_bias, part.members[0].name
+        metrics = self._metrics(part) if self.sensitivities else None
         change = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
-        energies = change
+        energy = change if metrics is None else self._weighted_energies(part, moments, metrics)
+        changes, energies = change, energy
         if written is not None:
-            energies = [own + before for own, before in zip(change, inputs.ordered(written), strict=True)]
+            changes, energies = (
+                [own + before for own, before in zip(now, inputs.ordered(earlier), strict=True)]
+                for now, earlier in ((change, written.change), (energy, written.energy))
+            )
         betas = drift_task_weights(self._given_weights(), energies, len(moments), name)
         mean_weight = self.options.mean_weight
         factor = drift_factor(moments, betas, alpha=part.alpha, mean_weight=mean_weight, name=name)
         assert factor is not None, "no part is at an infinite ridge"
         before, after = ([0.0] * len(moments) for _ in range(2))
         listed = tuple(self._listed(betas))
-        for module, outputs in zip(part.members, part.outputs, strict=True):
+        for m, (module, outputs) in enumerate(zip(part.members, part.outputs, strict=True)):
             anchor = inputs.oriented(self.anchor, module, with_bias)
             base = self._base(module, with_bias)
             experts = [self._expert(t, module, with_bias) for t in range(len(moments))]
             own_moments = [own.of(outputs) for own in moments]
-            solved, *misfits = solve_module(anchor, experts, own_moments, betas, factor, mean_weight)
+            given = (anchor, experts, own_moments, betas, factor, mean_weight)
+            if metrics is None:
+                solved, *misfits = solve_module(*given)
+            else:
+                solved, *misfits = solve_weighted_module(*given, [own[m] for own in metrics], module.name)
             for total, own in zip((before, after), misfits, strict=True):
                 total[:] = [a + b for a, b in zip(total, own, strict=True)]
             moved = float((anchor - base).norm())
@@ -137,7 +165,7 @@ class ModuleSolver:
             out.modules.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, listed, shift))
             scale = self.settings.scale_setting.at(module.weight, inputs.depth(module.weight), len(moments))
             self._put(module, solved if scale == 1 else base + scale * (solved - base), with_bias, out)
-        first, last = (tuple(self._listed(relative_residuals(total, energies))) for total in (before, after))
+        first, last = (tuple(self._listed(relative_residuals(total, changes))) for total in (before, after))
         out.inputs.append(
             InputRecord(
                 stage,
@@ -149,9 +177,38 @@ class ModuleSolver:
                 first,
                 last,
                 change=tuple(self._listed(change)),
+                energy=tuple(self._listed(energy)),
                 stream=written is not None,
             )
         )
+
+    def _metrics(self, part: Part) -> list[list[Tensor]]:
+        """Of each expert, those of the part's modules."""
+        found = []
+        for own, expert in zip(self.sensitivities, self.inputs.experts, strict=True):
+            sensitivities = []
+            for module in part.members:
+                names = (expert.mapping[module.weight].removesuffix(".weight"), module.name)
+                known = next((name for name in names if own.resolve(name) is not None), names[0])
+                own.check(known, expert.load(module.weight), expert.label)
+                sensitivities.append(own.get(known).to(self.inputs.device))
+            found.append(output_metrics(sensitivities, self.options.sensitivity_share, part.members[0].name))
+        return found
+
+    def _weighted_energies(
+        self, part: Part, moments: Sequence[TaskMoments], metrics: Sequence[Sequence[Tensor]]
+    ) -> list[float]:
+        """`tr(X_t U_t^T S_t U_t X_t^T) / n_t`, summed over the part's modules."""
+        return [
+            sum(
+                own.of(outputs).weighted_energy(task_vector, metric)
+                for outputs, task_vector, metric in zip(
+                    part.outputs, self._task_vectors(t, part), metrics[t], strict=True
+                )
+            )
+            / own.rows
+            for t, own in enumerate(moments)
+        ]
 
     def _base(self, module: LinearModule, with_bias: bool) -> Tensor:
         return self.inputs.oriented(self.inputs.base, module, with_bias)

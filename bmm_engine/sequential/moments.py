@@ -31,6 +31,7 @@ from bmm_engine.errors import ConfigError, EmptyCalibrationError, NonFiniteGramE
 from bmm_engine.moments import DenseMoment, Moment, SumMoment, TaskVectorMoment
 from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
+from bmm_engine.solve import BLOCK_ROWS
 
 
 class TaskMoments(ABC):
@@ -69,9 +70,22 @@ class TaskMoments(ABC):
     def target_drift(self, expert: Tensor) -> float:
         """`||D W_t^T||_F^2`."""
 
+    def misfit(self, weight: Tensor, expert: Tensor) -> float:
+        """`||X~ W^T - X W_t^T||_F^2 = tr(E G~ E^T) + 2 tr(E Q^T) + ||D W_t^T||^2` with E = W - W_t, by blocks of rows."""
+        total = 0.0
+        for start in range(0, weight.shape[0], BLOCK_ROWS):
+            rows = slice(start, start + BLOCK_ROWS)
+            own, part, gap = self.of(rows), expert[rows], weight[rows] - expert[rows]
+            total += own.target_drift(part) + squared(gap, self.gram) + 2 * float((own.drifted(part) * gap).sum())
+        return max(0.0, total)
+
     @abstractmethod
     def energy(self, task_vectors: Iterable[Tensor]) -> float:
         """`||X U_t^T||_F^2`, summed over modules; task vectors (out, in)."""
+
+    @abstractmethod
+    def weighted_energy(self, task_vector: Tensor, metric: Tensor) -> float:
+        """`tr(X U_t^T S U_t X^T)` for the metric S (out, out), of one module."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +113,24 @@ class DriftMoments(TaskMoments):
         return squared(expert, self.drift)
 
     def energy(self, task_vectors: Iterable[Tensor]) -> float:
-        own = self.gram - self.cross - self.cross.mT + self.drift  # X^T X, since X = X~ - D
+        own = self._own()
         return max(0.0, sum(squared(u, own) for u in task_vectors))
+
+    def weighted_energy(self, task_vector: Tensor, metric: Tensor) -> float:
+        rows = task_vector.to(self.gram.dtype)
+        product = (rows @ self._own()) * (metric.to(rows) @ rows)
+        return max(0.0, float(product.sum(dtype=torch.float64)))
+
+    def _own(self) -> Tensor:
+        """X^T X, since X = X~ - D."""
+        return self.gram - self.cross - self.cross.mT + self.drift
 
 
 @dataclass(frozen=True)
 class ProjectedMoments(TaskMoments):
-    """`gram` X~^T X~ (in, in); `product` Q (out, in); `total` (in,) and `product_total` (out,), sums of the rows of X~ and of D W_t^T; and for
-    each output the squared norms `drift` of D W_t^T (with what the residual stream has drifted, where that was given) and `change` of X U_t^T."""
+    """`gram` X~^T X~ (in, in); `product` Q (out, in); `total` (in,) and `product_total` (out,), sums of the rows of X~ and of D W_t^T; `drift`
+    (out,), the squared norms of the columns of D W_t^T (with what the residual stream has drifted, where that was given); `change` (out, out),
+    U_t X^T X U_t^T."""
 
     gram: Tensor
     product: Tensor
@@ -123,7 +147,7 @@ class ProjectedMoments(TaskMoments):
             product=self.product[outputs],
             product_total=self.product_total[outputs],
             drift=self.drift[outputs],
-            change=self.change[outputs],
+            change=self.change[outputs, outputs],
         )
 
     def drifted(self, expert: Tensor) -> Tensor:
@@ -136,7 +160,10 @@ class ProjectedMoments(TaskMoments):
         return float(self.drift.sum())
 
     def energy(self, task_vectors: Iterable[Tensor]) -> float:
-        return float(self.change.sum())
+        return float(self.change.diagonal().sum(dtype=torch.float64))
+
+    def weighted_energy(self, task_vector: Tensor, metric: Tensor) -> float:
+        return max(0.0, float((self.change * metric.to(self.change)).sum(dtype=torch.float64)))
 
 
 def squared(rows: Tensor, second: Tensor) -> float:
@@ -291,9 +318,8 @@ class ProjectedAccumulator(Accumulator):
         self._task_vector = task_vector[:, :width].to(device, dtype)
         self._change_of_bias = task_vector[:, width:].to(device, dtype).sum(1)  # zeros without one
         self._product = torch.zeros(outputs, width, dtype=dtype, device=device)
-        self._product_sum, self._drift, self._change = (
-            torch.zeros(outputs, dtype=torch.float64, device=device) for _ in range(3)
-        )
+        self._change = torch.zeros(outputs, outputs, dtype=dtype, device=device)
+        self._product_sum, self._drift = (torch.zeros(outputs, dtype=torch.float64, device=device) for _ in range(2))
 
     def _add(
         self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
@@ -306,7 +332,7 @@ class ProjectedAccumulator(Accumulator):
         self._product_sum += drifted.sum(0, dtype=torch.float64)
         self._drift += drifted.square_().sum(0, dtype=torch.float64)
         changed = torch.addmm(self._change_of_bias, expert.to(self.dtype), self._task_vector.mT)
-        self._change += changed.square_().sum(0, dtype=torch.float64)
+        accumulate_gram(self._change, changed, backend=backend)
 
     def _stream_rows(self, stream_drift: Tensor, rows: int) -> Tensor:
         outputs = self._expert.shape[0]

@@ -138,7 +138,7 @@ class NormSolver:
         )
         names, listed = (norm.weight.removesuffix(".weight"),), tuple(self._listed(betas))
         change = tuple(self._listed(energies))
-        out.inputs.append(InputRecord(stage, names, alpha, ridge, 0.0, listed, before, after, change))
+        out.inputs.append(InputRecord(stage, names, alpha, ridge, 0.0, listed, before, after, change, change))
         for name, fitted in ((norm.weight, fitted_gain), (norm.bias, fitted_bias)):
             if name is not None:
                 base = inputs.load(inputs.base, name)

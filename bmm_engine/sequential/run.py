@@ -26,6 +26,7 @@ from bmm_engine.merging import MergeResult, plan_merge, run_stream, tensors_of
 from bmm_engine.output import Target, inputs_of, output_specs, recipe_of, write_sidecars
 from bmm_engine.plan import MergePlan, MergeSettings, given_task_weights
 from bmm_engine.progress import track
+from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.skeleton import Skeleton
 from bmm_engine.sequential.state import Merged, Sweep, open_folder, writing
@@ -49,6 +50,8 @@ def merge_sequential(
     fit_bias: bool = True,
     target: str = "stream",
     mean_weight: float = 0.0,
+    sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
+    sensitivity_share: float = 0.75,
     norms: str = "anchor",
     sweeps: int = 1,
     blocks: str | None = None,
@@ -87,6 +90,9 @@ def merge_sequential(
     `modules`, `keep_base`, `vocabulary`: as in `merge`. `task_weights`: "energy" (per input `1 / ||X_t U_t^T||^2`), None, or a number per
     expert. `fit_bias`: solve biases with their weights. `target`: "stream", or "module": all aim at what the expert's module gives.
     `mean_weight`: how much more the mean error of a task counts in linear modules, which shifts all of its predictions (`solve_drift`).
+    `sensitivities`: one SensitivitySet or path for each expert (`collect_sensitivity`, `bmm collect --sensitivity`): errors then count by how much
+    the expert's predictions depend on them, `|| (X~_t W^T - X_t W_t^T) S_t^{1/2} ||`, in the energy weights too; `sensitivity_share` in [0, 1): of
+    the metric S_t, the rest is the identity (see `sequential/weighted.py`).
     `norms`: "fit" solves gains and biases of normalisations too, feature by feature, instead of taking the
     anchor's. `sweeps`: walks, each with the result of the one before as its anchor.
     `walk_dtype`: of the models that are run (default: a live base's own, else float32). `hidden_memory`: hidden states kept in memory, in all, the
@@ -97,13 +103,24 @@ def merge_sequential(
     Raises what `merge` and `collect_grams` raise.
     """
     options = SequentialOptions(
-        fit_bias, target, mean_weight, norms, sweeps, blocks, mask, walk_dtype, hidden_memory, hidden_dtype
+        fit_bias,
+        target,
+        mean_weight,
+        sensitivity_share,
+        norms,
+        sweeps,
+        blocks,
+        mask,
+        walk_dtype,
+        hidden_memory,
+        hidden_dtype,
     )
     calibration = [list(own) for own in batches]
     if len(calibration) != len(experts):
         raise ConfigError(
             f"{len(experts)} experts and {len(calibration)} calibration sets (batches); give one for each expert."
         )
+    sensitivity_sets = open_sensitivities(sensitivities, len(experts))
     settings = MergeSettings(
         anchor=anchor,
         anchor_parameters=dict(anchor_parameters or {}),
@@ -136,17 +153,26 @@ def merge_sequential(
         folder = None
         if destination is not None:
             identity = _identity(plan, anchor_plan, calibration, options, skeleton)
+            identity["sensitivities"] = [own.digest() for own in sensitivity_sets]
             folder = stack.enter_context(_taken(walk_folder(destination), identity))
         prior_source = _anchor(anchor_plan, folder, progress)
         walks = [
-            SequentialWalk(plan, skeleton, calibration, options, Sweep(folder and folder / f"sweep-{n + 1}"), report)
+            SequentialWalk(
+                plan,
+                skeleton,
+                calibration,
+                options,
+                Sweep(folder and folder / f"sweep-{n + 1}"),
+                report,
+                sensitivities=sensitivity_sets,
+            )
             for n in range(options.sweeps)
         ]
         source = walk_all(walks, prior_source, stack, progress)
         result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs)
         if writer is None or folder is None:
             return replace(result, tensors=tensors_of(_written(source, Target(specs), progress), plan))
-        record = recipe if recipe is not None else _recipe(plan, options)
+        record = recipe if recipe is not None else _recipe(plan, options, bool(sensitivity_sets))
         with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
             _written(source, Target(specs, writer), progress)
             write_sidecars(writer, plan, inputs.result(), result.summary(), record, dtype)
@@ -164,6 +190,13 @@ def walk_all(walks: Sequence[SequentialWalk], anchor: TensorSource, stack: ExitS
         source = Merged(source, walk.sweep)
     assert isinstance(source, Merged)
     return source
+
+
+def open_sensitivities(given: Sequence[SensitivitySet | str | os.PathLike[str]], experts: int) -> list[SensitivitySet]:
+    """Raises `ConfigError` unless there is one for each expert, or none; `CheckpointError`."""
+    if given and len(given) != experts:
+        raise ConfigError(f"{experts} experts and {len(given)} sensitivities; give one for each expert, or none.")
+    return [own if isinstance(own, SensitivitySet) else SensitivitySet.load(own) for own in given]
 
 
 def walk_folder(output: Path) -> Path:
@@ -240,6 +273,7 @@ def _identity(
             "fit_bias": options.fit_bias,
             "target": options.target,
             "mean_weight": options.mean_weight,
+            "sensitivity_share": options.sensitivity_share,
             "norms": options.norms,
             "mask": options.mask if isinstance(options.mask, str) else repr(type(options.mask)),
             "sweeps": options.sweeps,
@@ -250,7 +284,7 @@ def _identity(
     )
 
 
-def _recipe(plan: MergePlan, options: SequentialOptions) -> dict[str, Any]:
+def _recipe(plan: MergePlan, options: SequentialOptions, weighted: bool) -> dict[str, Any]:
     """What was merged, and how, for the record of a merge that was called from Python."""
     known = {key: value for key, value in recipe_of(plan).items() if key not in ("gram_source", "hybrid_share")}
     return {
@@ -260,6 +294,8 @@ def _recipe(plan: MergePlan, options: SequentialOptions) -> dict[str, Any]:
         "sequential": {
             "target": options.target,
             "mean_weight": options.mean_weight,
+            "output_weights": "sensitivity" if weighted else "none",
+            "sensitivity_share": options.sensitivity_share,
             "norms": options.norms,
             "sweeps": options.sweeps,
         },

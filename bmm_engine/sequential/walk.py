@@ -21,8 +21,9 @@ from bmm_engine.memory import release_free_memory
 from bmm_engine.output import parse_dtype
 from bmm_engine.plan import MergePlan
 from bmm_engine.progress import track
+from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.hidden import HiddenStates, Room
-from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting
+from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting, Written
 from bmm_engine.sequential.moments import Accumulator
 from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
 from bmm_engine.sequential.options import SequentialOptions
@@ -49,9 +50,11 @@ class SequentialWalk:
         sweep: Sweep,
         report: Report = lambda line: None,
         reads: ExpertReads | None = None,
+        sensitivities: Sequence[SensitivitySet] = (),
     ):
         """`plan`: of modules one by one (its settings' `gram_source` is "task_vectors"); `batches` by expert, as the plan lists them. `reads`:
-        keeps what the experts read, or has it from an earlier walk over the same experts and batches: then they are not run.
+        keeps what the experts read, or has it from an earlier walk over the same experts and batches: then they are not run. `sensitivities`: by
+        expert, as the plan lists them, or none.
 
         Raises `EmptyCalibrationError`, `CollectionError`.
         """
@@ -61,6 +64,7 @@ class SequentialWalk:
         self.skeleton, self.sweep, self.options, self.report = skeleton, sweep, options, report
         self.plan, self.model, self.reads = plan, skeleton.model, reads
         self.expert_inputs = Inputs(plan)
+        self._sensitivities = self.expert_inputs.ordered(sensitivities)
         self._modules: dict[str, LinearModule] = {}  # by live name
         for module in (m for group in plan.groups for m in group.members):
             live = skeleton.live_module(module.name)
@@ -111,7 +115,7 @@ class SequentialWalk:
 
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
-        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, self.options)
+        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, self.options, self._sensitivities)
         self.norms = NormSolver(self.plan, self.expert_inputs, anchor)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
@@ -304,10 +308,14 @@ class SequentialWalk:
                     merged[live] = self.skeleton.ready(self._now.tensors[name])
         return bool(found) and advance
 
-    def _written(self) -> list[float]:
-        """What fine-tuning changed in the residual stream so far, for each expert as listed: see `ModuleSolver.solve`."""
-        changes = [record.change for record in (*self.inputs, *self._now.inputs) if record.stream]
-        return [sum(own[t] for own in changes) for t in range(len(self.experts))]
+    def _written(self) -> Written:
+        """What fine-tuning changed in the residual stream so far."""
+        writers = [record for record in (*self.inputs, *self._now.inputs) if record.stream]
+        change, energy = (
+            [sum(getattr(record, key)[t] for record in writers) for t in range(len(self.experts))]
+            for key in ("change", "energy")
+        )
+        return Written(change, energy)
 
     def _finish_parts(
         self, label: str, block: nn.Module, found: Sequence[SharedInput], now: SharedInput, through: bool

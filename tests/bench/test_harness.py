@@ -108,7 +108,7 @@ def test_arithmetic_that_bounds(dtype, kind):
 @pytest.mark.skipif(_native.cpu_missing() is not None, reason=str(_native.cpu_missing()))
 def test_memory_that_a_call_takes_is_seen():
     kept = []
-    taken = harness._peak_mib(lambda: kept.append(torch.ones(16 << 20)), CPU)
+    taken = harness.peak_mib_of(lambda: kept.append(torch.ones(16 << 20)), CPU)
     assert taken == pytest.approx(64, abs=8)
 
 

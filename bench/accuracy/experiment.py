@@ -1,0 +1,97 @@
+"""What a suite gives at one seed: a base, an expert for each task, unlabelled calibration data, and scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bmm_engine.scores import Score, classification_score
+
+Batch = dict[str, Tensor]
+Pool = Callable[[Any, Batch], Tensor]  # an encoder's output and the batch it read -> features (rows, width)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A task's rows to score by: `batches` with the `labels` (rows,) of each, and the task's own `head`."""
+
+    batches: Sequence[Batch]
+    labels: Sequence[Tensor]
+    head: nn.Linear
+    metric: str
+
+
+class Scorer:
+    """Scores an encoder on every task, each through its own expert's head."""
+
+    def __init__(self, tasks: Mapping[str, Labelled], pool: Pool):
+        self.tasks, self._pool = dict(tasks), pool
+
+    def __call__(self, model: nn.Module) -> dict[str, Score]:
+        return {name: self.score(model, name) for name in self.tasks}
+
+    def score(self, model: nn.Module, task: str) -> Score:
+        """Accuracy or macro-F1 in [0, 1]."""
+        own = self.tasks[task]
+        return classification_score(self.logits(model, task).softmax(1), self.labels(task), own.metric, task)
+
+    def labels(self, task: str) -> Tensor:
+        return torch.cat(list(self.tasks[task].labels))
+
+    @torch.inference_mode()
+    def logits(self, model: nn.Module, task: str) -> Tensor:
+        """(rows, classes), float64, in the order of `labels`."""
+        own = self.tasks[task]
+        model.eval()
+        return torch.cat([own.head(self._pool(model(**batch), batch)).double() for batch in own.batches])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`calibration(n)`: n unlabelled training rows of each task, in batches; fewer are a part of more. `samples`: how many the table takes. `search`
+    scores by fewer rows of the validation split than `validation` does."""
+
+    suite: str
+    seed: int
+    tasks: tuple[str, ...]
+    base: Path
+    experts: tuple[Path, ...]
+    calibration: Callable[[int], tuple[list[Batch], ...]]
+    samples: int
+    search: Scorer
+    validation: Scorer
+    test: Scorer
+    load: Callable[[Path], nn.Module]
+    pool: Pool
+
+    @cached_property
+    def batches(self) -> tuple[list[Batch], ...]:
+        """Each expert's calibration data."""
+        return self.calibration(self.samples)
+
+    def first(self, count: int) -> Experiment:
+        """Of the first tasks only."""
+        return replace(
+            self,
+            tasks=self.tasks[:count],
+            experts=self.experts[:count],
+            calibration=lambda samples: self.calibration(samples)[:count],
+        )
+
+    def logits(self, task: str, output: Any, batch: Batch) -> Tensor:
+        """What a task's head makes of the encoder's output: (rows, classes)."""
+        return self.test.tasks[task].head(self.pool(output, batch))
+
+    def classifier(self, task: str) -> nn.Module:
+        """A task's expert, giving logits in the place of hidden states; its parameters keep their names."""
+        model = self.load(self.experts[self.tasks.index(task)])
+        model.register_forward_hook(
+            lambda module, args, kwargs, output: self.logits(task, output, kwargs), with_kwargs=True
+        )
+        return model

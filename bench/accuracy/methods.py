@@ -1,0 +1,155 @@
+"""The rows of the table: every way to merge, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from torch import Tensor, nn
+
+import bmm_engine as bmm
+from bench.accuracy.experiment import Experiment
+from bmm_engine.scores import Score
+
+PRIORS = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi")
+"""The anchors on which every form of BMM is tried."""
+
+SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+"""Of the anchor's difference from the base."""
+
+HYBRID = 0.5
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Tensors by the base's names, and what was chosen on validation data to make them, if anything was."""
+
+    tensors: Mapping[str, Tensor]
+    chosen: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: what is done, on which anchor."""
+
+    name: str
+    anchor: str
+    run: Callable[[], Merge]
+
+
+class Merger:
+    """Merges the experts of one experiment; what several rows share is measured once."""
+
+    def __init__(self, experiment: Experiment, *, trials: int):
+        self.experiment, self.trials = experiment, trials
+
+    def methods(self) -> Iterator[Method]:
+        """Cheap ones first."""
+        rules = {name: rule for name, rule in bmm.registered_anchors().items() if self._takes_all(rule)}
+        for name in rules:
+            yield Method("anchor", name, lambda name=name: Merge(self.anchor(name)))
+        for name in rules:
+            yield Method("anchor, scale searched", name, lambda name=name: self._scaled(name))
+        for name in PRIORS:
+            yield Method("data-free", name, lambda name=name: self._merge(anchor=name))
+            yield Method("data", name, lambda name=name: self._merge(anchor=name, grams=self.grams))
+            yield Method("hybrid", name, lambda name=name: self._merge(anchor=name, grams=self.grams, hybrid=HYBRID))
+            yield Method("sequential", name, lambda name=name: self._sequential(anchor=name))
+            yield Method(
+                "sequential, weighted outputs",
+                name,
+                lambda name=name: self._sequential(anchor=name, sensitivities=self.sensitivities),
+            )
+        for name in PRIORS:
+            yield Method("data-free, searched", name, lambda name=name: self._searched(anchor=name))
+            yield Method("data, searched", name, lambda name=name: self._searched(anchor=name, grams=self.grams))
+            yield Method(
+                "sequential, searched",
+                name,
+                lambda name=name: self._searched(anchor=name, batches=self.experiment.batches, task_weights="energy"),
+            )
+
+    @cached_property
+    def grams(self) -> list[Any]:
+        models = map(self.experiment.load, self.experiment.experts)
+        return [
+            bmm.collect_grams(model, own, progress=False)
+            for model, own in zip(models, self.experiment.batches, strict=True)
+        ]
+
+    @cached_property
+    def fishers(self) -> list[Any]:
+        return [
+            bmm.collect_fisher(self.experiment.classifier(task), own, labels="sampled", progress=False)
+            for task, own in zip(self.experiment.tasks, self.experiment.batches, strict=True)
+        ]
+
+    @cached_property
+    def sensitivities(self) -> list[Any]:
+        own = self.experiment
+        return [
+            bmm.collect_sensitivity(own.load(path), batches, logits=partial(own.logits, task), progress=False)
+            for task, path, batches in zip(own.tasks, own.experts, own.batches, strict=True)
+        ]
+
+    @cached_property
+    def sequential_grams(self) -> list[Any]:
+        base, *experts = map(self.experiment.load, (self.experiment.base, *self.experiment.experts))
+        return bmm.collect_sequential(base, experts, self.experiment.batches, progress=False)
+
+    def anchor(self, rule: str) -> Mapping[str, Tensor]:
+        """A rule's own merge at its defaults."""
+        needs = bmm.get_anchor(rule).needs
+        given: dict[str, Any] = {}
+        if needs == "fishers":
+            given = {"fishers": self.fishers}
+        elif needs:
+            given = {"grams": getattr(self, needs)}
+        return self._merge(anchor=rule, alpha=math.inf, **given).tensors
+
+    def _takes_all(self, rule: Any) -> bool:
+        least, most = rule.experts
+        return least <= len(self.experiment.experts) and (most is None or len(self.experiment.experts) <= most)
+
+    def _merge(self, **options: Any) -> Merge:
+        merged = bmm.merge(self.experiment.base, self.experiment.experts, progress=False, **options)
+        return Merge(merged.tensors or {})
+
+    def _sequential(self, **options: Any) -> Merge:
+        own = self.experiment
+        merged = bmm.merge_sequential(own.base, own.experts, own.batches, progress=False, **options)
+        return Merge(merged.tensors or {})
+
+    def _scaled(self, rule: str) -> Merge:
+        """The anchor, its difference from the base scaled as is best on validation data."""
+        model = self.experiment.load(self.experiment.base)
+        base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        anchor = self.anchor(rule)
+
+        def at(scale: float) -> dict[str, Tensor]:
+            return {
+                name: base[name] + scale * (own - base[name]) if own.is_floating_point() else own
+                for name, own in anchor.items()
+            }
+
+        def value(scale: float) -> float:
+            model.load_state_dict(at(scale))
+            return mean(self.experiment.search(model))
+
+        best = max(SCALES, key=value)
+        return Merge(at(best), {"scale": best})
+
+    def _searched(self, **options: Any) -> Merge:
+        own = self.experiment
+        experts: Sequence[nn.Module] = [own.load(path) for path in own.experts]
+        found = bmm.search(
+            own.load(own.base), experts, own.search.score, tasks=own.tasks, trials=self.trials, seed=own.seed, **options
+        )
+        return Merge(found.tensors or {}, found.candidate.plain())
+
+
+def mean(scores: Mapping[str, Score]) -> float:
+    return sum(score.value for score in scores.values()) / len(scores)

@@ -1,0 +1,226 @@
+"""`python -m bench.accuracy.theory`: what the theory claims, measured at one seed of a suite, on validation data.
+
+How well data-free Grams are aligned with measured ones; what calibration data, the ridge, and the number of tasks do to a merge; and whether
+averaging over the posterior is better calibrated than the MAP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bmm_engine as bmm
+from bench.accuracy.command import SUITES
+from bench.accuracy.experiment import Experiment, Scorer
+from bench.accuracy.methods import HYBRID, PRIORS
+from bench.report import commit, note
+from bmm_engine.architecture import linear_modules
+from bmm_engine.moments import DenseMoment
+from bmm_engine.posterior import Posterior
+from bmm_engine.roles import Layers, module_role
+from bmm_engine.scores import classification_score
+
+SAMPLES = (4, 16, 64, 256, 1024)
+RIDGES = tuple(10.0**power for power in range(-5, 4))
+DRAWS = 8
+
+Row = dict[str, Any]
+
+
+class Study:
+    """One experiment, scored by `scorer` in the share of the experts' scores."""
+
+    def __init__(self, experiment: Experiment, scorer: Scorer):
+        self.experiment, self.scorer = experiment, scorer
+        self.model = experiment.load(experiment.base)
+        self.own = {
+            task: scorer.score(experiment.load(path), task).value
+            for task, path in zip(experiment.tasks, experiment.experts, strict=True)
+        }
+        self.grams = self.measure(experiment.samples)
+
+    def measure(self, samples: int) -> list[Any]:
+        own = self.experiment
+        pairs = zip(own.experts, own.calibration(samples), strict=True)
+        return [bmm.collect_grams(own.load(path), batches, progress=False) for path, batches in pairs]
+
+    def merged(self, **options: Any) -> float:
+        """The mean over all tasks of score / expert's score, of a plain merge."""
+        return self.value(bmm.merge(self.experiment.base, self.experiment.experts, progress=False, **options).tensors)
+
+    def value(self, tensors: Any, tasks: Sequence[str] | None = None) -> float:
+        self.model.load_state_dict(tensors)
+        tasks = self.experiment.tasks if tasks is None else tasks
+        return statistics.mean(self.scorer.score(self.model, task).value / self.own[task] for task in tasks)
+
+    def alignment(self) -> Iterator[Row]:
+        """`cos_F(G_t, U_t^T U_t)` of every module and task."""
+        own = self.experiment
+        base = own.load(own.base)
+        names = list(linear_modules(base))
+        layers, before = Layers(names), base.state_dict()
+        for t, path in enumerate(own.experts):
+            after = own.load(path).state_dict()
+            for name in names:
+                weight = f"{name}.weight"
+                moment = DenseMoment(self.grams[t].get(name).mean(), 1, module=name)
+                cosine = bmm.alignment(moment, after[weight] - before[weight])
+                yield {
+                    "module": name,
+                    "role": module_role(name),
+                    "layer": layers(name),
+                    "task": own.tasks[t],
+                    "cosine": cosine,
+                }
+
+    def by_samples(self) -> Iterator[Row]:
+        yield {"method": "data-free", "samples": 0, "value": self.merged()}
+        for samples in SAMPLES:
+            grams = self.measure(samples)
+            yield {"method": "data", "samples": samples, "value": self.merged(grams=grams)}
+            yield {"method": "hybrid", "samples": samples, "value": self.merged(grams=grams, hybrid=HYBRID)}
+            yield {"method": "sequential", "samples": samples, "value": self._sequential(self.experiment, samples)}
+
+    def by_ridge(self) -> Iterator[Row]:
+        for anchor in PRIORS:
+            for alpha in (*RIDGES, math.inf):
+                yield {
+                    "anchor": anchor,
+                    "alpha": str(alpha),
+                    "value": self.merged(anchor=anchor, grams=self.grams, alpha=alpha),
+                }
+
+    def by_tasks(self) -> Iterator[Row]:
+        """The first two tasks, three, ... all."""
+        own = self.experiment
+        for count in range(2, len(own.tasks) + 1):
+            part = own.first(count)
+            for method, tensors in (
+                (
+                    "average",
+                    lambda part=part: bmm.merge(part.base, part.experts, alpha=math.inf, progress=False).tensors,
+                ),
+                ("data-free", lambda part=part: bmm.merge(part.base, part.experts, progress=False).tensors),
+                (
+                    "data",
+                    lambda part=part, count=count: (
+                        bmm.merge(part.base, part.experts, grams=self.grams[:count], progress=False).tensors
+                    ),
+                ),
+                (
+                    "sequential",
+                    lambda part=part: (
+                        bmm.merge_sequential(part.base, part.experts, part.batches, progress=False).tensors
+                    ),
+                ),
+            ):
+                yield {"method": method, "tasks": count, "value": self.value(tensors(), part.tasks)}
+
+    def calibration_error(self) -> Iterator[Row]:
+        """Expected calibration error and log-likelihood of the MAP and of the mean of the probabilities of `DRAWS` draws."""
+        own = self.experiment
+        options: Row = {"grams": self.grams, "progress": False}
+        map_probabilities = self._probabilities(bmm.merge(own.base, own.experts, **options).tensors)
+        total: dict[str, Tensor] = {}
+        for index in range(DRAWS):
+            drawn = bmm.merge(own.base, own.experts, posterior=Posterior(seed=own.seed, index=index), **options).tensors
+            for task, p in self._probabilities(drawn).items():
+                total[task] = total.get(task, torch.zeros_like(p)) + p / DRAWS
+        for method, found in (("MAP", map_probabilities), ("posterior average", total)):
+            for task, p in found.items():
+                score = classification_score(p, self.scorer.labels(task), self.scorer.tasks[task].metric, task)
+                yield {"method": method, "task": task, "value": score.value, **score.details}
+
+    def _sequential(self, own: Experiment, samples: int) -> float:
+        merged = bmm.merge_sequential(own.base, own.experts, own.calibration(samples), progress=False)
+        return self.value(merged.tensors)
+
+    def _probabilities(self, tensors: Any) -> dict[str, Tensor]:
+        self.model.load_state_dict(tensors)
+        return {task: self.scorer.logits(self.model, task).softmax(1) for task in self.experiment.tasks}
+
+
+PARTS: dict[str, Callable[[Study], Iterator[Row]]] = {
+    "alignment": Study.alignment,
+    "samples": Study.by_samples,
+    "ridge": Study.by_ridge,
+    "tasks": Study.by_tasks,
+    "calibration": Study.calibration_error,
+}
+
+
+def plot(report: dict[str, list[Row]], path: Path) -> None:
+    """A panel for each part that was measured, but for the calibration error, which is a table."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    panels = figure.subplots(2, 2)
+
+    def lines(axes: Any, rows: list[Row], key: str, x: str) -> None:
+        for name in dict.fromkeys(row[key] for row in rows):
+            own = [row for row in rows if row[key] == name and math.isfinite(float(row[x]))]
+            axes.plot([float(row[x]) for row in own], [100 * row["value"] for row in own], ".-", label=name)
+        axes.set_ylabel("mean of score / expert's score, %")
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+
+    roles: dict[tuple[str, int], list[float]] = {}
+    for row in report.get("alignment", []):
+        if row["layer"] is not None:
+            roles.setdefault((row["role"], row["layer"]), []).append(row["cosine"])
+    for role in dict.fromkeys(role for role, _ in roles):
+        points = sorted((layer, statistics.mean(own)) for (name, layer), own in roles.items() if name == role)
+        panels[0, 0].plot(*zip(*points, strict=True), ".-", label=role)
+    panels[0, 0].set(xlabel="layer", ylabel="cos(G, U^T U), mean over tasks")
+    if roles:
+        panels[0, 0].legend(fontsize=7)
+    lines(panels[0, 1], report.get("samples", []), "method", "samples")
+    panels[0, 1].set_xscale("symlog", linthresh=4)
+    panels[0, 1].set_xlabel("calibration samples of each task")
+    lines(panels[1, 0], report.get("ridge", []), "anchor", "alpha")
+    panels[1, 0].set_xscale("log")
+    panels[1, 0].set_xlabel("relative ridge")
+    lines(panels[1, 1], report.get("tasks", []), "method", "tasks")
+    panels[1, 1].set_xlabel("merged tasks")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.theory", description=__doc__)
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--cache", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    options = parser.parse_args()
+    experiment = import_module(f"bench.accuracy.{options.suite}").prepare(options.data, options.cache, options.seed)
+    study = Study(experiment, experiment.search)
+    known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
+    report: dict[str, Any] = {**known, "suite": options.suite, "seed": options.seed, "commit": commit()}
+    for part in options.parts:
+        report[part] = []
+        for row in PARTS[part](study):
+            report[part].append(row)
+            if part != "alignment":
+                note(f"{part}: {row}")
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        plot(report, options.plot)
+
+
+if __name__ == "__main__":
+    main()
