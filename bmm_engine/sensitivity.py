@@ -201,7 +201,7 @@ class _Recorder:
         for name, gradient in zip(names, gradients, strict=True):
             if gradient is None:
                 continue  # this call does not matter to the logits; another may
-            rows = kept_rows(name, gradient, padding)
+            rows = kept_rows(name, gradient, padding).reshape(-1, gradient.shape[-1])
             if not bool(torch.isfinite(rows.sum(dtype=torch.float64))):
                 raise CollectionError(
                     f"{name}: the logits' derivative by its output is NaN or infinite. Check the calibration data, or run the model in float32."

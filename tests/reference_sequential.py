@@ -75,8 +75,11 @@ def reference_sequential(
     norms=False,
     anchor=None,
     sweeps=1,
+    sensitivities=None,
+    share=0.75,
 ):
-    """The merged model in float64. `anchor`: a state dict, by default the experts' average; `batches[t]`: expert t's calibration."""
+    """The merged model in float64. `anchor`: a state dict, by default the experts' average; `batches[t]`: expert t's calibration.
+    `sensitivities[t]`: module name -> (out, out)."""
     experts = [copy.deepcopy(e).double() for e in experts]
     origin_model = copy.deepcopy(base).double()
     origin, states = origin_model.state_dict(), [e.state_dict() for e in experts]
@@ -115,23 +118,29 @@ def reference_sequential(
             def weight(state, n, bias=bias):
                 return _matrix(state, n, transposed[n], bias)
 
+            metrics = _metrics(sensitivities, names, share, len(experts))
             energies = [
-                sum(float((x @ (weight(s, n) - weight(origin, n)).T).pow(2).sum()) / len(x) for n in names)
-                for s, x in zip(states, own)
+                sum(_energy(x @ (weight(s, n) - weight(origin, n)).T, m and m[n]) / len(x) for n in names)
+                for s, x, m in zip(states, own, metrics)
             ]
             if shifts[0] is not None:
                 energies = written = [e + w for e, w in zip(energies, written)]
             betas = _betas(energies, energy)
             weights = [torch.eye(len(y), dtype=y.dtype) + mean_weight / len(y) for y in drifted]  # of pairs of rows
-            a = sum(b * y.T @ m @ y / len(y) for b, y, m in zip(betas, drifted, weights))
-            lam = alpha * a.trace() / len(a)
-            a = a + lam * torch.eye(len(a), dtype=a.dtype)
+            parts = [b * y.T @ m @ y / len(y) for b, y, m in zip(betas, drifted, weights)]
+            lam = alpha * sum(parts).trace() / len(parts[0])
+            ridge = lam * torch.eye(len(parts[0]), dtype=parts[0].dtype)
             for n in names:
-                right = lam * weight(anchor, n)
-                for b, s, x, y, shift, m in zip(betas, states, own, drifted, shifts, weights):
-                    aim = x @ weight(s, n).T
-                    right = right + b * (aim if shift is None else aim - shift).T @ m @ y / len(y)
-                solved = torch.linalg.solve(a, right, left=False)
+                aims = [
+                    b * (x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y / len(y)
+                    for b, s, x, y, shift, m in zip(betas, states, own, drifted, shifts, weights)
+                ]
+                if sensitivities is None:
+                    right = lam * weight(anchor, n) + sum(aims)
+                    solved = torch.linalg.solve(sum(parts) + ridge, right, left=False)
+                else:
+                    each = [m[n] for m in metrics]
+                    solved = _weighted(parts, aims, ridge, weight(anchor, n), each, betas)
                 result = weight(origin, n) + scale * (solved - weight(origin, n))
                 state = merged.state_dict()
                 if bias:
@@ -139,6 +148,30 @@ def reference_sequential(
                     result = result[:, :-1]
                 state[f"{n}.weight"].copy_(result.T if transposed[n] else result)
     return merged
+
+
+def _metrics(sensitivities, names, share, tasks):
+    """By task and module: over the modules that share an input a mean eigenvalue of 1."""
+    if sensitivities is None:
+        return [None] * tasks
+    found = []
+    for own in sensitivities:
+        raw = {n: own[n].double() for n in names}
+        scale = sum(len(s) for s in raw.values()) / sum(s.trace() for s in raw.values())
+        found.append({n: share * scale * s + (1 - share) * torch.eye(len(s)).double() for n, s in raw.items()})
+    return found
+
+
+def _energy(change, metric):
+    return float((change.pow(2) if metric is None else change * (change @ metric)).sum())
+
+
+def _weighted(parts, aims, ridge, anchor, metrics, betas):
+    """Z -> S Z A, of rows, is kron(S, A)."""
+    mean = sum(b * s for b, s in zip(betas, metrics)) / sum(betas)
+    left = sum(torch.kron(s, a) for s, a in zip(metrics, parts)) + torch.kron(mean, ridge)
+    right = sum(s @ aim for s, aim in zip(metrics, aims)) + mean @ anchor @ ridge
+    return torch.linalg.solve(left, right.reshape(-1)).view_as(anchor)
 
 
 def _fit_norm(name, merged, origin_model, anchor, drifted, own, alpha, energy, scale):

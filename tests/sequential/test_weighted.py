@@ -14,7 +14,9 @@ from bmm_engine.errors import ConfigError, GramMismatchError, NumericalWarning, 
 from bmm_engine.sequential import weighted
 from bmm_engine.sequential.weighted import output_metrics
 from tests.numerics import relative_error
-from tests.sequential.test_merge import assert_close, body
+from tests.reference_sequential import reference_sequential
+from tests.sequential.test_merge import ARCHITECTURES, assert_close, body, problem
+from tests.sequential.test_merge import double as double_batches
 from tests.sequential.test_solve import rows
 from tests.tiny import fine_tune, make_base, make_batches
 
@@ -126,6 +128,22 @@ def test_what_cannot_be_weighed_is_refused_and_a_solve_cut_short_is_told(monkeyp
     monkeypatch.setattr(weighted, "STEPS", 1)
     with pytest.warns(NumericalWarning, match="stopped at a relative residual"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics, name="layer")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_is_the_formula_walked_through_the_network(architecture):
+    base, experts, batches = problem(architecture)
+    base, *experts = (m.double() for m in (base, *experts))
+    batches = [double_batches(own) for own in batches]
+    sensitivities = [bmm.collect_sensitivity(e, b, progress=False) for e, b in zip(experts, batches)]
+    options = {"alpha": 0.1, "mean_weight": 2.0}
+    truth = reference_sequential(
+        base, experts, batches, sensitivities=[own.sensitivities for own in sensitivities], share=0.6, **options
+    )
+    found = bmm.merge_sequential(
+        base, experts, batches, sensitivities=sensitivities, sensitivity_share=0.6, progress=False, **options
+    )
+    assert_close(found.tensors, truth, 1e-6)
 
 
 @pytest.fixture(scope="module")
