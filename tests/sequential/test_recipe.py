@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from bmm_engine import merge_sequential
+from bmm_engine import SensitivitySet, collect_sensitivity, merge_sequential
 from bmm_engine.cli import main
 from bmm_engine.errors import ConfigError
 from bmm_engine.pipeline import prepare_recipe, run_recipe
@@ -68,6 +69,55 @@ def test_a_recipe_does_what_the_function_does(project):
     assert stages[-1] == "after the blocks"  # the last norm
     for own in record["modules"]["inputs"]:
         assert len(own["before"]) == len(own["after"]) == len(own["task_weights"]) == 2
+
+
+def test_outputs_are_weighed_by_measured_sensitivities(project, monkeypatch, capsys):
+    """Measured where a recipe's file is not there, kept in it, and read from it the next time; by the command too."""
+    experts = yaml.safe_load((project / "recipe.yaml").read_text())["experts"]
+    experts[0]["sensitivity"] = "kept.safetensors"
+    recipe = change(
+        project,
+        mode="sequential",
+        sequential={"output_weights": "sensitivity", "sensitivity_share": 0.6},
+        experts=experts,
+    )
+    lines = []
+    run_recipe(recipe, project / "out", report=lines.append)
+    assert sum("sensitivities of 14 modules collected from data-" in line for line in lines) == 2
+    batches = [make_batches("llama", 10 + t) for t in range(2)]
+    paths = [project / f"expert-{t}" for t in range(2)]
+    sets = [collect_sensitivity(AutoModelForCausalLM.from_pretrained(path), own) for path, own in zip(paths, batches)]
+    truth = merge_sequential(project / "base", paths, batches, sensitivities=sets, sensitivity_share=0.6).tensors
+    found = load_file(project / "out" / "model.safetensors")
+    assert all(torch.equal(found[n], truth[n]) for n in found)
+    record = json.loads((project / "out" / "bmm_merge.json").read_text())
+    assert record["recipe"]["sequential"]["output_weights"] == "sensitivity"
+    assert SensitivitySet.load(project / "kept.safetensors").digest() == sets[0].digest()
+
+    again = []
+    run_recipe(recipe, project / "again", report=again.append)
+    assert sum("sensitivities from" in line for line in again) == 1
+    assert (project / "again" / "model.safetensors").read_bytes() == (
+        project / "out" / "model.safetensors"
+    ).read_bytes()
+    command = (
+        "collect",
+        "expert-0",
+        "data-0.safetensors",
+        "-o",
+        "own.safetensors",
+        "--batch-size",
+        "4",
+        "--sensitivity",
+        "--json",
+    )
+    code, out, _ = run(monkeypatch, capsys, *command)
+    assert code == 0
+    assert json.loads(out)[0]["modules"] == 14
+    assert SensitivitySet.load(project / "own.safetensors").digest() == sets[0].digest()
+    code, _, err = run(monkeypatch, capsys, *command[:-1], "--fisher")
+    assert code != 0
+    assert "one at a time" in err
 
 
 def test_what_does_not_go_with_the_mode_is_refused(project):
