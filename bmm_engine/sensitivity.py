@@ -227,7 +227,7 @@ class _Recorder:
         live = {name: self.model.get_submodule(name).weight for name in self.modules}
         return SensitivitySet(
             sensitivities={name: total.div_(self._rows[name]) for name, total in self._totals.items()},
-            fingerprints={name: weight_fingerprint(weight.detach(), dtype) for name, weight in live.items()},  # type: ignore[union-attr, operator]
+            fingerprints={name: weight_fingerprint(weight.detach(), dtype) for name, weight in live.items()},  # type: ignore[operator]
             weights_dtype=str(dtype).removeprefix("torch."),
             calibration=calibration,
             aliases={saved: own for own, saved in module_checkpoint_names(self.model, live).items() if saved != own},

@@ -114,8 +114,8 @@ def collect(
         if fisher:
             sets = [fisher_from_checkpoint(model, own, recipe.calibration, **options)]
         elif sensitivity:
-            chosen = {"head": head, "pooling": pooling, "modules": modules or None}
-            sets = [sensitivity_from_checkpoint(model, own, recipe.calibration, **chosen, **options)]
+            options |= {"head": head, "pooling": pooling, "modules": modules or None}
+            sets = [sensitivity_from_checkpoint(model, own, recipe.calibration, **options)]
         else:
             sets = [collect_from_checkpoint(model, own, recipe.calibration, modules=modules or None, **options)]
         files = [str(sets[0].save(output))]
