@@ -98,7 +98,13 @@ class ModuleSolver:
         experts = torch.cat([self._expert(t, m, part.with_bias) for m in part.members])
         bases = torch.cat([self._base(m, part.with_bias) for m in part.members])
         return ProjectedAccumulator(
-            experts, experts - bases, with_bias=part.with_bias, name=name, dtype=wide, device=device
+            experts,
+            experts - bases,
+            with_bias=part.with_bias,
+            whole_change=bool(self.sensitivities),
+            name=name,
+            dtype=wide,
+            device=device,
         )
 
     def solve(

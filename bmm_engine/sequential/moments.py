@@ -129,8 +129,8 @@ class DriftMoments(TaskMoments):
 @dataclass(frozen=True)
 class ProjectedMoments(TaskMoments):
     """`gram` X~^T X~ (in, in); `product` Q (out, in); `total` (in,) and `product_total` (out,), sums of the rows of X~ and of D W_t^T; `drift`
-    (out,), the squared norms of the columns of D W_t^T (with what the residual stream has drifted, where that was given); `change` (out, out),
-    U_t X^T X U_t^T."""
+    (out,), the squared norms of the columns of D W_t^T (with what the residual stream has drifted, where that was given); `change`, U_t X^T X U_t^T
+    (out, out), or its diagonal (out,)."""
 
     gram: Tensor
     product: Tensor
@@ -147,7 +147,7 @@ class ProjectedMoments(TaskMoments):
             product=self.product[outputs],
             product_total=self.product_total[outputs],
             drift=self.drift[outputs],
-            change=self.change[outputs, outputs],
+            change=self.change[outputs, outputs] if self.change.dim() == 2 else self.change[outputs],
         )
 
     def drifted(self, expert: Tensor) -> Tensor:
@@ -160,9 +160,12 @@ class ProjectedMoments(TaskMoments):
         return float(self.drift.sum())
 
     def energy(self, task_vectors: Iterable[Tensor]) -> float:
-        return float(self.change.diagonal().sum(dtype=torch.float64))
+        norms = self.change.diagonal() if self.change.dim() == 2 else self.change
+        return float(norms.sum(dtype=torch.float64))
 
     def weighted_energy(self, task_vector: Tensor, metric: Tensor) -> float:
+        if self.change.dim() != 2:
+            raise ConfigError(f"{self.name}: was measured without `whole_change`, which an output metric needs.")
         return max(0.0, float((self.change * metric.to(self.change)).sum(dtype=torch.float64)))
 
 
@@ -298,7 +301,8 @@ class DriftAccumulator(Accumulator):
 class ProjectedAccumulator(Accumulator):
     """For one stack of modules: `expert` W_t and `task_vector` U_t (out, in), or [W | b] (out, in + 1).
 
-    Its updates may count in how far the residual stream has drifted that the modules' outputs are added to.
+    Its updates may count in how far the residual stream has drifted that the modules' outputs are added to. `whole_change`: keep U_t X^T X U_t^T
+    whole, which energies in an output metric need.
     """
 
     def __init__(
@@ -307,6 +311,7 @@ class ProjectedAccumulator(Accumulator):
         task_vector: Tensor,
         *,
         with_bias: bool = False,
+        whole_change: bool = False,
         name: str = "module",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -318,8 +323,11 @@ class ProjectedAccumulator(Accumulator):
         self._task_vector = task_vector[:, :width].to(device, dtype)
         self._change_of_bias = task_vector[:, width:].to(device, dtype).sum(1)  # zeros without one
         self._product = torch.zeros(outputs, width, dtype=dtype, device=device)
-        self._change = torch.zeros(outputs, outputs, dtype=dtype, device=device)
-        self._product_sum, self._drift = (torch.zeros(outputs, dtype=torch.float64, device=device) for _ in range(2))
+        self._product_sum, self._drift, self._change = (
+            torch.zeros(outputs, dtype=torch.float64, device=device) for _ in range(3)
+        )
+        if whole_change:
+            self._change = torch.zeros(outputs, outputs, dtype=dtype, device=device)
 
     def _add(
         self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
@@ -332,7 +340,10 @@ class ProjectedAccumulator(Accumulator):
         self._product_sum += drifted.sum(0, dtype=torch.float64)
         self._drift += drifted.square_().sum(0, dtype=torch.float64)
         changed = torch.addmm(self._change_of_bias, expert.to(self.dtype), self._task_vector.mT)
-        accumulate_gram(self._change, changed, backend=backend)
+        if self._change.dim() == 2:
+            accumulate_gram(self._change, changed, backend=backend)
+        else:
+            self._change += changed.square_().sum(0, dtype=torch.float64)
 
     def _stream_rows(self, stream_drift: Tensor, rows: int) -> Tensor:
         outputs = self._expert.shape[0]

@@ -104,6 +104,27 @@ def test_what_each_task_depends_on_is_kept_for_it():
     assert relative_error(plain.weight, truth) > 0.2
 
 
+def test_both_ways_to_measure_give_the_same():
+    g = torch.Generator().manual_seed(2)
+    own, merged, moments = moments_of(g, 2, 6)
+    base, anchor, *experts = (rows(g, 3, 6) for _ in range(4))
+    metrics = [metric_of(g, 3), metric_of(g, 3)]
+    options = {"alpha": 0.05, "task_weights": "energy", "base": base, "metrics": metrics}
+    truth = bmm.solve_drift(anchor, experts, moments, **options)
+
+    def projected(whole):
+        found = [bmm.ProjectedAccumulator(w, w - base, whole_change=whole, dtype=torch.float64) for w in experts]
+        for accumulator, x, y in zip(found, own, merged):
+            accumulator.update(x, y)
+        return [accumulator.moments() for accumulator in found]
+
+    same = bmm.solve_drift(anchor, experts, projected(True), **options)
+    assert relative_error(same.weight, truth.weight) < 1e-8
+    assert same.task_weights == pytest.approx(truth.task_weights, rel=1e-9)
+    with pytest.raises(ConfigError, match="without `whole_change`"):
+        bmm.solve_drift(anchor, experts, projected(False), **options)
+
+
 def test_metrics_have_a_mean_eigenvalue_of_one_over_the_modules_weighed_together():
     small, large = torch.eye(2).double(), 3 * torch.eye(4).double()
     a, b = output_metrics([small, large], 0.5, "m")
