@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     # Triton's kernels then run interpreted. It has to be said before triton is imported, by whomever.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+WORDS = [f"word{index}" for index in range(40)]  # what the tokenizer of `tiny_base` knows
+
 hypothesis.settings.register_profile("bmm", deadline=None, derandomize=True, max_examples=40, print_blob=True)
 hypothesis.settings.load_profile("bmm")
 
@@ -62,11 +64,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    words = [f"word{index}" for index in range(40)]
     folder = tmp_path_factory.mktemp("tiny-base")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     tokenizer = Tokenizer(
-        models.WordLevel({word: index for index, word in enumerate(special + words)}, unk_token="[UNK]")
+        models.WordLevel({word: index for index, word in enumerate(special + WORDS)}, unk_token="[UNK]")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -77,7 +78,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(special + words),
+        vocab_size=len(special + WORDS),
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,

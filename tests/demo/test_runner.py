@@ -15,7 +15,7 @@ from bmm_engine.demo import train
 from bmm_engine.demo.classifier import load_encoder, load_tokenizer
 from bmm_engine.demo.data import Split, Task
 from bmm_engine.demo.evaluate import Evaluator
-from tests.demo.conftest import WORDS
+from tests.conftest import WORDS
 
 MODULE = "bmm_engine.demo.runner"
 
