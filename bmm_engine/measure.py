@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,25 +185,16 @@ def gram_sets(
     data = _missing_data(recipe, files, "Gram", together=sequential)
     if sequential and data:
         return _walk(recipe, models, [data[i] for i in range(len(files))], report, progress)
-    sets = []
-    for i, expert in enumerate(recipe.experts):
-        if i not in data:
-            sets.append(GramSet.load(str(expert.grams)))
-            report(f"{expert.label}: Grams from {expert.grams}")
-            continue
-        grams = collect_from_checkpoint(
-            models.expert(recipe, expert),
-            data[i],
-            recipe.calibration,
-            modules=recipe.modules,
-            device=recipe.device,
-            progress=progress,
+
+    def collect(expert: ExpertRecipe, own: CalibrationData) -> GramSet:
+        model, options = models.expert(recipe, expert), recipe.calibration
+        return collect_from_checkpoint(
+            model, own, options, modules=recipe.modules, device=recipe.device, progress=progress
         )
-        if expert.grams is not None:
-            grams.save(expert.grams)
-        report(f"{expert.label}: Grams of {len(grams.modules)} modules collected from {data[i].describe()}")
-        sets.append(grams)
-    return sets
+
+    return _opened_or_collected(
+        recipe, files, data, GramSet.load, collect, "Grams", lambda own: f"{len(own.modules)} modules", report
+    )
 
 
 def calibration_batches(recipe: Recipe, models: Models) -> list[list[Any]]:
@@ -217,46 +208,78 @@ def calibration_batches(recipe: Recipe, models: Models) -> list[list[Any]]:
 
 def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: bool | None = None) -> list[FisherSet]:
     """Each expert's Fisher information: from its file where it exists, else collected (and saved there if the recipe names a file)."""
-    data = _missing_data(recipe, [e.fisher for e in recipe.experts], "Fisher")
-    sets = []
-    for i, expert in enumerate(recipe.experts):
-        if i not in data:
-            sets.append(FisherSet.load(str(expert.fisher)))
-            report(f"{expert.label}: Fisher information from {expert.fisher}")
-            continue
-        source = models.expert(recipe, expert)
-        found = fisher_from_checkpoint(source, data[i], recipe.calibration, device=recipe.device, progress=progress)
-        if expert.fisher is not None:
-            found.save(expert.fisher)
-        report(f"{expert.label}: Fisher information of {found.examples} samples collected from {data[i].describe()}")
-        sets.append(found)
-    return sets
+    files = [e.fisher for e in recipe.experts]
+
+    def collect(expert: ExpertRecipe, own: CalibrationData) -> FisherSet:
+        model, options = models.expert(recipe, expert), recipe.calibration
+        return fisher_from_checkpoint(model, own, options, device=recipe.device, progress=progress)
+
+    data = _missing_data(recipe, files, "Fisher")
+    return _opened_or_collected(
+        recipe,
+        files,
+        data,
+        FisherSet.load,
+        collect,
+        "Fisher information",
+        lambda own: f"{own.examples} samples",
+        report,
+    )
 
 
 def sensitivity_sets(
     recipe: Recipe, models: Models, *, report: Report, progress: bool | None = None
 ) -> list[SensitivitySet]:
     """Each expert's sensitivities: from its file where it exists, else collected (and saved there if the recipe names a file)."""
-    data = _missing_data(recipe, [e.sensitivity for e in recipe.experts], "sensitivity")
-    sets = []
-    for i, expert in enumerate(recipe.experts):
-        if i not in data:
-            sets.append(SensitivitySet.load(str(expert.sensitivity)))
-            report(f"{expert.label}: sensitivities from {expert.sensitivity}")
-            continue
-        found = sensitivity_from_checkpoint(
+    files = [e.sensitivity for e in recipe.experts]
+    pooling = recipe.evaluation.pooling if recipe.evaluation else "mean"
+
+    def collect(expert: ExpertRecipe, own: CalibrationData) -> SensitivitySet:
+        return sensitivity_from_checkpoint(
             models.expert(recipe, expert),
-            data[i],
+            own,
             recipe.calibration,
             modules=recipe.modules,
             head=None if expert.head is None else Path(expert.head),
-            pooling=recipe.evaluation.pooling if recipe.evaluation else "mean",
+            pooling=pooling,
             device=recipe.device,
             progress=progress,
         )
-        if expert.sensitivity is not None:
-            found.save(expert.sensitivity)
-        report(f"{expert.label}: sensitivities of {len(found.names)} modules collected from {data[i].describe()}")
+
+    data = _missing_data(recipe, files, "sensitivity")
+    return _opened_or_collected(
+        recipe,
+        files,
+        data,
+        SensitivitySet.load,
+        collect,
+        "sensitivities",
+        lambda own: f"{len(own.names)} modules",
+        report,
+    )
+
+
+def _opened_or_collected(
+    recipe: Recipe,
+    files: Sequence[str | None],
+    data: Mapping[int, CalibrationData],
+    load: Callable[[str], Any],
+    collect: Callable[[ExpertRecipe, CalibrationData], Any],
+    what: str,
+    size: Callable[[Any], str],
+    report: Report,
+) -> list[Any]:
+    """What was measured on each expert: from its file, or, where there is `data` for it, collected (and saved there if a file is named)."""
+    sets = []
+    for i, (expert, file) in enumerate(zip(recipe.experts, files, strict=True)):
+        if i not in data:
+            sets.append(load(str(file)))
+            report(f"{expert.label}: {what} from {file}")
+            continue
+        found = collect(expert, data[i])
+        if file is not None:
+            found.save(file)
+        report(f"{expert.label}: {what} of {size(found)} collected from {data[i].describe()}")
         sets.append(found)
     return sets
 

@@ -66,7 +66,7 @@ def collect_sensitivity(
     seen = 0
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(differentiable(model.parameters()))
+        stack.enter_context(differentiable([p for p in model.parameters() if p.is_floating_point()]))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(recorder.hooked())
         for batch in track(batches, "collecting sensitivities", show=progress):

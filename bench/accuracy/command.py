@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -53,6 +52,7 @@ class _Table:
         self.experiment, self.options = experiment, options
         self.kept = {result.row: result for result in kept}
         self.model = experiment.load(experiment.base)
+        self.merger = Merger(experiment, trials=options.trials)
 
     def results(self) -> Iterator[Result]:
         experts = self._scores_of_experts()
@@ -70,7 +70,7 @@ class _Table:
         own = self.experiment
         yield Method("experts", "", lambda: Merge({}))
         yield Method("base", "", lambda: Merge(own.load(own.base).state_dict()))
-        yield from Merger(own, trials=self.options.trials).methods()
+        yield from self.merger.methods()
 
     def _is_wanted(self, method: Method) -> bool:
         label = f"{method.name} {method.anchor}".strip()
@@ -89,6 +89,7 @@ class _Table:
 
     def _measure(self, method: Method, experts: Mapping[str, Mapping[str, Score]]) -> Result:
         own, merge = self.experiment, Merge({})
+        self.merger.measure(method.needs)
         seconds = 0.0
 
         def work() -> None:
@@ -175,7 +176,3 @@ def _line(result: Result) -> str:
         f"{label}: {100 * result.normalised:.1f} % of the experts, worst {100 * result.worst:.1f} ({result.worst_task}){more},"
         f" {result.seconds:.1f} s"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import bmm_engine as bmm
 from bench.accuracy.experiment import Experiment
+from bench.report import note
 from bmm_engine.scores import Score
 
 PRIORS = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi")
@@ -33,11 +35,12 @@ class Merge:
 
 @dataclass(frozen=True)
 class Method:
-    """A row: what is done, on which anchor."""
+    """A row: what is done, on which anchor; `needs`: statistics of the merger that it shares with other rows."""
 
     name: str
     anchor: str
     run: Callable[[], Merge]
+    needs: str = ""
 
 
 class Merger:
@@ -49,28 +52,44 @@ class Merger:
     def methods(self) -> Iterator[Method]:
         """Cheap ones first."""
         rules = {name: rule for name, rule in bmm.registered_anchors().items() if self._takes_all(rule)}
-        for name in rules:
-            yield Method("anchor", name, lambda name=name: Merge(self.anchor(name)))
-        for name in rules:
-            yield Method("anchor, scale searched", name, lambda name=name: self._scaled(name))
+        for name, rule in rules.items():
+            yield Method("anchor", name, lambda name=name: Merge(self.anchor(name)), rule.needs)
+        for name, rule in rules.items():
+            yield Method("anchor, scale searched", name, lambda name=name: self._scaled(name), rule.needs)
         for name in PRIORS:
             yield Method("data-free", name, lambda name=name: self._merge(anchor=name))
-            yield Method("data", name, lambda name=name: self._merge(anchor=name, grams=self.grams))
-            yield Method("hybrid", name, lambda name=name: self._merge(anchor=name, grams=self.grams, hybrid=HYBRID))
+            yield Method("data", name, lambda name=name: self._merge(anchor=name, grams=self.grams), "grams")
+            yield Method(
+                "hybrid",
+                name,
+                lambda name=name: self._merge(anchor=name, grams=self.grams, hybrid=HYBRID),
+                "grams",
+            )
             yield Method("sequential", name, lambda name=name: self._sequential(anchor=name))
             yield Method(
                 "sequential, weighted outputs",
                 name,
                 lambda name=name: self._sequential(anchor=name, sensitivities=self.sensitivities),
+                "sensitivities",
             )
         for name in PRIORS:
             yield Method("data-free, searched", name, lambda name=name: self._searched(anchor=name))
-            yield Method("data, searched", name, lambda name=name: self._searched(anchor=name, grams=self.grams))
+            yield Method(
+                "data, searched", name, lambda name=name: self._searched(anchor=name, grams=self.grams), "grams"
+            )
             yield Method(
                 "sequential, searched",
                 name,
                 lambda name=name: self._searched(anchor=name, batches=self.experiment.batches, task_weights="energy"),
             )
+
+    def measure(self, needs: str) -> None:
+        """The statistics of that name, if they are not there yet."""
+        if needs:
+            started, known = time.perf_counter(), needs in self.__dict__
+            getattr(self, needs)
+            if not known:
+                note(f"{needs} of all experts measured in {time.perf_counter() - started:.0f} s")
 
     @cached_property
     def grams(self) -> list[Any]:

@@ -28,7 +28,7 @@ class Result:
     worst_task: str
     calibration_error: float  # expected, mean over tasks
     validation: float | None  # `normalised` on validation data
-    seconds: float  # of the merge, searches included; Grams are measured before, once for all
+    seconds: float  # of the merge, searches included; statistics that rows share are measured before
     peak_mib: float | None  # what the merge takes beyond what was held before
     chosen: dict[str, Any] | None  # on validation data
     hardware: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -56,6 +56,13 @@ class Written:
 
     change: Sequence[float]
     energy: Sequence[float]
+
+    @classmethod
+    def by(cls, records: Iterable[InputRecord], experts: int) -> Written:
+        writers = [record for record in records if record.stream]
+        return cls(
+            *([sum(getattr(r, key)[t] for r in writers) for t in range(experts)] for key in ("change", "energy"))
+        )
 
 
 class ModuleSolver:

@@ -299,7 +299,7 @@ class SequentialWalk:
             if norm is not None:
                 self.norms.solve(label, norm, measured, self._now)
             elif parts:
-                written = self._written() if outputs else None
+                written = Written.by((*self.inputs, *self._now.inputs), len(self.experts)) if outputs else None
                 self.solver.solve(label, parts, measured, self._now, written=written)
             self._left -= set(shared.modules)
             if merged is not None:
@@ -307,15 +307,6 @@ class SequentialWalk:
                     live = self.skeleton.names[name].removeprefix(f"{label}.")
                     merged[live] = self.skeleton.ready(self._now.tensors[name])
         return bool(found) and advance
-
-    def _written(self) -> Written:
-        """What fine-tuning changed in the residual stream so far."""
-        writers = [record for record in (*self.inputs, *self._now.inputs) if record.stream]
-        change, energy = (
-            [sum(getattr(record, key)[t] for record in writers) for t in range(len(self.experts))]
-            for key in ("change", "energy")
-        )
-        return Written(change, energy)
 
     def _finish_parts(
         self, label: str, block: nn.Module, found: Sequence[SharedInput], now: SharedInput, through: bool

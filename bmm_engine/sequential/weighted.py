@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bmm_engine.errors import ConfigError, NumericalWarning, ShapeMismatchError
+from bmm_engine.errors import ConfigError, NotPositiveDefiniteError, NumericalWarning, ShapeMismatchError
 from bmm_engine.sequential.moments import TaskMoments
 from bmm_engine.solve import Factor
 
@@ -68,7 +69,7 @@ def solve_weighted_module(
     """`W*` (out, in), and per task the squared misfit (not weighted) of the anchor and of `W*`, over n. `metrics[t]`: S_t (out, out).
 
     Computed in the moments' dtype, but for the right-hand side, in float64. Warns (`NumericalWarning`) where the tolerance is not reached.
-    Raises `ShapeMismatchError`.
+    Raises `ShapeMismatchError`, `NotPositiveDefiniteError`.
     """
     for metric in metrics:
         if metric.shape != (anchor.shape[0], anchor.shape[0]):
@@ -77,11 +78,11 @@ def solve_weighted_module(
             )
     dtype = moments[0].gram.dtype
     system = _System(
-        moments, task_weights, factor, mean_weight, [metric.to(anchor.device, dtype) for metric in metrics]
+        moments, task_weights, factor, mean_weight, [metric.to(anchor.device, dtype) for metric in metrics], name
     )
     rhs = system.rhs(anchor, experts)
     change, left = system.solve(rhs)
-    if left > 10 * TOLERANCE[dtype]:
+    if not left <= TOLERANCE[dtype]:
         warnings.warn(
             f"{name}: the weighted solve stopped at a relative residual of {left:.1e} after {STEPS} steps; raise `alpha` or lower"
             " `sensitivity_share`.",
@@ -106,6 +107,7 @@ class _System:
         factor: Factor,
         mean_weight: float,
         metrics: Sequence[Tensor],
+        name: str,
     ):
         self.moments, self.betas, self.factor, self.mean_weight = moments, task_weights, factor, mean_weight
         self.metrics, self.dtype = metrics, moments[0].gram.dtype
@@ -113,7 +115,17 @@ class _System:
         self.mean_metric = sum(
             (m * (b / total) for m, b in zip(metrics, task_weights, strict=True)), torch.zeros_like(metrics[0])
         )
-        self._lower = torch.linalg.cholesky(self.mean_metric)
+        self._lower, failed = torch.linalg.cholesky_ex(self.mean_metric)
+        if failed:
+            raise NotPositiveDefiniteError(
+                f"{name}: the mean of its output metrics is not positive definite (minor {int(failed)}). Give symmetric metrics with positive"
+                " eigenvalues; `output_metrics` makes them of sensitivities.",
+                module=name,
+                pivot=int(failed),
+                ridge=0.0,
+            )
+        # To precondition with, the working dtype is exact enough.
+        self._factor = replace(factor, lower=factor.lower.to(self.dtype))
         self._means = [(own.total / own.rows).to(self.dtype) for own in moments]
 
     def rhs(self, anchor: Tensor, experts: Sequence[Tensor]) -> Tensor:
@@ -140,7 +152,7 @@ class _System:
 
     def precondition(self, residual: Tensor) -> Tensor:
         outer = torch.cholesky_solve(residual, self._lower)
-        return self.factor.solve(outer.double()).to(self.dtype)
+        return self._factor.solve(outer)
 
     def solve(self, rhs: Tensor) -> tuple[Tensor, float]:
         """The solution, and the relative residual that is left."""

@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bmm_engine as bmm
-from bmm_engine.errors import ConfigError, GramMismatchError, NumericalWarning, ShapeMismatchError
+from bmm_engine.errors import (
+    ConfigError,
+    GramMismatchError,
+    NotPositiveDefiniteError,
+    NumericalWarning,
+    ShapeMismatchError,
+)
 from bmm_engine.sequential import weighted
 from bmm_engine.sequential.weighted import output_metrics
 from tests.numerics import relative_error
@@ -143,6 +149,10 @@ def test_what_cannot_be_weighed_is_refused_and_a_solve_cut_short_is_told(monkeyp
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics[:1])
     with pytest.raises(ShapeMismatchError, match=r"sensitivity of shape \(2, 2\) for 3 outputs"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=[metrics[0], torch.eye(2)])
+    with pytest.raises(
+        NotPositiveDefiniteError, match="module: the mean of its output metrics is not positive definite"
+    ):
+        bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=[-m for m in metrics])
     for share in (1.0, -0.1, True, "much"):
         with pytest.raises(ConfigError, match="sensitivity_share"):
             output_metrics([metrics[0]], share, "m")
