@@ -10,10 +10,9 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from bench.accuracy import results
-from bench.accuracy.experiment import Experiment
+from bench.accuracy.experiment import Experiment, load_tensors
 from bench.accuracy.methods import Merge, Merger, Method
 from bench.accuracy.results import Result, normalised
 from bench.harness import peak_mib_of
@@ -127,10 +126,9 @@ class _Table:
     def _score(self, merge: Merge, experts: Mapping[str, Mapping[str, Score]], split: str) -> Mapping[str, Score]:
         if not merge.tensors:
             return experts[split]
-        model: nn.Module = self.model
-        model.load_state_dict(dict(merge.tensors))
+        load_tensors(self.model, merge.tensors)
         scorer = self.experiment.test if split == "test" else self.experiment.validation
-        return scorer(model)
+        return scorer(self.model)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

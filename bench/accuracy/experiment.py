@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bmm_engine.architecture import checkpoint_names
 from bmm_engine.scores import Score, classification_score
 
 Batch = dict[str, Tensor]
 Pool = Callable[[Any, Batch], Tensor]  # an encoder's output and the batch it read -> features (rows, width)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Into a live model, by its own names or by those in its checkpoint's files, which may be others (of a ViT, for one)."""
+    saved = checkpoint_names(model)
+    model.load_state_dict({name: tensors[name if name in tensors else saved[name]] for name in model.state_dict()})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import bmm_engine as bmm
-from bench.accuracy.experiment import Experiment
+from bench.accuracy.experiment import Experiment, load_tensors
 from bench.report import note
 from bmm_engine.scores import Score
 
@@ -146,7 +146,8 @@ class Merger:
         """The anchor, its difference from the base scaled as is best on validation data."""
         model = self.experiment.load(self.experiment.base)
         base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        anchor = self.anchor(rule)
+        load_tensors(model, self.anchor(rule))
+        anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
         def at(scale: float) -> dict[str, Tensor]:
             return {

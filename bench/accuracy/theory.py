@@ -20,7 +20,7 @@ from torch import Tensor
 
 import bmm_engine as bmm
 from bench.accuracy.command import SUITES
-from bench.accuracy.experiment import Experiment, Scorer
+from bench.accuracy.experiment import Experiment, Scorer, load_tensors
 from bench.accuracy.methods import HYBRID, PRIORS
 from bench.report import commit, note
 from bmm_engine.architecture import linear_modules
@@ -58,7 +58,7 @@ class Study:
         return self.value(bmm.merge(self.experiment.base, self.experiment.experts, progress=False, **options).tensors)
 
     def value(self, tensors: Any, tasks: Sequence[str] | None = None) -> float:
-        self.model.load_state_dict(tensors)
+        load_tensors(self.model, tensors)
         tasks = self.experiment.tasks if tasks is None else tasks
         return statistics.mean(self.scorer.score(self.model, task).value / self.own[task] for task in tasks)
 
@@ -145,7 +145,7 @@ class Study:
         return self.value(merged.tensors)
 
     def _probabilities(self, tensors: Any) -> dict[str, Tensor]:
-        self.model.load_state_dict(tensors)
+        load_tensors(self.model, tensors)
         return {task: self.scorer.logits(self.model, task).softmax(1) for task in self.experiment.tasks}
 
 

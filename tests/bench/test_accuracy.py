@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ViTConfig, ViTModel
 
 from bench import __main__ as bench
 from bench.accuracy import command, results, text8, vision4
+from bench.accuracy.experiment import load_tensors
 from bench.accuracy.methods import Merger
 from bmm_engine.demo.data import Sizes
 from bmm_engine.errors import DataError
@@ -122,3 +126,15 @@ def test_images_are_framed_and_calibration_is_nested(tmp_path):
     assert sorted(labels.tolist()) == sorted(parts["y_train"].tolist())
     few, more = (vision4._calibration(task, count, 0)[0]["pixel_values"] for count in (4, 8))
     assert (more[:4] == few).all()
+
+
+def test_a_merge_loads_by_live_names_and_by_those_of_the_files(tmp_path):
+    torch.manual_seed(0)
+    model = ViTModel(ViTConfig(**{**vision4.SHAPE, "num_hidden_layers": 1}), add_pooling_layer=False)
+    model.save_pretrained(tmp_path)
+    own, in_files = model.state_dict(), load_file(tmp_path / "model.safetensors")
+    assert own.keys() != in_files.keys()  # else this proves nothing
+    for given in (own, in_files):
+        empty = ViTModel(model.config, add_pooling_layer=False)
+        load_tensors(empty, {name: tensor + 1 for name, tensor in given.items()})
+        assert all(torch.equal(tensor, own[name] + 1) for name, tensor in empty.state_dict().items())
