@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,19 +13,10 @@ from torch import Tensor, nn
 
 from bmm_engine.architecture import checkpoint_names
 from bmm_engine.collect import Mask, call_model, evaluating, mask_of, placement, to_device
-from bmm_engine.errors import (
-    CollectionError,
-    ConfigError,
-    EmptyCalibrationError,
-    GramMismatchError,
-    MissingTensorError,
-)
+from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
 from bmm_engine.grams import weight_fingerprint
+from bmm_engine.measured import MeasuredSet
 from bmm_engine.progress import track
-from bmm_engine.records import read_record, write_record
-
-FORMAT = "bmm-fisher"
-FORMAT_VERSION = 1
 
 Labels = Literal["expected", "sampled", "data"]
 _IGNORED = -100  # the label of positions that do not count, as everywhere in transformers
@@ -97,7 +86,7 @@ def collect_fisher(
             )
     aliases, buffers = _other_names(model, parameters)
     return FisherSet(
-        fishers=totals,
+        tensors=totals,
         examples=seen,
         labels=labels,
         fingerprints={name: weight_fingerprint(p, dtype) for name, p in parameters.items()},
@@ -109,106 +98,21 @@ def collect_fisher(
 
 
 @dataclass
-class FisherSet:
+class FisherSet(MeasuredSet):
     """The diagonal Fisher information of one expert: for each parameter a tensor of its shape, as the model stores it.
 
-    `aliases`: other names of a parameter (in the checkpoint's files, of tied weights). `buffers`: floating-point tensors of the model that are
-    no parameters and so have none. `fingerprints`: parameter -> hash of its value in `weights_dtype`.
+    `buffers`: floating-point tensors of the model that are no parameters and so have none.
     """
 
-    fishers: dict[str, Tensor]
-    examples: int
-    labels: str
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    weights_dtype: str = "float32"
-    calibration: str = ""
-    aliases: dict[str, str] = field(default_factory=dict)
+    examples: int = 0
+    labels: str = ""
     buffers: tuple[str, ...] = ()
-    _path: Path | None = None
-    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of those still on disk
 
-    @property
-    def names(self) -> list[str]:
-        return list(self.fishers) + list(self._shapes)
+    KEY = "fisher"
+    TITLE = "Fisher information"
 
-    @property
-    def where(self) -> str:
-        return str(self._path) if self._path else f"Fisher information of {self.calibration or 'a live model'}"
-
-    def resolve(self, name: str) -> str | None:
-        """The parameter that `name` (a live name or a name in the checkpoint) means, or None."""
-        own = self.aliases.get(name, name)
-        return own if own in self.fishers or own in self._shapes else None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Raises `MissingTensorError`."""
-        own = self._known(name)
-        return self._shapes[own] if own in self._shapes else tuple(self.fishers[own].shape)
-
-    def get(self, name: str, rows: slice | None = None) -> Tensor:
-        """The information of parameter `name`, or some rows of it, read from disk if the set was loaded. Raises `MissingTensorError`."""
-        own = self._known(name)
-        if own not in self._shapes:
-            return self.fishers[own] if rows is None else self.fishers[own][rows]
-        from safetensors import safe_open
-
-        with safe_open(str(self._path), framework="pt") as file:
-            key = f"fisher.{own}"
-            found: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
-        return found
-
-    def check(self, name: str, weight: Tensor, label: str) -> None:
-        """Raise `GramMismatchError` unless it was measured on this very `weight` (as stored) of the expert called `label`."""
-        recorded = self.fingerprints.get(self._known(name))
-        found = weight_fingerprint(weight, getattr(torch, self.weights_dtype))
-        if recorded is not None and found != recorded:
-            raise GramMismatchError(
-                f"{self.where}: measured on another model than {label}: {name!r} has hash {found}, the Fisher information was measured with"
-                f" {recorded}. Collect it again from this expert, and list Fisher files in the order of the experts."
-            )
-
-    def _known(self, name: str) -> str:
-        own = self.resolve(name)
-        if own is None:
-            raise MissingTensorError(
-                f"{self.where}: holds no Fisher information for {name!r}; it has {len(self.names)} parameters, such as"
-                f" {', '.join(self.names[:3])}. Collect it from this expert."
-            )
-        return own
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file: `fisher.NAME` for each parameter, the rest as metadata. Raises `OutputWriteError`."""
-        tensors = {f"fisher.{name}": self.get(name).detach().cpu().contiguous() for name in self.names}
-        record = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "examples": self.examples,
-            "labels": self.labels,
-            "fingerprints": self.fingerprints,
-            "weights_dtype": self.weights_dtype,
-            "calibration": self.calibration,
-            "aliases": self.aliases,
-            "buffers": list(self.buffers),
-        }
-        return write_record(Path(path), tensors, FORMAT, record, "Fisher information")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FisherSet:
-        """Open a saved set: names and shapes now, each tensor when it is asked for. Raises `CheckpointError`."""
-        path = Path(path)
-        record, shapes = read_record(path, FORMAT, FORMAT_VERSION, "Fisher", "`bmm collect --fisher`")
-        return cls(
-            fishers={},
-            examples=record["examples"],
-            labels=record["labels"],
-            fingerprints=record["fingerprints"],
-            weights_dtype=record["weights_dtype"],
-            calibration=record["calibration"],
-            aliases=record["aliases"],
-            buffers=tuple(record["buffers"]),
-            _path=path,
-            _shapes={name.removeprefix("fisher."): shape for name, shape in shapes.items()},
-        )
+    def __post_init__(self) -> None:
+        self.buffers = tuple(self.buffers)
 
 
 class _Likelihood:

@@ -7,13 +7,10 @@ al. 2023, arXiv 2312.04339, use it with Fisher information). An error e (out,) o
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +18,12 @@ from torch import Tensor, nn
 
 from bmm_engine.architecture import LinearModule, linear_modules, module_checkpoint_names
 from bmm_engine.collect import Mask, call_model, evaluating, kept_rows, mask_of, placement, to_device
-from bmm_engine.errors import CollectionError, EmptyCalibrationError, GramMismatchError, MissingTensorError
+from bmm_engine.errors import CollectionError, EmptyCalibrationError
 from bmm_engine.fisher import differentiable, draw_labels, sample_seed
 from bmm_engine.grams import weight_fingerprint
+from bmm_engine.measured import MeasuredSet
 from bmm_engine.ops.gram import accumulate_gram
 from bmm_engine.progress import track
-from bmm_engine.records import read_record, write_record
-
-FORMAT = "bmm-sensitivity"
-FORMAT_VERSION = 1
 
 Logits = Callable[[Any, Any], Tensor]
 
@@ -80,99 +74,11 @@ def collect_sensitivity(
 
 
 @dataclass
-class SensitivitySet:
-    """The sensitivities of one expert: module name -> mean of J^T J (out, out).
+class SensitivitySet(MeasuredSet):
+    """The sensitivities of one expert: for each linear module the mean of J^T J (out, out)."""
 
-    `aliases`: other names of a module (its name in the checkpoint's files). `fingerprints`: module -> hash of its weight in `weights_dtype`, by which
-    a sensitivity of another model is told.
-    """
-
-    sensitivities: dict[str, Tensor]
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    weights_dtype: str = "float32"
-    calibration: str = ""
-    aliases: dict[str, str] = field(default_factory=dict)
-    _path: Path | None = None
-    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of those still on disk
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.sensitivities) + list(self._shapes)
-
-    @property
-    def where(self) -> str:
-        return str(self._path) if self._path else f"sensitivities of {self.calibration or 'a live model'}"
-
-    def resolve(self, name: str) -> str | None:
-        """The module that `name` (a live name or a name in the checkpoint) means, or None."""
-        own = self.aliases.get(name, name)
-        return own if own in self.sensitivities or own in self._shapes else None
-
-    def get(self, name: str) -> Tensor:
-        """That of module `name` (out, out), read from disk if the set was loaded. Raises `MissingTensorError`."""
-        own = self._known(name)
-        if own not in self._shapes:
-            return self.sensitivities[own]
-        from safetensors import safe_open
-
-        with safe_open(str(self._path), framework="pt") as file:
-            found: Tensor = file.get_tensor(f"sensitivity.{own}")
-        return found
-
-    def check(self, name: str, weight: Tensor, label: str) -> None:
-        """Raise `GramMismatchError` unless it was measured on this very `weight` (as stored) of the expert called `label`."""
-        recorded = self.fingerprints.get(self._known(name))
-        found = weight_fingerprint(weight, getattr(torch, self.weights_dtype))
-        if recorded is not None and found != recorded:
-            raise GramMismatchError(
-                f"{self.where}: measured on another model than {label}: the weight of {name!r} has hash {found}, the sensitivity was measured with"
-                f" {recorded}. Collect it again from this expert, and list the files in the order of the experts."
-            )
-
-    def _known(self, name: str) -> str:
-        own = self.resolve(name)
-        if own is None:
-            raise MissingTensorError(
-                f"{self.where}: holds no sensitivity of module {name!r}; it has {len(self.names)}, such as {', '.join(self.names[:3])}. Collect"
-                " it from this expert."
-            )
-        return own
-
-    def digest(self) -> str:
-        """SHA-256 of the sensitivities and of the weights that they were measured on."""
-        digest = hashlib.sha256()
-        for name in sorted(self.names):
-            digest.update(f"{name} {self.fingerprints.get(name, '')}\0".encode())
-            digest.update(self.get(name).cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file: `sensitivity.NAME` for each module, the rest as metadata. Raises `OutputWriteError`."""
-        tensors = {f"sensitivity.{name}": self.get(name).detach().cpu().contiguous() for name in self.names}
-        record = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "fingerprints": self.fingerprints,
-            "weights_dtype": self.weights_dtype,
-            "calibration": self.calibration,
-            "aliases": self.aliases,
-        }
-        return write_record(Path(path), tensors, FORMAT, record, "sensitivities")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SensitivitySet:
-        """Open a saved set: names and shapes now, each tensor when it is asked for. Raises `CheckpointError`."""
-        path = Path(path)
-        record, shapes = read_record(path, FORMAT, FORMAT_VERSION, "sensitivity", "`bmm collect --sensitivity`")
-        return cls(
-            sensitivities={},
-            fingerprints=record["fingerprints"],
-            weights_dtype=record["weights_dtype"],
-            calibration=record["calibration"],
-            aliases=record["aliases"],
-            _path=path,
-            _shapes={name.removeprefix("sensitivity."): shape for name, shape in shapes.items()},
-        )
+    KEY = "sensitivity"
+    TITLE = "sensitivity"
 
 
 class _Recorder:
@@ -226,7 +132,7 @@ class _Recorder:
             )
         live = {name: self.model.get_submodule(name).weight for name in self.modules}
         return SensitivitySet(
-            sensitivities={name: total.div_(self._rows[name]) for name, total in self._totals.items()},
+            tensors={name: total.div_(self._rows[name]) for name, total in self._totals.items()},
             fingerprints={name: weight_fingerprint(weight.detach(), dtype) for name, weight in live.items()},  # type: ignore[operator]
             weights_dtype=str(dtype).removeprefix("torch."),
             calibration=calibration,

@@ -203,23 +203,23 @@ def test_save_load_and_rows(tmp_path):
     name = "bert.embeddings.word_embeddings.weight"
     for own in (fisher, loaded):
         assert own.shape(name) == (60, 16)
-        assert torch.equal(own.get(name), fisher.fishers[name])
-        assert torch.equal(own.get(name, slice(10, 20)), fisher.fishers[name][10:20])
+        assert torch.equal(own.get(name), fisher.tensors[name])
+        assert torch.equal(own.get(name, slice(10, 20)), fisher.tensors[name][10:20])
         own.check(name, model.get_parameter(name), "expert 0")
         with pytest.raises(GramMismatchError, match=r"another model than expert 1.*embeddings"):
             own.check(name, model.get_parameter(name) + 1, "expert 1")
         with pytest.raises(MissingTensorError, match="'nothing'"):
             own.get("nothing")
     again = FisherSet.load(loaded.save(tmp_path / "again.safetensors"))
-    assert torch.equal(again.get(name), fisher.fishers[name])
+    assert torch.equal(again.get(name), fisher.tensors[name])
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["f.safetensors"]
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(CheckpointError, match="no such Fisher file"):
+    with pytest.raises(CheckpointError, match="no such Fisher information file"):
         FisherSet.load(tmp_path / "none.safetensors")
     save_file({"fisher.w": torch.ones(2)}, tmp_path / "plain.safetensors")
-    with pytest.raises(CheckpointError, match="not a Fisher file"):
+    with pytest.raises(CheckpointError, match="not a Fisher information file"):
         FisherSet.load(tmp_path / "plain.safetensors")
     save_file({"w": torch.ones(2)}, tmp_path / "new.safetensors", metadata={"bmm-fisher": '{"version": 9}'})
     with pytest.raises(CheckpointError, match="version 9"):
@@ -228,7 +228,7 @@ def test_bad_files(tmp_path):
     with pytest.raises(CheckpointError, match="not a readable"):
         FisherSet.load(tmp_path / "text.safetensors")
     with pytest.raises(OutputWriteError, match="Fisher information could not be written"):
-        FisherSet({"w": torch.ones(2)}, 1, "data").save(tmp_path / "text.safetensors" / "f.safetensors")
+        FisherSet({"w": torch.ones(2)}).save(tmp_path / "text.safetensors" / "f.safetensors")
 
 
 def test_misuse():

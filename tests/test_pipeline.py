@@ -128,7 +128,7 @@ def test_fisher_in_a_recipe(tmp_path):
         if tensor.is_floating_point():
             assert relative_error(merged[name], tensor.double()) < 1e-4, name
     assert FisherSet.load(tmp_path / "f0.safetensors").examples == fishers[0].examples
-    with pytest.raises(GramMismatchError, match="list Fisher files in the order"):
+    with pytest.raises(GramMismatchError, match="list such files in the order"):
         merge(base, experts, anchor="fisher", fishers=fishers[::-1], alpha=float("inf"))
     with pytest.raises(ConfigError, match="0 given for 2 experts"):
         merge(base, experts, anchor="fisher", alpha=float("inf"))

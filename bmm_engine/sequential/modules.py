@@ -17,11 +17,12 @@ from bmm_engine.collect import kept_rows, row_mask
 from bmm_engine.inputs import Inputs
 from bmm_engine.plan import MergePlan
 from bmm_engine.sensitivity import SensitivitySet
+from bmm_engine.sequential.metrics import OutputMetric, output_metrics
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.reading import Read
 from bmm_engine.sequential.solve import drift_factor, drift_task_weights, relative_residuals, solve_module
-from bmm_engine.sequential.weighted import output_metrics, solve_weighted_module
+from bmm_engine.sequential.weighted import solve_weighted_module
 from bmm_engine.stream import InputRecord, ModuleRecord
 
 
@@ -195,7 +196,7 @@ class ModuleSolver:
             )
         )
 
-    def _metrics(self, part: Part) -> list[list[Tensor]]:
+    def _metrics(self, part: Part) -> list[list[OutputMetric]]:
         """Of each expert, those of the part's modules."""
         found = []
         for own, expert in zip(self.sensitivities, self.inputs.experts, strict=True):
@@ -209,7 +210,7 @@ class ModuleSolver:
         return found
 
     def _weighted_energies(
-        self, part: Part, moments: Sequence[TaskMoments], metrics: Sequence[Sequence[Tensor]]
+        self, part: Part, moments: Sequence[TaskMoments], metrics: Sequence[Sequence[OutputMetric]]
     ) -> list[float]:
         """`tr(X_t U_t^T S_t U_t X_t^T) / n_t`, summed over the part's modules."""
         return [

@@ -31,6 +31,7 @@ from bmm_engine.errors import ConfigError, EmptyCalibrationError, NonFiniteGramE
 from bmm_engine.moments import DenseMoment, Moment, SumMoment, TaskVectorMoment
 from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
+from bmm_engine.sequential.metrics import OutputMetric
 from bmm_engine.solve import BLOCK_ROWS
 
 
@@ -84,8 +85,8 @@ class TaskMoments(ABC):
         """`||X U_t^T||_F^2`, summed over modules; task vectors (out, in)."""
 
     @abstractmethod
-    def weighted_energy(self, task_vector: Tensor, metric: Tensor) -> float:
-        """`tr(X U_t^T S U_t X^T)` for the metric S (out, out), of one module."""
+    def weighted_energy(self, task_vector: Tensor, metric: OutputMetric) -> float:
+        """`tr(X U_t^T S U_t X^T)` for the metric S, of one module."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,10 @@ class DriftMoments(TaskMoments):
         own = self._own()
         return max(0.0, sum(squared(u, own) for u in task_vectors))
 
-    def weighted_energy(self, task_vector: Tensor, metric: Tensor) -> float:
-        rows = task_vector.to(self.gram.dtype)
-        product = (rows @ self._own()) * (metric.to(rows) @ rows)
-        return max(0.0, float(product.sum(dtype=torch.float64)))
+    def weighted_energy(self, task_vector: Tensor, metric: OutputMetric) -> float:
+        rows, own = task_vector.to(self.gram), self._own()
+        seen = metric.directions.to(own).mT @ rows
+        return max(0.0, metric.level * squared(rows, own) + squared(seen, own))
 
     def _own(self) -> Tensor:
         """X^T X, since X = X~ - D."""
@@ -163,10 +164,11 @@ class ProjectedMoments(TaskMoments):
         norms = self.change.diagonal() if self.change.dim() == 2 else self.change
         return float(norms.sum(dtype=torch.float64))
 
-    def weighted_energy(self, task_vector: Tensor, metric: Tensor) -> float:
+    def weighted_energy(self, task_vector: Tensor, metric: OutputMetric) -> float:
         if self.change.dim() != 2:
             raise ConfigError(f"{self.name}: was measured without `whole_change`, which an output metric needs.")
-        return max(0.0, float((self.change * metric.to(self.change)).sum(dtype=torch.float64)))
+        seen = squared(metric.directions.mT, self.change)
+        return max(0.0, metric.level * self.energy(()) + seen)
 
 
 def squared(rows: Tensor, second: Tensor) -> float:

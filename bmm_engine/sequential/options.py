@@ -13,7 +13,7 @@ from bmm_engine.collect import Mask, placement
 from bmm_engine.errors import ConfigError
 from bmm_engine.output import parse_dtype
 from bmm_engine.sequential.solve import check_mean_weight
-from bmm_engine.sequential.weighted import check_share
+from bmm_engine.sequential.metrics import check_share
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
+from bmm_engine.sequential.metrics import OutputMetric
 from bmm_engine.sequential.moments import TaskMoments, squared
 from bmm_engine.sequential.weighted import solve_weighted_module
 from bmm_engine.solve import BLOCK_ROWS, Factor, check_task_weights, check_weights, energy_weights, factorize
@@ -50,7 +51,7 @@ def solve_drift(
     alpha: float,
     task_weights: Sequence[float] | str | None = None,
     mean_weight: float = 0.0,
-    metrics: Sequence[Tensor] | None = None,
+    metrics: Sequence[Tensor | OutputMetric] | None = None,
     base: Tensor | None = None,
     name: str = "module",
 ) -> DriftSolution:
@@ -60,14 +61,15 @@ def solve_drift(
     `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge,
     `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
     needs `base`). `mean_weight`: gamma above. Computed in float64, rounded once.
-    `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`weighted.py`; `output_metrics` makes one of a
-    sensitivity); then "energy" is `1 / ||X_t U_t^T S_t^{1/2}||^2`, and the solve is iterative, in the moments' dtype.
+    `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`weighted.py`; `metrics.output_metrics` makes one of
+    a sensitivity); then "energy" is `1 / ||X_t U_t^T S_t^{1/2}||^2`, and the solve is iterative, in the moments' dtype.
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
     """
     experts, moments = list(experts), list(moments)
-    if metrics is not None and len(metrics) != len(experts):
-        raise ConfigError(f"{name}: {len(experts)} experts and {len(metrics)} metrics; give one for each expert.")
+    weighing = None if metrics is None else [m if isinstance(m, OutputMetric) else OutputMetric.of(m) for m in metrics]
+    if weighing is not None and len(weighing) != len(experts):
+        raise ConfigError(f"{name}: {len(experts)} experts and {len(weighing)} metrics; give one for each expert.")
     if not experts or len(experts) != len(moments):
         raise ConfigError(
             f"{name}: {len(experts)} experts and {len(moments)} moments; give one for each expert, at least one."
@@ -80,18 +82,18 @@ def solve_drift(
     if base is not None:
         change = tuple(m.energy([e - base]) / m.rows for m, e in zip(moments, experts, strict=True))
     energy = change
-    if base is not None and metrics is not None:
+    if base is not None and weighing is not None:
         energy = tuple(
-            m.weighted_energy(e - base, s) / m.rows for m, e, s in zip(moments, experts, metrics, strict=True)
+            m.weighted_energy(e - base, s) / m.rows for m, e, s in zip(moments, experts, weighing, strict=True)
         )
     betas = drift_task_weights(task_weights, energy, len(experts), name)
     check_mean_weight(mean_weight)
     factor = drift_factor(moments, betas, alpha=alpha, mean_weight=mean_weight, name=name)
-    if metrics is None or factor is None:
+    if weighing is None or factor is None:
         weight, before, after = solve_module(anchor, experts, moments, betas, factor, mean_weight)
     else:
         given = (anchor, experts, moments, betas, factor, mean_weight)
-        weight, before, after = solve_weighted_module(*given, metrics, name)
+        weight, before, after = solve_weighted_module(*given, weighing, name)
     ridge, jitter = (math.inf, 0.0) if factor is None else (factor.ridge, factor.jitter)
     return DriftSolution(weight, ridge, jitter, betas, tuple(before), tuple(after), change)
 

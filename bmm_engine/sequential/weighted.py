@@ -21,7 +21,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from bmm_engine.errors import ConfigError, NotPositiveDefiniteError, NumericalWarning, ShapeMismatchError
+from bmm_engine.errors import NotPositiveDefiniteError, NumericalWarning, ShapeMismatchError
+from bmm_engine.sequential.metrics import OutputMetric
 from bmm_engine.sequential.moments import TaskMoments
 from bmm_engine.solve import Factor
 
@@ -31,31 +32,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-11}
 STEPS = 300
 
 
-def output_metrics(sensitivities: Sequence[Tensor], share: float, name: str) -> list[Tensor]:
-    """The metrics of modules that are weighed together, from one task's sensitivities of them (out, out): scaled to a mean eigenvalue of 1 over all,
-    then `share` of that and `1 - share` of the identity, for what so few samples do not show. Zero sensitivities give the identity.
-
-    Raises `ConfigError` for a `share` outside [0, 1), in which alone the metric is sure to be positive definite.
-    """
-    check_share(share)
-    outputs = sum(len(own) for own in sensitivities)
-    trace = sum(float(own.diagonal().sum(dtype=torch.float64)) for own in sensitivities)
-    if not math.isfinite(trace) or trace < 0:
-        raise ConfigError(f"{name}: the trace of its sensitivity is {trace}; it must be finite and >= 0.")
-    if trace == 0:
-        return [torch.eye(len(own), dtype=own.dtype, device=own.device) for own in sensitivities]
-    scaled = [own * (share * outputs / trace) for own in sensitivities]
-    for own in scaled:
-        own.diagonal().add_(1 - share)
-    return scaled
-
-
-def check_share(value: float) -> None:
-    """Raise `ConfigError` unless it is in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(f"sensitivity_share must be a number >= 0 and < 1, not {value!r}.")
-
-
 def solve_weighted_module(
     anchor: Tensor,
     experts: Sequence[Tensor],
@@ -63,26 +39,23 @@ def solve_weighted_module(
     task_weights: Sequence[float],
     factor: Factor,
     mean_weight: float,
-    metrics: Sequence[Tensor],
+    metrics: Sequence[OutputMetric],
     name: str,
 ) -> tuple[Tensor, list[float], list[float]]:
-    """`W*` (out, in), and per task the squared misfit (not weighted) of the anchor and of `W*`, over n. `metrics[t]`: S_t (out, out).
+    """`W*` (out, in), and per task the squared misfit (not weighted) of the anchor and of `W*`, over n.
 
     Computed in the moments' dtype, but for the right-hand side, in float64. Warns (`NumericalWarning`) where the tolerance is not reached.
     Raises `ShapeMismatchError`, `NotPositiveDefiniteError`.
     """
     for metric in metrics:
-        if metric.shape != (anchor.shape[0], anchor.shape[0]):
+        if metric.outputs != anchor.shape[0]:
             raise ShapeMismatchError(
-                f"{name}: a sensitivity of shape {tuple(metric.shape)} for {anchor.shape[0]} outputs; was it measured on another model?"
+                f"{name}: a sensitivity of {metric.outputs} outputs for {anchor.shape[0]}; was it measured on another model?"
             )
-    dtype = moments[0].gram.dtype
-    system = _System(
-        moments, task_weights, factor, mean_weight, [metric.to(anchor.device, dtype) for metric in metrics], name
-    )
-    rhs = system.rhs(anchor, experts)
-    change, left = system.solve(rhs)
-    if not left <= TOLERANCE[dtype]:
+    gram = moments[0].gram
+    system = _System(moments, task_weights, factor, mean_weight, [metric.to(gram) for metric in metrics], name)
+    change, left = system.solve(*system.sides(anchor, experts))
+    if not left <= TOLERANCE[gram.dtype]:
         warnings.warn(
             f"{name}: the weighted solve stopped at a relative residual of {left:.1e} after {STEPS} steps; raise `alpha` or lower"
             " `sensitivity_share`.",
@@ -98,7 +71,7 @@ def solve_weighted_module(
 
 
 class _System:
-    """The normal equations of one module."""
+    """The normal equations of one module, as `sum_t beta_t S_t Z (A_t + lam I / sum_t beta_t) = ...`, with S_t = level_t I + V_t V_t^T."""
 
     def __init__(
         self,
@@ -106,16 +79,20 @@ class _System:
         task_weights: Sequence[float],
         factor: Factor,
         mean_weight: float,
-        metrics: Sequence[Tensor],
+        metrics: Sequence[OutputMetric],
         name: str,
     ):
         self.moments, self.betas, self.factor, self.mean_weight = moments, task_weights, factor, mean_weight
         self.metrics, self.dtype = metrics, moments[0].gram.dtype
         total = sum(task_weights)
-        self.mean_metric = sum(
-            (m * (b / total) for m, b in zip(metrics, task_weights, strict=True)), torch.zeros_like(metrics[0])
+        self._ridge = (factor.ridge + factor.jitter) / total
+        self._means = [(own.total / own.rows).to(self.dtype) for own in moments]
+        self._level = self._levels()
+        mean_metric = sum(
+            (m.dense().mul_(b / total) for m, b in zip(metrics, task_weights, strict=True)),
+            torch.zeros((), dtype=self.dtype, device=factor.lower.device),
         )
-        self._lower, failed = torch.linalg.cholesky_ex(self.mean_metric)
+        self._lower, failed = torch.linalg.cholesky_ex(mean_metric)
         if failed:
             raise NotPositiveDefiniteError(
                 f"{name}: the mean of its output metrics is not positive definite (minor {int(failed)}). Give symmetric metrics with positive"
@@ -126,10 +103,21 @@ class _System:
             )
         # To precondition with, the working dtype is exact enough.
         self._factor = replace(factor, lower=factor.lower.to(self.dtype))
-        self._means = [(own.total / own.rows).to(self.dtype) for own in moments]
 
-    def rhs(self, anchor: Tensor, experts: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros_like(anchor, dtype=self.dtype)
+    def _levels(self) -> Tensor:
+        """`sum_t beta_t level_t (A_t + ridge I)` (in, in): what of the left-hand side all outputs have in common."""
+        total = torch.zeros_like(self.moments[0].gram)
+        for own, mean, beta, metric in zip(self.moments, self._means, self.betas, self.metrics, strict=True):
+            weight = beta * metric.level
+            total.add_(own.gram, alpha=weight / own.rows)
+            total.diagonal().add_(weight * self._ridge)
+            if self.mean_weight:
+                total.addr_(mean, mean, alpha=weight * self.mean_weight)
+        return total
+
+    def sides(self, anchor: Tensor, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The right-hand side, and the solution for equal metrics."""
+        total, alike = torch.zeros_like(anchor, dtype=self.dtype), torch.zeros_like(anchor, dtype=torch.float64)
         for own, expert, beta, metric in zip(self.moments, experts, self.betas, self.metrics, strict=True):
             gap = expert.double() - anchor.double()
             toward = (gap @ own.gram.double() - own.drifted(expert)) / own.rows
@@ -137,40 +125,42 @@ class _System:
                 mean = own.total / own.rows
                 shared = gap @ mean - own.drifted_total(expert) / own.rows
                 toward.addr_(shared, mean, alpha=self.mean_weight)
-            total.addmm_(metric, toward.to(self.dtype), alpha=beta)
-        return total
+            alike.add_(toward, alpha=beta)
+            total.add_(metric.times(toward.to(self.dtype)), alpha=beta)
+        return total, self.factor.solve(alike).to(self.dtype)
 
     def apply(self, z: Tensor) -> Tensor:
         """The left-hand side."""
-        result = (self.mean_metric @ z).mul_(self.factor.ridge + self.factor.jitter)
+        result = z @ self._level
         for own, mean, beta, metric in zip(self.moments, self._means, self.betas, self.metrics, strict=True):
-            part = (z @ own.gram).div_(own.rows)
+            seen = metric.directions.mT @ z
+            part = torch.addmm(seen, seen, own.gram, beta=self._ridge, alpha=1 / own.rows)
             if self.mean_weight:
-                part.addr_(z @ mean, mean, alpha=self.mean_weight)
-            result.addmm_(metric, part, alpha=beta)
+                part.addr_(seen @ mean, mean, alpha=self.mean_weight)
+            result.addmm_(metric.directions, part, alpha=beta)
         return result
 
     def precondition(self, residual: Tensor) -> Tensor:
         outer = torch.cholesky_solve(residual, self._lower)
         return self._factor.solve(outer)
 
-    def solve(self, rhs: Tensor) -> tuple[Tensor, float]:
-        """The solution, and the relative residual that is left."""
-        z = torch.zeros_like(rhs)
-        residual = rhs.clone()
+    def solve(self, rhs: Tensor, z: Tensor) -> tuple[Tensor, float]:
+        """The solution, found from `z` on, and the relative residual that is left."""
+        whole = _dot(rhs, self.precondition(rhs))
+        residual = rhs - self.apply(z)
         direction = ahead = self.precondition(residual)
-        size = first = _dot(residual, ahead)
+        size = _dot(residual, ahead)
         for _ in range(STEPS):
-            if size <= TOLERANCE[self.dtype] ** 2 * first:
+            if size <= TOLERANCE[self.dtype] ** 2 * whole:
                 break
             image = self.apply(direction)
             step = size / _dot(direction, image)
-            z.add_(direction, alpha=step)
+            z = z.add(direction, alpha=step)
             residual.sub_(image, alpha=step)
             ahead = self.precondition(residual)
             previous, size = size, _dot(residual, ahead)
             direction = ahead.add(direction, alpha=size / previous)
-        return z, math.sqrt(max(0.0, size) / first) if first > 0 else 0.0
+        return z, math.sqrt(max(0.0, size) / whole) if whole > 0 else 0.0
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -18,7 +18,7 @@ from bmm_engine.errors import (
     ShapeMismatchError,
 )
 from bmm_engine.sequential import weighted
-from bmm_engine.sequential.weighted import output_metrics
+from bmm_engine.sequential.metrics import OutputMetric, output_metrics
 from tests.numerics import relative_error
 from tests.reference_sequential import reference_sequential
 from tests.sequential.test_merge import ARCHITECTURES, assert_close, body, problem
@@ -44,7 +44,7 @@ def double(tensors):
 def metric_of(g, outputs, dtype=torch.float64):
     """Of few directions, as sensitivities are."""
     root = rows(g, outputs, 2, dtype=dtype)
-    return output_metrics([root @ root.mT], 0.9, "module")[0]
+    return output_metrics([root @ root.mT], 0.9, "module")[0].dense()
 
 
 @settings(max_examples=20, deadline=None)
@@ -102,7 +102,7 @@ def test_what_each_task_depends_on_is_kept_for_it():
         own.cross.zero_()  # no drift
         own.drift.zero_()
     experts = [rows(g, 2, 6), rows(g, 2, 6)]
-    metrics = [output_metrics([torch.diag(torch.tensor(d).double())], 0.999, "m")[0] for d in ([1.0, 0.0], [0.0, 1.0])]
+    metrics = [output_metrics([torch.diag(torch.tensor(d).double())], 0.999, "m")[0].dense() for d in ([1.0, 0.0], [0.0, 1.0])]
     found = bmm.solve_drift(torch.zeros(2, 6).double(), experts, moments, alpha=1e-6, metrics=metrics)
     truth = torch.stack([experts[0][0], experts[1][1]])
     assert relative_error(found.weight, truth) < 0.01
@@ -133,11 +133,46 @@ def test_both_ways_to_measure_give_the_same():
 
 def test_metrics_have_a_mean_eigenvalue_of_one_over_the_modules_weighed_together():
     small, large = torch.eye(2).double(), 3 * torch.eye(4).double()
-    a, b = output_metrics([small, large], 0.5, "m")
+    a, b = (metric.dense() for metric in output_metrics([small, large], 0.5, "m"))
     assert (a.trace() + b.trace()) / 6 == pytest.approx(1)
     assert (b[0, 0] - 0.5) / (a[0, 0] - 0.5) == pytest.approx(3)
-    assert torch.equal(output_metrics([torch.zeros(3, 3)], 0.5, "m")[0], torch.eye(3))
-    assert torch.equal(output_metrics([large], 0.0, "m")[0], torch.eye(4).double())
+    assert torch.equal(output_metrics([torch.zeros(3, 3)], 0.5, "m")[0].dense(), torch.eye(3))
+    assert relative_error(output_metrics([large], 0.0, "m")[0].dense(), torch.eye(4).double()) < 1e-15
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(1, 40), st.floats(0.0, 3.0))
+def test_a_metric_is_the_matrix_it_is_made_of(seed, outputs, level):
+    """All of it, or the largest eigenvalues with the mean of the others in their place."""
+    g = torch.Generator().manual_seed(seed)
+    root = rows(g, outputs, outputs + 1)
+    matrix = root @ root.mT + level * torch.eye(outputs).double()
+    x = rows(g, outputs, 3)
+    whole = OutputMetric.of(matrix)
+    assert relative_error(whole.dense(), matrix) < 1e-12
+    assert relative_error(whole.times(x), matrix @ x) < 1e-12
+    assert relative_error(whole.scaled(3.0, 2.0).dense(), 3 * matrix + 2 * torch.eye(outputs).double()) < 1e-12
+    values = torch.linalg.eigvalsh(matrix)
+    for rank in range(1, outputs):
+        found = OutputMetric.of(matrix, rank)
+        assert found.directions.shape == (outputs, rank)
+        assert found.dense().trace() == pytest.approx(float(matrix.trace()))
+        best = values.clone()
+        best[: outputs - rank] = values[: outputs - rank].mean()
+        gap = torch.linalg.eigvalsh(found.dense()) - best
+        assert float(gap.abs().max()) < 0.2 * float(values[-1])
+        assert float(torch.linalg.eigvalsh(found.dense())[0]) >= -1e-9
+
+
+def test_few_directions_of_a_wide_module_are_found_exactly():
+    g = torch.Generator().manual_seed(0)
+    root = rows(g, 300, 20)
+    matrix = root @ root.mT
+    for rank in (20, 128):
+        assert relative_error(OutputMetric.of(matrix, rank).dense(), matrix) < 1e-12
+        assert relative_error(OutputMetric.of(matrix.float(), rank).dense(), matrix) < 1e-5
+    matrix += 0.1 * torch.eye(300).double()  # the iteration's error goes with the ratio of the eigenvalues
+    assert relative_error(OutputMetric.of(matrix, 20).dense(), matrix) < 1e-5
 
 
 def test_what_cannot_be_weighed_is_refused_and_a_solve_cut_short_is_told(monkeypatch):
@@ -147,7 +182,7 @@ def test_what_cannot_be_weighed_is_refused_and_a_solve_cut_short_is_told(monkeyp
     metrics = [metric_of(g, 3), metric_of(g, 3)]
     with pytest.raises(ConfigError, match="2 experts and 1 metrics"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics[:1])
-    with pytest.raises(ShapeMismatchError, match=r"sensitivity of shape \(2, 2\) for 3 outputs"):
+    with pytest.raises(ShapeMismatchError, match=r"sensitivity of 2 outputs for 3"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=[metrics[0], torch.eye(2)])
     with pytest.raises(
         NotPositiveDefiniteError, match="module: the mean of its output metrics is not positive definite"
@@ -169,7 +204,7 @@ def test_it_is_the_formula_walked_through_the_network(architecture):
     sensitivities = [bmm.collect_sensitivity(e, b, progress=False) for e, b in zip(experts, batches)]
     options = {"alpha": 0.1, "mean_weight": 2.0}
     truth = reference_sequential(
-        base, experts, batches, sensitivities=[own.sensitivities for own in sensitivities], share=0.6, **options
+        base, experts, batches, sensitivities=[own.tensors for own in sensitivities], share=0.6, **options
     )
     found = bmm.merge_sequential(
         base, experts, batches, sensitivities=sensitivities, sensitivity_share=0.6, progress=False, **options
