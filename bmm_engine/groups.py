@@ -6,9 +6,11 @@ from torch import Tensor
 
 from bmm_engine.architecture import LinearModule
 from bmm_engine.inputs import Inputs
+from bmm_engine.metrics import OutputMetric
 from bmm_engine.moments import DenseMoment, Moment, TaskVectorMoment, hybrid_moment
 from bmm_engine.plan import ModuleGroup, resolve_module
 from bmm_engine.solve import energy_weights, task_energy
+from bmm_engine.weighted import weighted_task_energy
 
 # A Gram up to this size stays in memory while its group is solved; a larger one is read again for each use.
 KEPT_GRAM_BYTES = 64 * 2**20
@@ -22,6 +24,12 @@ class OpenGroup:
         self.group = group
         self._weights: dict[str, tuple[Tensor, list[Tensor]]] = {}
         self.moments: list[Moment] = [self._moment(t) for t in range(len(inputs.experts))]
+        self.metrics: dict[
+            str, list[OutputMetric]
+        ] = {}  # of each member, by expert; empty where all outputs count alike
+        if inputs.sensitivities:
+            names = (module.name for module in group.members)
+            self.metrics = dict(zip(names, inputs.output_metrics(group.members), strict=True))
 
     def weights(self, module: LinearModule) -> tuple[Tensor, list[Tensor]]:
         """Base and experts (out, in [+ 1]); those of a single-module group are kept, since its moments may need them too."""
@@ -47,7 +55,11 @@ class OpenGroup:
         for module in self.group.members:
             base, experts = self.weights(module)
             for t, (moment, expert) in enumerate(zip(self.moments, experts, strict=True)):
-                energies[t] += task_energy(moment, expert - base)
+                own = self.metrics.get(module.name)
+                change = expert - base
+                energies[t] += (
+                    task_energy(moment, change) if own is None else weighted_task_energy(moment, change, own[t])
+                )
         return energy_weights(energies)
 
     def _moment(self, t: int) -> Moment:

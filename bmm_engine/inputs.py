@@ -12,12 +12,14 @@ from torch import Tensor
 from bmm_engine.align import float_dtype
 from bmm_engine.anchors import DepthMap
 from bmm_engine.architecture import LinearModule
-from bmm_engine.errors import GramMismatchError
+from bmm_engine.errors import GramMismatchError, ShapeMismatchError
 from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramAccumulator, GramSet, weight_fingerprint
 from bmm_engine.lowrank import LowRank
+from bmm_engine.metrics import OutputMetric, output_metrics
 from bmm_engine.ordering import canonical_order
 from bmm_engine.plan import MergePlan, ModuleGroup, resolve_module
+from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.solve import check_finite
 
 T = TypeVar("T")
@@ -62,6 +64,10 @@ class Inputs:
     def fishers(self) -> tuple[FisherSet, ...]:
         return self.ordered(self.plan.fishers)
 
+    @cached_property
+    def sensitivities(self) -> tuple[SensitivitySet, ...]:
+        return self.ordered(self.plan.sensitivities)
+
     def ordered(self, values: Sequence[T]) -> tuple[T, ...]:
         return tuple(values[t] for t in self.order) if values else ()
 
@@ -99,6 +105,26 @@ class Inputs:
                 fisher.check(own, expert.load(name), expert.label)
             found.append(fisher.get(own, rows).to(self.device, self.dtype))
         return found
+
+    def output_metrics(self, modules: Sequence[LinearModule]) -> list[list[OutputMetric]]:
+        """Of each module, those of the experts, from their sensitivities of modules that are weighed together. Raises `MissingTensorError`,
+        `GramMismatchError`, `ShapeMismatchError`."""
+        found = []
+        for own, expert in zip(self.sensitivities, self.experts, strict=True):
+            tensors = []
+            for module in modules:
+                names = (expert.own_module(module.name), module.name)
+                known = next((name for name in names if own.resolve(name) is not None), names[0])
+                own.check(known, expert.load(module.weight), expert.label)
+                tensor = own.get(known)
+                if tensor.shape != (module.out_features, module.out_features):
+                    raise ShapeMismatchError(
+                        f"{own.where}: the sensitivity of {known!r} has shape {tuple(tensor.shape)}, the module gives {module.out_features} features."
+                        " It was measured on another model; collect it again from this expert."
+                    )
+                tensors.append(tensor.to(self.device))
+            found.append(output_metrics(tensors, self.settings.sensitivity_share, modules[0].name))
+        return [list(own) for own in zip(*found, strict=True)]
 
     def check_first_grams(self, group: ModuleGroup) -> None:
         """A Gram of another model shows at its first module: find out before hours of work."""

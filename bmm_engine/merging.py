@@ -20,6 +20,7 @@ from bmm_engine.output import Target, inputs_of, output_specs, write_sidecars
 from bmm_engine.plan import MergePlan, MergeSettings, build_plan, find_linear_modules, given_task_weights
 from bmm_engine.posterior import Posterior
 from bmm_engine.progress import track
+from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sources import Model, open_expert, open_model
 from bmm_engine.stream import InputRecord, MergeStream, ModuleRecord
 
@@ -63,6 +64,7 @@ def plan_merge(
     keep_base: Iterable[str] = (),
     vocabulary: str = "error",
     fishers: Sequence[FisherSet | str | os.PathLike[str]] = (),
+    sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
     local_files_only: bool = False,
 ) -> MergePlan:
     """What `merge` would do, from headers alone; nothing is computed or written. Raises as `merge` does."""
@@ -78,7 +80,8 @@ def plan_merge(
     needs_modules = settings.solves or settings.rule.linear
     linear = find_linear_modules(alignment, base, modules, gram_sets) if needs_modules else {}
     fisher_sets = [f if isinstance(f, FisherSet) else FisherSet.load(f) for f in fishers]
-    return build_plan(alignment, linear, settings, gram_sets, modules is not None, fisher_sets)
+    sensitivity_sets = [s if isinstance(s, SensitivitySet) else SensitivitySet.load(s) for s in sensitivities]
+    return build_plan(alignment, linear, settings, gram_sets, modules is not None, fisher_sets, sensitivity_sets)
 
 
 def merge(
@@ -98,6 +101,8 @@ def merge(
     keep_base: Iterable[str] = (),
     vocabulary: str = "error",
     fishers: Sequence[FisherSet | str | os.PathLike[str]] = (),
+    sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
+    sensitivity_share: float = 0.75,
     posterior: Posterior | None = None,
     output: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
@@ -120,6 +125,8 @@ def merge(
     but heads). `keep_base`: patterns of tensors to copy from the base. `vocabulary`: where embeddings differ in rows, "error", "crop" or "pad".
     `fishers`: one FisherSet or path per expert, for the rules that need them. Parameters of the anchor, `alpha` and `scale` may vary over the
     model (a gradient over depth, filters by name: see `bmm_engine.anchors.settings`).
+    `sensitivities`: one SensitivitySet or path per expert (`collect_sensitivity`): an error of a module's outputs then counts by how much the
+    expert's predictions depend on it, `sensitivity_share` of the weight, and evenly, the rest (see `bmm_engine.weighted`); not with `posterior`.
     `posterior`: a draw from the posterior instead of its mean, the MAP: `W* + tau Z L^{-1}` in every solved module, before `scale`; what comes
     from the anchor (all modules at `alpha=math.inf`) has no posterior and stays as it is. Noise below half a unit in the last place of the
     output's dtype is lost in it.
@@ -138,6 +145,7 @@ def merge(
         alpha=alpha,
         scale=scale,
         task_weights=given_task_weights(task_weights),
+        sensitivity_share=sensitivity_share,
         fit_bias=fit_bias,
         device=device,
     )
@@ -150,9 +158,12 @@ def merge(
         keep_base=keep_base,
         vocabulary=vocabulary,
         fishers=fishers,
+        sensitivities=sensitivities,
         local_files_only=local_files_only,
     )
     plan.check_statistics()
+    if posterior is not None and plan.sensitivities:
+        raise ConfigError("draws from the posterior are for outputs that count alike: leave out `sensitivities`.")
     specs = output_specs(plan.alignment, dtype)
     if output is None:
         target = Target(specs)

@@ -116,6 +116,8 @@ def recipe_of(plan: MergePlan) -> dict[str, Any]:
         "task_weights": settings.task_weights
         if isinstance(settings.task_weights, str)
         else list(settings.task_weights),
+        "output_weights": "sensitivity" if plan.sensitivities else "none",
+        "sensitivity_share": settings.sensitivity_share if plan.sensitivities else None,
         "fit_bias": settings.fit_bias,
     }
 

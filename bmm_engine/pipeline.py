@@ -29,6 +29,7 @@ def settings_of(recipe: Recipe) -> MergeSettings:
         alpha=recipe.alpha,
         scale=recipe.scale,
         task_weights=given_task_weights(recipe.task_weights),
+        sensitivity_share=recipe.sensitivity_share,
         fit_bias=bool(recipe.fit_bias),
         device=recipe.device,
     )
@@ -36,7 +37,7 @@ def settings_of(recipe: Recipe) -> MergeSettings:
 
 def sequential_options(recipe: Recipe) -> SequentialOptions:
     """The part of a recipe that decides how the mode sequential walks. Raises `ConfigError`."""
-    own = recipe.sequential.model_dump(exclude={"output_weights"})
+    own = recipe.sequential.model_dump()
     return SequentialOptions(fit_bias=bool(recipe.fit_bias), walk_dtype=recipe.calibration.dtype, **own)
 
 
@@ -104,6 +105,8 @@ def prepare_recipe(
         else "task_vectors"
     )
     fishers = fisher_sets(recipe, models, report=report, progress=progress) if rule.needs == "fishers" else []
+    weighted = recipe.output_weights == "sensitivity" and settings.solves
+    sensitivities = sensitivity_sets(recipe, models, report=report, progress=progress) if weighted else []
     common = {
         "base": models.get(recipe.base),
         "experts": [models.get(e.model) for e in recipe.experts],
@@ -117,6 +120,8 @@ def prepare_recipe(
         "keep_base": recipe.keep_base,
         "vocabulary": recipe.vocabulary,
         "fishers": fishers,
+        "sensitivities": sensitivities,
+        "sensitivity_share": settings.sensitivity_share,
         "dtype": recipe.dtype,
         "max_shard_size": recipe.max_shard_size,
         "device": recipe.device,
@@ -134,8 +139,6 @@ def prepare_recipe(
     options = sequential_options(recipe)
     walked = {f.name: getattr(options, f.name) for f in fields(options)}
     walked |= {"batches": calibration_batches(recipe, models), "report": report}
-    if recipe.sequential.output_weights == "sensitivity":
-        walked["sensitivities"] = sensitivity_sets(recipe, models, report=report, progress=progress)
     return PreparedMerge({**common, **walked}, sequential=True)
 
 

@@ -23,6 +23,8 @@ from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
 from bmm_engine.fisher import FisherSet
 from bmm_engine.grams import GramSet
+from bmm_engine.metrics import check_share
+from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential_grams import check_sequential
 
 
@@ -38,6 +40,7 @@ class MergeSettings:
     alpha: Any = 0.03  # a number, or one that varies over the model: see anchors/settings.py
     scale: Any = 1.0
     task_weights: str | tuple[float, ...] = "none"
+    sensitivity_share: float = 0.75
     fit_bias: bool = False
     device: str = "cpu"
 
@@ -45,6 +48,7 @@ class MergeSettings:
         if self.gram_source not in ("data", "task_vectors", "hybrid"):
             raise ConfigError(f"gram_source must be 'data', 'task_vectors' or 'hybrid', not {self.gram_source!r}.")
         _ = self.alpha_setting, self.scale_setting  # raise for what is no value
+        check_share(self.sensitivity_share)
         if isinstance(self.task_weights, str) and self.task_weights not in ("none", "energy"):
             raise ConfigError(
                 f"task_weights must be 'none', 'energy' or one number per expert, not {self.task_weights!r}."
@@ -135,6 +139,7 @@ class MergePlan:
     linear: dict[str, LinearModule]
     gram_sets: tuple[GramSet, ...]
     fishers: tuple[FisherSet, ...] = ()
+    sensitivities: tuple[SensitivitySet, ...] = ()
 
     @property
     def from_base(self) -> tuple[str, ...]:
@@ -207,6 +212,7 @@ def build_plan(
     gram_sets: Sequence[GramSet],
     explicit: bool,
     fishers: Sequence[FisherSet] = (),
+    sensitivities: Sequence[SensitivitySet] = (),
 ) -> MergePlan:
     """Group the modules and check every Gram's width. `explicit`: the user named the modules, so a missing Gram is an error.
 
@@ -222,6 +228,10 @@ def build_plan(
     if uses_data and len(gram_sets) != len(experts):
         raise ConfigError(
             f"{len(gram_sets)} Gram sets for {len(experts)} experts; give one for each, in the same order (see `bmm collect`)."
+        )
+    if sensitivities and len(sensitivities) != len(experts):
+        raise ConfigError(
+            f"{len(experts)} experts and {len(sensitivities)} sensitivities; give one for each expert, in the same order, or none."
         )
     unmeasured: list[str] = []
     measured = dict(linear)
@@ -250,7 +260,15 @@ def build_plan(
     taken = {t for g in groups for t in g.tensors}
     from_anchor = tuple(n for n in alignment.merged if n not in taken)
     return MergePlan(
-        alignment, settings, groups, from_anchor, tuple(unmeasured), linear, tuple(gram_sets), tuple(fishers)
+        alignment,
+        settings,
+        groups,
+        from_anchor,
+        tuple(unmeasured),
+        linear,
+        tuple(gram_sets),
+        tuple(fishers),
+        tuple(sensitivities),
     )
 
 

@@ -144,6 +144,9 @@ class Recipe(Strict):
     numbers of rows are an error, or cropped to the fewest, or padded to the most. `same_tokenizer`: refuse models whose tokenizer has
     another vocabulary than the base's. `mode`: "plain" solves every module on the experts' own inputs; "sequential" walks through the network
     and solves it on what the merged modules before it give (see `merge_sequential`), by default with biases and energy weights.
+    `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each expert's predictions depend on them, measured on its
+    calibration data (its checkpoint, or its `head`, must give logits) unless its `sensitivity` file exists; `sensitivity_share`: of that metric,
+    the rest weighs all outputs equally.
     """
 
     base: ModelReference
@@ -158,6 +161,8 @@ class Recipe(Strict):
     task_weights: Literal["none", "energy"] | list[float] | None = Field(
         None, description="null: none, or energy in the mode sequential"
     )
+    output_weights: Literal["none", "sensitivity"] = "none"
+    sensitivity_share: float = Field(0.75, ge=0, lt=1)
     fit_bias: bool | None = Field(None, description="solve biases with the weights; null: in the mode sequential only")
     modules: list[str] | None = None
     keep_base: list[str] = Field(default_factory=list)

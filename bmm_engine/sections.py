@@ -32,17 +32,12 @@ class SequentialRecipe(Strict):
     `target`: what a module that writes to the residual stream aims at: "stream", what the expert's stream holds after it (so that it makes up for
     what the stream has drifted before), or "module", what the expert's module gives.
     `mean_weight`: how much more a task's mean error counts in linear modules, which does not average out over its rows.
-    `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each expert's predictions depend on them, measured on its
-    calibration data (its checkpoint, or its `head`, must give logits) unless its `sensitivity` file exists; `sensitivity_share`: of that metric,
-    the rest weighs all outputs equally.
     `norms`: "anchor" takes gains (and biases) of normalisations from the anchor, "fit" solves them too, feature by feature.
     """
 
     blocks: str | None = Field(None, description="the list of blocks, by name or shell pattern; null: the longest")
     target: Literal["stream", "module"] = "stream"
     mean_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    output_weights: Literal["none", "sensitivity"] = "none"
-    sensitivity_share: float = Field(0.75, ge=0, lt=1)
     norms: Literal["anchor", "fit"] = "anchor"
     sweeps: int = Field(1, ge=1, description="walks, each with the result of the one before as its anchor")
     hidden_memory: str | int = Field("4GB", description="hidden states kept in memory, in all; the rest in files")

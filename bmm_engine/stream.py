@@ -21,6 +21,7 @@ from bmm_engine.parallel import in_order, one_thread, share_of_memory
 from bmm_engine.plan import MergePlan, ModuleGroup
 from bmm_engine.posterior import Posterior, posterior_sample, posterior_scale
 from bmm_engine.solve import Factor, check_finite, factorize, solve_with_factor
+from bmm_engine.weighted import solve_weighted
 
 T = TypeVar("T")
 
@@ -294,7 +295,10 @@ class MergeStream:
         with_bias = group.group.with_bias
         base, experts = group.weights(module)
         anchor = self._anchor_module(module, base, experts, group)
-        solved = solve_with_factor(anchor, experts, group.moments, factor)
+        if group.metrics:
+            solved = solve_weighted(anchor, experts, group.moments, factor, group.metrics[module.name], module.name)
+        else:
+            solved = solve_with_factor(anchor, experts, group.moments, factor)
         moved = float((anchor - base).norm())
         shift = float((solved - anchor).norm()) / moved if moved else 0.0
         shape = (module.out_features, module.in_features)

@@ -28,9 +28,9 @@ class Two(nn.Module):
 
 def test_it_is_the_mean_of_the_jacobians_squared_in_expectation():
     model, x = Two(), torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = bmm.collect_sensitivity(
-        model, [x.repeat(4000, 1)], modules=["first"], mask=None, progress=False
-    ).tensors["first"]
+    found = bmm.collect_sensitivity(model, [x.repeat(4000, 1)], modules=["first"], mask=None, progress=False).tensors[
+        "first"
+    ]
     slopes = 1 - torch.tanh(model.first(x)).square()  # (3, 5)
     jacobians = model.head.weight[None] * slopes[:, None, :]  # (3, classes, out)
     truth = (jacobians.mT @ jacobians).mean(0).detach()

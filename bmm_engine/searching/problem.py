@@ -172,6 +172,7 @@ class Problem:
         batches, options = self.walking.batches(), self.walking.options
         walked = {f.name: getattr(options, f.name) for f in fields(options)}
         walked["sensitivities"] = self.walking.sensitivities()
+        walked["sensitivity_share"] = self.settings.sensitivity_share
         result = merge_sequential(self.base, self.experts, batches, grams=self.grams, **walked, **arguments)
         return result.tensors or {}
 

@@ -36,8 +36,10 @@ from bmm_engine.searching.workers import RecipeProblem, with_grams
 from bmm_engine.sections import SearchRecipe
 from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.options import SequentialOptions
-from bmm_engine.sequential.run import open_sensitivities
 from bmm_engine.sources import Model
+
+# The search factors each group once for all its trials; with metrics every solve is iterative, and has none.
+NO_WEIGHTED_PLAIN_SEARCH = "a search in the mode plain weighs all outputs alike: leave out the sensitivities, or search in the mode sequential."
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def search_recipe(
     taken = _own_result(folder, output)
     if write_merge:
         check_output(output, overwrite or taken)
+    if recipe.mode == "plain" and recipe.output_weights == "sensitivity":
+        raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
     RecipeTasks(recipe, local_files_only).check()
     with ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +139,7 @@ def search(
     batches: Sequence[Sequence[Any]] | None = None,
     sequential: Mapping[str, Any] | None = None,
     sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
+    sensitivity_share: float = 0.75,
     anchor: str = "average",
     anchor_parameters: Mapping[str, Any] | None = None,
     anchors: Sequence[str] = (),
@@ -154,8 +159,8 @@ def search(
     `base`: a live model; `experts`: live models (or state dicts or paths, with `expert_scores`). `evaluate(model, task)` returns a number, higher is
     better, or a `Score`; it gets a live copy of the base with a candidate's weights. `tasks`: names, by default one for each expert, and task i
     is then expert i's. `batches`: each expert's calibration data, for the mode sequential, in which every trial walks through the network (see
-    `merge_sequential`; `sequential`: its `fit_bias`, `target`, `mean_weight`, `norms`, `sweeps`, `blocks`, ...; `sensitivities` as there). The
-    objective is over score / expert's score. `anchors`: rules to choose from. `options`: of the recipe's section `search`
+    `merge_sequential`; `sequential`: its `fit_bias`, `target`, `mean_weight`, `norms`, `sweeps`, `blocks`, ...; `sensitivities` and their share as
+    there). The objective is over score / expert's score. `anchors`: rules to choose from. `options`: of the recipe's section `search`
     (trials, minutes, seed, optimizer, groups, depth_bins, ...). `study`: a folder to keep and resume the trials in.
     Raises `ConfigError`, `SearchError`, and what `merge` raises.
     """
@@ -174,12 +179,15 @@ def search(
         alpha=alpha,
         scale=scale,
         task_weights=given_task_weights(task_weights),
+        sensitivity_share=sensitivity_share,
         device=device,
     )
     walking = None
+    if sensitivities and batches is None:
+        raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
     if batches is not None:
         calibration = [list(own) for own in batches]
-        weights = open_sensitivities(sensitivities, len(experts))
+        weights = [own if isinstance(own, SensitivitySet) else SensitivitySet.load(own) for own in sensitivities]
         walking = Walking(lambda: calibration, SequentialOptions(**(sequential or {})), lambda: weights)
     chosen = {name: (name, dict(anchor_parameters or {}) if name == anchor else {}) for name in (anchors or [anchor])}
     problem = Problem(
@@ -207,7 +215,12 @@ def search(
             "models": models_of(problem),
             "sequential": None
             if walking is None
-            else [*map(batches_digest, calibration), repr(walking.options), *(own.digest() for own in weights)],
+            else [
+                *map(batches_digest, calibration),
+                repr(walking.options),
+                sensitivity_share,
+                *(own.digest() for own in weights),
+            ],
         }
         kept = stack.enter_context(open_study(study_path, problem, identity, None))
         stack.enter_context(kept.drive())

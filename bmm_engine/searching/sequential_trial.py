@@ -37,7 +37,7 @@ class SequentialWriter:
             device,
         )
         self.batches = self.walking.batches()
-        self.sensitivities = self.walking.sensitivities()
+        self.sensitivities = tuple(self.walking.sensitivities())
         self.skeleton = Skeleton.of(problem.base, problem.plan.alignment, self.walking.options, device)
         folder = tempfile.mkdtemp(prefix="bmm-expert-reads-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -55,7 +55,7 @@ class SequentialWriter:
             k: v for k, v in self.problem.settings_of(candidate).items() if k in ("alpha", "scale", "task_weights")
         }
         settings = replace(self.problem.settings, **chosen, device=self.device)
-        plan = replace(self.problem.plan, settings=settings)
+        plan = replace(self.problem.plan, settings=settings, sensitivities=self.sensitivities)
         with ExitStack() as stack:
             walks = [
                 SequentialWalk(
@@ -65,7 +65,6 @@ class SequentialWriter:
                     self.walking.options,
                     Sweep(None),
                     reads=self.reads,
-                    sensitivities=self.sensitivities,
                 )
                 for _ in range(self.walking.options.sweeps)
             ]

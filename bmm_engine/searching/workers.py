@@ -45,7 +45,7 @@ class RecipeProblem:
         if recipe.mode == "sequential":
             settings = replace(settings, gram_source="task_vectors", fit_bias=False)
             walking = Walking(partial(calibration_batches, recipe, models), sequential_options(recipe))
-            if recipe.sequential.output_weights == "sensitivity":
+            if recipe.output_weights == "sensitivity":
                 measure = partial(sensitivity_sets, recipe, models, report=lambda line: None, progress=False)
                 walking = replace(walking, sensitivities=measure)
         return Problem(

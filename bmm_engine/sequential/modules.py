@@ -15,14 +15,18 @@ from bmm_engine.architecture import LinearModule
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.collect import kept_rows, row_mask
 from bmm_engine.inputs import Inputs
+from bmm_engine.metrics import OutputMetric
 from bmm_engine.plan import MergePlan
-from bmm_engine.sensitivity import SensitivitySet
-from bmm_engine.sequential.metrics import OutputMetric, output_metrics
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.reading import Read
-from bmm_engine.sequential.solve import drift_factor, drift_task_weights, relative_residuals, solve_module
-from bmm_engine.sequential.weighted import solve_weighted_module
+from bmm_engine.sequential.solve import (
+    drift_factor,
+    drift_task_weights,
+    relative_residuals,
+    solve_module,
+    solve_weighted_module,
+)
 from bmm_engine.stream import InputRecord, ModuleRecord
 
 
@@ -75,11 +79,8 @@ class ModuleSolver:
         inputs: Inputs,
         anchor: TensorSource,
         options: SequentialOptions,
-        sensitivities: Sequence[SensitivitySet] = (),
     ):
-        """`sensitivities`: one for each expert in the inputs' order, or none."""
         self.settings, self.inputs, self.anchor, self.options = plan.settings, inputs, anchor, options
-        self.sensitivities = sensitivities
         self._merged = set(plan.alignment.merged)
 
     def parts(self, modules: Sequence[LinearModule]) -> list[Part]:
@@ -109,7 +110,7 @@ class ModuleSolver:
             experts,
             experts - bases,
             with_bias=part.with_bias,
-            whole_change=bool(self.sensitivities),
+            whole_change=bool(self.inputs.sensitivities),
             name=name,
             dtype=wide,
             device=device,
@@ -146,7 +147,7 @@ class ModuleSolver:
         written: Written | None,
     ) -> None:
         inputs, with_bias, name = self.inputs, part.with_bias, part.members[0].name
-        metrics = self._metrics(part) if self.sensitivities else None
+        metrics = inputs.output_metrics(part.members) if inputs.sensitivities else None
         change = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
         energy = change if metrics is None else self._weighted_energies(part, moments, metrics)
         changes, energies = change, energy
@@ -166,11 +167,11 @@ class ModuleSolver:
             base = self._base(module, with_bias)
             experts = [self._expert(t, module, with_bias) for t in range(len(moments))]
             own_moments = [own.of(outputs) for own in moments]
-            given = (anchor, experts, own_moments, betas, factor, mean_weight)
+            given = (anchor, experts, own_moments)
             if metrics is None:
-                solved, *misfits = solve_module(*given)
+                solved, *misfits = solve_module(*given, betas, factor, mean_weight)
             else:
-                solved, *misfits = solve_weighted_module(*given, [own[m] for own in metrics], module.name)
+                solved, *misfits = solve_weighted_module(*given, factor, mean_weight, metrics[m], module.name)
             for total, own in zip((before, after), misfits, strict=True):
                 total[:] = [a + b for a, b in zip(total, own, strict=True)]
             moved = float((anchor - base).norm())
@@ -196,29 +197,14 @@ class ModuleSolver:
             )
         )
 
-    def _metrics(self, part: Part) -> list[list[OutputMetric]]:
-        """Of each expert, those of the part's modules."""
-        found = []
-        for own, expert in zip(self.sensitivities, self.inputs.experts, strict=True):
-            sensitivities = []
-            for module in part.members:
-                names = (expert.mapping[module.weight].removesuffix(".weight"), module.name)
-                known = next((name for name in names if own.resolve(name) is not None), names[0])
-                own.check(known, expert.load(module.weight), expert.label)
-                sensitivities.append(own.get(known).to(self.inputs.device))
-            found.append(output_metrics(sensitivities, self.options.sensitivity_share, part.members[0].name))
-        return found
-
     def _weighted_energies(
         self, part: Part, moments: Sequence[TaskMoments], metrics: Sequence[Sequence[OutputMetric]]
     ) -> list[float]:
-        """`tr(X_t U_t^T S_t U_t X_t^T) / n_t`, summed over the part's modules."""
+        """`tr(X_t U_t^T S_t U_t X_t^T) / n_t`, summed over the part's modules; `metrics` of each module, by expert."""
         return [
             sum(
-                own.of(outputs).weighted_energy(task_vector, metric)
-                for outputs, task_vector, metric in zip(
-                    part.outputs, self._task_vectors(t, part), metrics[t], strict=True
-                )
+                own.of(outputs).weighted_energy(task_vector, metric[t])
+                for outputs, task_vector, metric in zip(part.outputs, self._task_vectors(t, part), metrics, strict=True)
             )
             / own.rows
             for t, own in enumerate(moments)

@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bmm_engine.errors import ConfigError, EmptyCalibrationError, NonFiniteGramError, ShapeMismatchError
+from bmm_engine.metrics import OutputMetric
 from bmm_engine.moments import DenseMoment, Moment, SumMoment, TaskVectorMoment
 from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
-from bmm_engine.sequential.metrics import OutputMetric
 from bmm_engine.solve import BLOCK_ROWS
 
 

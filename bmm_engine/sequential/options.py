@@ -13,7 +13,6 @@ from bmm_engine.collect import Mask, placement
 from bmm_engine.errors import ConfigError
 from bmm_engine.output import parse_dtype
 from bmm_engine.sequential.solve import check_mean_weight
-from bmm_engine.sequential.metrics import check_share
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,6 @@ class SequentialOptions:
     fit_bias: bool = True
     target: str = "stream"
     mean_weight: float = 0.0
-    sensitivity_share: float = 0.75
     norms: str = "anchor"
     sweeps: int = 1
     blocks: str | None = None
@@ -38,7 +36,6 @@ class SequentialOptions:
         if self.target not in ("stream", "module"):
             raise ConfigError(f"target must be 'stream' or 'module', not {self.target!r}.")
         check_mean_weight(self.mean_weight)
-        check_share(self.sensitivity_share)
         if self.norms not in ("anchor", "fit"):
             raise ConfigError(f"norms must be 'anchor' or 'fit', not {self.norms!r}.")
         _ = self.hidden_bytes, parse_dtype(self.walk_dtype), parse_dtype(self.hidden_dtype)

@@ -106,7 +106,6 @@ def merge_sequential(
         fit_bias,
         target,
         mean_weight,
-        sensitivity_share,
         norms,
         sweeps,
         blocks,
@@ -120,13 +119,13 @@ def merge_sequential(
         raise ConfigError(
             f"{len(experts)} experts and {len(calibration)} calibration sets (batches); give one for each expert."
         )
-    sensitivity_sets = open_sensitivities(sensitivities, len(experts))
     settings = MergeSettings(
         anchor=anchor,
         anchor_parameters=dict(anchor_parameters or {}),
         alpha=alpha,
         scale=scale,
         task_weights=given_task_weights(task_weights),
+        sensitivity_share=sensitivity_share,
         device=device,
     )
     planned: dict[str, Any] = {
@@ -136,7 +135,7 @@ def merge_sequential(
         "fishers": fishers,
         "local_files_only": local_files_only,
     }
-    plan = plan_merge(base, experts, settings=settings, **planned)
+    plan = plan_merge(base, experts, settings=settings, sensitivities=sensitivities, **planned)
     needed = "task_vectors" if isinstance(grams, str) else "data"
     prior = replace(settings, alpha=math.inf, scale=1.0, task_weights="none", gram_source=needed)
     anchor_plan = plan_merge(base, experts, grams=grams, settings=prior, **planned)
@@ -153,7 +152,6 @@ def merge_sequential(
         folder = None
         if destination is not None:
             identity = _identity(plan, anchor_plan, calibration, options, skeleton)
-            identity["sensitivities"] = [own.digest() for own in sensitivity_sets]
             folder = stack.enter_context(_taken(walk_folder(destination), identity))
         prior_source = _anchor(anchor_plan, folder, progress)
         walks = [
@@ -164,7 +162,6 @@ def merge_sequential(
                 options,
                 Sweep(folder and folder / f"sweep-{n + 1}"),
                 report,
-                sensitivities=sensitivity_sets,
             )
             for n in range(options.sweeps)
         ]
@@ -172,7 +169,7 @@ def merge_sequential(
         result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs)
         if writer is None or folder is None:
             return replace(result, tensors=tensors_of(_written(source, Target(specs), progress), plan))
-        record = recipe if recipe is not None else _recipe(plan, options, bool(sensitivity_sets))
+        record = recipe if recipe is not None else _recipe(plan, options)
         with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
             _written(source, Target(specs, writer), progress)
             write_sidecars(writer, plan, inputs.result(), result.summary(), record, dtype)
@@ -190,13 +187,6 @@ def walk_all(walks: Sequence[SequentialWalk], anchor: TensorSource, stack: ExitS
         source = Merged(source, walk.sweep)
     assert isinstance(source, Merged)
     return source
-
-
-def open_sensitivities(given: Sequence[SensitivitySet | str | os.PathLike[str]], experts: int) -> list[SensitivitySet]:
-    """Raises `ConfigError` unless there is one for each expert, or none; `CheckpointError`."""
-    if given and len(given) != experts:
-        raise ConfigError(f"{experts} experts and {len(given)} sensitivities; give one for each expert, or none.")
-    return [own if isinstance(own, SensitivitySet) else SensitivitySet.load(own) for own in given]
 
 
 def walk_folder(output: Path) -> Path:
@@ -273,7 +263,8 @@ def _identity(
             "fit_bias": options.fit_bias,
             "target": options.target,
             "mean_weight": options.mean_weight,
-            "sensitivity_share": options.sensitivity_share,
+            "sensitivities": [own.digest() for own in plan.sensitivities],
+            "sensitivity_share": settings.sensitivity_share,
             "norms": options.norms,
             "mask": options.mask if isinstance(options.mask, str) else repr(type(options.mask)),
             "sweeps": options.sweeps,
@@ -284,7 +275,7 @@ def _identity(
     )
 
 
-def _recipe(plan: MergePlan, options: SequentialOptions, weighted: bool) -> dict[str, Any]:
+def _recipe(plan: MergePlan, options: SequentialOptions) -> dict[str, Any]:
     """What was merged, and how, for the record of a merge that was called from Python."""
     known = {key: value for key, value in recipe_of(plan).items() if key not in ("gram_source", "hybrid_share")}
     return {
@@ -294,8 +285,6 @@ def _recipe(plan: MergePlan, options: SequentialOptions, weighted: bool) -> dict
         "sequential": {
             "target": options.target,
             "mean_weight": options.mean_weight,
-            "output_weights": "sensitivity" if weighted else "none",
-            "sensitivity_share": options.sensitivity_share,
             "norms": options.norms,
             "sweeps": options.sweeps,
         },

@@ -13,17 +13,17 @@ more: `+ gamma sum_t beta_t || mean(X~_t W^T - X_t W_t^T) ||^2`, which adds a ra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
-from bmm_engine.sequential.metrics import OutputMetric
+from bmm_engine.metrics import OutputMetric
 from bmm_engine.sequential.moments import TaskMoments, squared
-from bmm_engine.sequential.weighted import solve_weighted_module
 from bmm_engine.solve import BLOCK_ROWS, Factor, check_task_weights, check_weights, energy_weights, factorize
+from bmm_engine.weighted import solve_toward
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def solve_drift(
     `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge,
     `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
     needs `base`). `mean_weight`: gamma above. Computed in float64, rounded once.
-    `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`weighted.py`; `metrics.output_metrics` makes one of
+    `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`bmm_engine.weighted`; `output_metrics` makes one of
     a sensitivity); then "energy" is `1 / ||X_t U_t^T S_t^{1/2}||^2`, and the solve is iterative, in the moments' dtype.
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
@@ -75,6 +75,9 @@ def solve_drift(
             f"{name}: {len(experts)} experts and {len(moments)} moments; give one for each expert, at least one."
         )
     check_weights(anchor, experts, name)
+    for metric in weighing or ():
+        if metric.outputs != anchor.shape[0]:
+            raise ShapeMismatchError(f"{name}: a metric of {metric.outputs} outputs for {anchor.shape[0]}.")
     for own in moments:
         if own.width != anchor.shape[1]:
             raise ShapeMismatchError(f"{name}: moments of width {own.width} for a module of width {anchor.shape[1]}.")
@@ -92,8 +95,7 @@ def solve_drift(
     if weighing is None or factor is None:
         weight, before, after = solve_module(anchor, experts, moments, betas, factor, mean_weight)
     else:
-        given = (anchor, experts, moments, betas, factor, mean_weight)
-        weight, before, after = solve_weighted_module(*given, weighing, name)
+        weight, before, after = solve_weighted_module(anchor, experts, moments, factor, mean_weight, weighing, name)
     ridge, jitter = (math.inf, 0.0) if factor is None else (factor.ridge, factor.jitter)
     return DriftSolution(weight, ridge, jitter, betas, tuple(before), tuple(after), change)
 
@@ -171,6 +173,36 @@ def solve_module(
     for total in (before, after):
         total[:] = [max(0.0, value) / own.rows for value, own in zip(total, moments, strict=True)]
     return weight, before, after
+
+
+def solve_weighted_module(
+    anchor: Tensor,
+    experts: Sequence[Tensor],
+    moments: Sequence[TaskMoments],
+    factor: Factor,
+    mean_weight: float,
+    metrics: Sequence[OutputMetric],
+    name: str,
+) -> tuple[Tensor, list[float], list[float]]:
+    """The same where each task's errors count by its metric of the outputs; the misfits do not. Raises and warns as `solve_toward`."""
+
+    def toward() -> Iterator[Tensor]:
+        for own, expert in zip(moments, experts, strict=True):
+            gap = expert.double() - anchor.double()
+            part = (gap @ own.gram.double()).sub_(own.drifted(expert)).div_(own.rows)
+            if mean_weight:
+                mean = own.total / own.rows
+                part.addr_(gap @ mean - own.drifted_total(expert) / own.rows, mean, alpha=mean_weight)
+            yield part
+
+    grams = [own.merged(mean_weight) for own in moments]
+    change = solve_toward(toward(), grams, factor, metrics, moments[0].gram.dtype, name)
+    solved = (anchor.double() + change.double()).to(anchor.dtype)
+    before, after = (
+        [own.misfit(weight, expert) / own.rows for expert, own in zip(experts, moments, strict=True)]
+        for weight in (anchor, solved)
+    )
+    return solved, before, after
 
 
 def relative_residuals(misfit: Sequence[float], change: Sequence[float]) -> list[float | None]:

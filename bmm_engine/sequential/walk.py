@@ -21,7 +21,6 @@ from bmm_engine.memory import release_free_memory
 from bmm_engine.output import parse_dtype
 from bmm_engine.plan import MergePlan
 from bmm_engine.progress import track
-from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.hidden import HiddenStates, Room
 from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting, Written
 from bmm_engine.sequential.moments import Accumulator
@@ -50,11 +49,9 @@ class SequentialWalk:
         sweep: Sweep,
         report: Report = lambda line: None,
         reads: ExpertReads | None = None,
-        sensitivities: Sequence[SensitivitySet] = (),
     ):
         """`plan`: of modules one by one (its settings' `gram_source` is "task_vectors"); `batches` by expert, as the plan lists them. `reads`:
-        keeps what the experts read, or has it from an earlier walk over the same experts and batches: then they are not run. `sensitivities`: by
-        expert, as the plan lists them, or none.
+        keeps what the experts read, or has it from an earlier walk over the same experts and batches: then they are not run.
 
         Raises `EmptyCalibrationError`, `CollectionError`.
         """
@@ -64,7 +61,6 @@ class SequentialWalk:
         self.skeleton, self.sweep, self.options, self.report = skeleton, sweep, options, report
         self.plan, self.model, self.reads = plan, skeleton.model, reads
         self.expert_inputs = Inputs(plan)
-        self._sensitivities = self.expert_inputs.ordered(sensitivities)
         self._modules: dict[str, LinearModule] = {}  # by live name
         for module in (m for group in plan.groups for m in group.members):
             live = skeleton.live_module(module.name)
@@ -115,7 +111,7 @@ class SequentialWalk:
 
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
-        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, self.options, self._sensitivities)
+        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, self.options)
         self.norms = NormSolver(self.plan, self.expert_inputs, anchor)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))

@@ -78,7 +78,8 @@ def test_outputs_are_weighed_by_measured_sensitivities(project, monkeypatch, cap
     recipe = change(
         project,
         mode="sequential",
-        sequential={"output_weights": "sensitivity", "sensitivity_share": 0.6},
+        output_weights="sensitivity",
+        sensitivity_share=0.6,
         experts=experts,
     )
     lines = []
@@ -91,7 +92,7 @@ def test_outputs_are_weighed_by_measured_sensitivities(project, monkeypatch, cap
     found = load_file(project / "out" / "model.safetensors")
     assert all(torch.equal(found[n], truth[n]) for n in found)
     record = json.loads((project / "out" / "bmm_merge.json").read_text())
-    assert record["recipe"]["sequential"]["output_weights"] == "sensitivity"
+    assert record["recipe"]["output_weights"] == "sensitivity"
     assert SensitivitySet.load(project / "kept.safetensors").digest() == sets[0].digest()
 
     again = []

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bmm_engine as bmm
+from bmm_engine import weighted
 from bmm_engine.errors import (
     ConfigError,
     GramMismatchError,
@@ -17,8 +18,7 @@ from bmm_engine.errors import (
     NumericalWarning,
     ShapeMismatchError,
 )
-from bmm_engine.sequential import weighted
-from bmm_engine.sequential.metrics import OutputMetric, output_metrics
+from bmm_engine.metrics import OutputMetric, output_metrics
 from tests.numerics import relative_error
 from tests.reference_sequential import reference_sequential
 from tests.sequential.test_merge import ARCHITECTURES, assert_close, body, problem
@@ -102,7 +102,9 @@ def test_what_each_task_depends_on_is_kept_for_it():
         own.cross.zero_()  # no drift
         own.drift.zero_()
     experts = [rows(g, 2, 6), rows(g, 2, 6)]
-    metrics = [output_metrics([torch.diag(torch.tensor(d).double())], 0.999, "m")[0].dense() for d in ([1.0, 0.0], [0.0, 1.0])]
+    metrics = [
+        output_metrics([torch.diag(torch.tensor(d).double())], 0.999, "m")[0].dense() for d in ([1.0, 0.0], [0.0, 1.0])
+    ]
     found = bmm.solve_drift(torch.zeros(2, 6).double(), experts, moments, alpha=1e-6, metrics=metrics)
     truth = torch.stack([experts[0][0], experts[1][1]])
     assert relative_error(found.weight, truth) < 0.01
@@ -182,11 +184,13 @@ def test_what_cannot_be_weighed_is_refused_and_a_solve_cut_short_is_told(monkeyp
     metrics = [metric_of(g, 3), metric_of(g, 3)]
     with pytest.raises(ConfigError, match="2 experts and 1 metrics"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics[:1])
-    with pytest.raises(ShapeMismatchError, match=r"sensitivity of 2 outputs for 3"):
+    with pytest.raises(ShapeMismatchError, match=r"a metric of 2 outputs for 3"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=[metrics[0], torch.eye(2)])
     with pytest.raises(
         NotPositiveDefiniteError, match="module: the mean of its output metrics is not positive definite"
     ):
+        bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=[0 * m for m in metrics])
+    with pytest.raises(ConfigError, match="a metric of 3 outputs has the eigenvalue -"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=[-m for m in metrics])
     for share in (1.0, -0.1, True, "much"):
         with pytest.raises(ConfigError, match="sensitivity_share"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError
 
-RANK = 128
+RANK = 64
 """Directions of a sensitivity that are kept; the others count by their mean. A module with fewer outputs keeps all."""
 
 OVERSAMPLING, ITERATIONS = 8, 2
@@ -19,7 +19,7 @@ OVERSAMPLING, ITERATIONS = 8, 2
 
 @dataclass(frozen=True)
 class OutputMetric:
-    """`S = level I + V V^T` (out, out); `directions` V (out, rank)."""
+    """`S = level I + V V^T` (out, out), level >= 0; `directions` V (out, rank)."""
 
     level: float
     directions: Tensor
@@ -31,13 +31,20 @@ class OutputMetric:
     @classmethod
     def of(cls, matrix: Tensor, rank: int | None = None) -> OutputMetric:
         """A symmetric `matrix` (out, out), exactly; or with `rank` its largest eigenvalues, and the mean of the others in their place, so that the
-        trace is kept. Eigenvectors of a large one by subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061)."""
+        trace is kept. Eigenvectors of a large one by subspace iteration (Halko, Martinsson and Tropp 2011, arXiv 0909.4061).
+
+        Raises `ConfigError` for a negative eigenvalue of one that is taken exactly."""
         outputs = len(matrix)
         if rank is None or outputs <= rank:
             values, vectors = torch.linalg.eigh(matrix)
+            if values[0] < -10 * outputs * torch.finfo(matrix.dtype).eps * values.abs().max():
+                raise ConfigError(
+                    f"a metric of {outputs} outputs has the eigenvalue {values[0]:.3g}; give symmetric metrics with eigenvalues >= 0."
+                )
+            values = values.clamp(min=0)
             return cls(float(values[0]), vectors[:, 1:] * (values[1:] - values[0]).sqrt())
         values, vectors = _largest(matrix, rank)
-        level = float(matrix.diagonal().sum() - values.sum()) / (outputs - rank)
+        level = max(0.0, float(matrix.diagonal().sum() - values.sum()) / (outputs - rank))
         return cls(level, vectors * (values - level).clamp_(min=0).sqrt())
 
     def to(self, like: Tensor) -> OutputMetric:
