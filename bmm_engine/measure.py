@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -225,6 +226,31 @@ def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: boo
         lambda own: f"{own.examples} samples",
         report,
     )
+
+
+def with_output_weights(recipe: Recipe, models: Models, report: Report = lambda line: None) -> Recipe:
+    """The recipe with `output_weights` chosen, where it leaves them open: "sensitivity" if every expert's is measured, or can be: a classifier, or
+    an encoder with its head, that has calibration. Raises `CheckpointError`."""
+    if recipe.output_weights is not None:
+        return recipe
+    lacking = [e.label for e in recipe.experts if not _can_be_weighed(recipe, e, models)]
+    chosen = "none" if lacking or recipe.alpha == math.inf else "sensitivity"
+    if chosen == "sensitivity":
+        report("output_weights: sensitivity, since every expert is a classifier")
+    elif recipe.alpha != math.inf and all(e.calibration for e in recipe.experts):
+        report(f"output_weights: none, since {lacking[0]} is no classifier and has no head")
+    return recipe.model_copy(update={"output_weights": chosen})
+
+
+def _can_be_weighed(recipe: Recipe, expert: ExpertRecipe, models: Models) -> bool:
+    if expert.sensitivity is not None and Path(expert.sensitivity).exists():
+        return True
+    if expert.calibration is None:
+        return False
+    if expert.head is not None:
+        return True
+    name: str = model_class(load_config(model_folder(models.expert(recipe, expert)))).__name__
+    return name.endswith("Classification")
 
 
 def sensitivity_sets(

@@ -9,7 +9,15 @@ from typing import Any
 from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.checkpoint.tokenizer import check_same_tokenizer
 from bmm_engine.errors import ConfigError
-from bmm_engine.measure import Models, Report, calibration_batches, fisher_sets, gram_sets, sensitivity_sets
+from bmm_engine.measure import (
+    Models,
+    Report,
+    calibration_batches,
+    fisher_sets,
+    gram_sets,
+    sensitivity_sets,
+    with_output_weights,
+)
 from bmm_engine.merging import MergeResult, merge, plan_merge
 from bmm_engine.plan import MergePlan, MergeSettings, given_task_weights
 from bmm_engine.posterior import Posterior
@@ -95,6 +103,7 @@ def prepare_recipe(
     """Check a recipe against its models, and measure what is missing (Grams, Fisher information, sensitivities), once for all its merges."""
     settings = settings_of(recipe)
     plan_recipe(recipe, local_files_only=local_files_only)  # names and shapes, before any model runs
+    recipe = with_output_weights(recipe, Models(local_files_only), report)
     sequential = recipe.mode == "sequential"
     wants_grams = settings.rule.needs_grams if sequential else settings.needs_grams
     measured = settings.gram_source != "task_vectors" and wants_grams

@@ -143,15 +143,18 @@ class Recipe(Strict):
     `alpha` and `scale` may vary over the model: a gradient over depth, or a list of {filter, value}. `vocabulary`: embeddings of different
     numbers of rows are an error, or cropped to the fewest, or padded to the most. `same_tokenizer`: refuse models whose tokenizer has
     another vocabulary than the base's. `mode`: "plain" solves every module on the experts' own inputs; "sequential" walks through the network
-    and solves it on what the merged modules before it give (see `merge_sequential`), by default with biases and energy weights.
-    `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each expert's predictions depend on them, measured on its
-    calibration data (its checkpoint, or its `head`, must give logits) unless its `sensitivity` file exists; `sensitivity_share`: of that metric,
-    the rest weighs all outputs equally.
+    and solves it on what the merged modules before it give (see `merge_sequential`), by default with biases and energy weights; it is the default
+    where every expert has `calibration`, and none `grams`. `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each
+    expert's predictions depend on them, measured on its calibration data (its checkpoint, or its `head`, must give logits) unless its
+    `sensitivity` file exists; it is the default where every expert is a classifier. `sensitivity_share`: of that metric, the rest weighs all
+    outputs equally.
     """
 
     base: ModelReference
     experts: list[ExpertRecipe] = Field(min_length=1)
-    mode: Literal["plain", "sequential"] = "plain"
+    mode: Literal["plain", "sequential"] | None = Field(
+        None, description="null: sequential where every expert has calibration and none has grams, else plain"
+    )
     anchor: AnchorRecipe = AnchorRecipe(name="average")
     gram_source: Literal["data", "task_vectors", "hybrid"] | None = None
     hybrid_share: float = Field(0.5, ge=0, le=1)
@@ -161,7 +164,9 @@ class Recipe(Strict):
     task_weights: Literal["none", "energy"] | list[float] | None = Field(
         None, description="null: none, or energy in the mode sequential"
     )
-    output_weights: Literal["none", "sensitivity"] = "none"
+    output_weights: Literal["none", "sensitivity"] | None = Field(
+        None, description="null: sensitivity where every expert is a classifier and can be run, else none"
+    )
     sensitivity_share: float = Field(0.75, ge=0, lt=1)
     fit_bias: bool | None = Field(None, description="solve biases with the weights; null: in the mode sequential only")
     modules: list[str] | None = None
@@ -198,6 +203,10 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _choose_mode(self) -> Recipe:
+        if self.mode is None:
+            runs = all(e.calibration and not e.grams and not isinstance(e.model, StackRecipe) for e in self.experts)
+            solves = self.alpha != math.inf and self.gram_source is None
+            self.mode = "sequential" if runs and solves else "plain"
         sequential = self.mode == "sequential"
         if self.task_weights is None:
             self.task_weights = "energy" if sequential else "none"
@@ -274,8 +283,16 @@ class Recipe(Strict):
         return self.experts[index].label
 
     @classmethod
-    def load(cls, path: str | Path, *, local_files_only: bool = False, **overrides: Any) -> Recipe:
-        """Read a recipe, or a mergekit configuration, which is translated (see `bmm_engine/mergekit.py`); `overrides` replace top-level keys.
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        local_files_only: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Recipe:
+        """Read a recipe, or a mergekit configuration, which is translated (see `bmm_engine/mergekit.py`); `overrides` replace top-level keys,
+        `defaults` are for those that it does not give.
 
         Raises `ConfigError` naming the file and key. `local_files_only`: to translate, never ask the hub.
         """
@@ -292,7 +309,7 @@ class Recipe(Strict):
             )
         if mergekit.is_configuration(raw):
             raw = mergekit.translate(raw, path, local_files_only=local_files_only)
-        raw.update({key: value for key, value in overrides.items() if value is not None})
+        raw = {**(defaults or {}), **raw, **{key: value for key, value in overrides.items() if value is not None}}
         recipe = cls.parse(raw, str(path))
         return recipe._resolved(path.parent)
 

@@ -237,6 +237,8 @@ def _series(recipe: Recipe, count: int, seed: int, temperature: float, first: in
             "draws from the posterior are for mode 'plain': in mode 'sequential' every module's inputs depend on the modules before it. Set"
             " mode: plain."
         )
+    if recipe.output_weights == "sensitivity":
+        raise ConfigError("draws from the posterior are for outputs that count alike: set output_weights: none.")
     if not settings_of(recipe).solves:
         raise ConfigError("alpha is inf, so every module is the anchor's and has no posterior; give a finite alpha.")
     return [Posterior(seed, index, temperature) for index in range(first, first + count)]

@@ -50,7 +50,8 @@ def collect_sensitivity(
     Draws depend on `seed` and the number of the sample alone. Accumulates in float32 (float64 for a float64 model). One backward pass for each
     batch, through activations only. The model is left as it was, its `.grad` included.
 
-    Raises `EmptyCalibrationError`, `CollectionError` (no logits; a module that the logits do not depend on; NaN or infinity), `ConfigError`.
+    Of a module that the logits do not depend on it is zero.
+    Raises `EmptyCalibrationError`, `CollectionError` (no logits; NaN or infinity), `ConfigError`.
     """
     chosen = linear_modules(model, modules)
     if not chosen:
@@ -119,25 +120,26 @@ class _Recorder:
             self._rows[name] += len(rows)
 
     def finish(self, dtype: torch.dtype, calibration: str) -> SensitivitySet:
-        """Raises `EmptyCalibrationError`, `CollectionError`."""
+        """Raises `EmptyCalibrationError`."""
         if not any(self._rows.values()):
             raise EmptyCalibrationError(
-                "The calibration set is empty, or all padding. Give at least a few dozen samples of the expert's task."
-            )
-        unused = [name for name, rows in self._rows.items() if not rows]
-        if unused:
-            raise CollectionError(
-                f"the logits do not depend on {len(unused)} linear modules, the first is {unused[0]!r}. Leave them out with `modules`, or give"
-                " batches that reach them."
+                "The calibration set is empty, all padding, or reaches none of the modules. Give at least a few dozen samples of the expert's task."
             )
         live = {name: self.model.get_submodule(name).weight for name in self.modules}
         return SensitivitySet(
-            tensors={name: total.div_(self._rows[name]) for name, total in self._totals.items()},
+            tensors={name: self._mean(name) for name in self.modules},
             fingerprints={name: weight_fingerprint(weight.detach(), dtype) for name, weight in live.items()},  # type: ignore[operator]
             weights_dtype=str(dtype).removeprefix("torch."),
             calibration=calibration,
             aliases={saved: own for own, saved in module_checkpoint_names(self.model, live).items() if saved != own},
         )
+
+    def _mean(self, name: str) -> Tensor:
+        """Zeros where the logits do not depend on the module (a pooler that the head does not read)."""
+        if self._rows[name]:
+            return self._totals[name].div_(self._rows[name])
+        outputs, like = self.modules[name].out_features, next(iter(self._totals.values()))
+        return torch.zeros(outputs, outputs, dtype=like.dtype, device=like.device)
 
 
 def _probe(logits: Any, padding: Tensor | None, seed: int, first: int, model: str) -> Tensor:

@@ -44,24 +44,38 @@ def module_inputs(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> d
 
 
 def reference_merge(
-    base, experts, batches, *, alpha, gram_source="data", share=0.5, scale=1.0, energy=False, fit_bias=False
+    base,
+    experts,
+    batches,
+    *,
+    alpha,
+    gram_source="data",
+    share=0.5,
+    scale=1.0,
+    energy=False,
+    fit_bias=False,
+    sensitivities=None,
+    sensitivity_share=0.75,
 ):
-    """The merged model in float64, anchor: the average. `batches[t]`: expert t's calibration."""
+    """The merged model in float64, anchor: the average. `batches[t]`: expert t's calibration; `sensitivities[t]`: module -> (out, out)."""
     merged = copy.deepcopy(base).double()
     states = [{k: v.double() for k, v in e.state_dict().items()} for e in experts]
     origin = {k: v.double() for k, v in base.state_dict().items()}
     state = {k: sum(s[k] for s in states) / len(states) if origin[k].is_floating_point() else origin[k] for k in origin}
     inputs = [module_inputs(e, b) for e, b in zip(experts, batches)]
-    betas_of = {}
-    if energy:  # per group of modules that share their input, as the engine groups them: found here by equal rows
-        for name in linear_names(base):
-            same = [
-                m
-                for m in linear_names(base)
-                if inputs[0][m].shape == inputs[0][name].shape and torch.equal(inputs[0][m], inputs[0][name])
-            ]
-            members = [name] if gram_source != "data" else same
-            betas_of[name] = _energy(members, origin, states, inputs, linear_names(base), fit_bias)
+    betas_of, metrics = {}, {}
+    for name in linear_names(base):
+        # Modules that share their input, as the engine groups them: found here by equal rows.
+        same = [
+            m
+            for m in linear_names(base)
+            if inputs[0][m].shape == inputs[0][name].shape and torch.equal(inputs[0][m], inputs[0][name])
+        ]
+        members = [name] if gram_source != "data" else same
+        weighing = metrics_of(sensitivities, members, sensitivity_share, len(experts))
+        metrics[name] = [m and m[name] for m in weighing]
+        if energy:
+            betas_of[name] = _energy(members, origin, states, inputs, linear_names(base), fit_bias, weighing)
     for name, transposed in linear_names(base).items():
         anchor, w0 = _matrix(state, name, transposed, fit_bias), _matrix(origin, name, transposed, fit_bias)
         weights = [_matrix(s, name, transposed, fit_bias) for s in states]
@@ -72,8 +86,13 @@ def reference_merge(
             solved = anchor
         else:
             lam = alpha * a0.trace() / a0.shape[0]
-            b = sum(beta * w @ g for beta, w, g in zip(betas, weights, grams)) + lam * anchor
-            solved = torch.linalg.solve(a0 + lam * torch.eye(a0.shape[0], dtype=torch.float64), b, left=False)
+            ridge = lam * torch.eye(a0.shape[0], dtype=torch.float64)
+            aims = [beta * w @ g for beta, w, g in zip(betas, weights, grams)]
+            if sensitivities is None:
+                solved = torch.linalg.solve(a0 + ridge, sum(aims) + lam * anchor, left=False)
+            else:
+                parts = [beta * g for beta, g in zip(betas, grams)]
+                solved = solve_weighted(parts, aims, ridge, anchor, metrics[name], betas)
         result = w0 + scale * (solved - w0)
         if fit_bias:
             state[f"{name}.bias"] = result[:, -1].clone()
@@ -97,13 +116,34 @@ def _gram(x, u, source, share, fit_bias):
     return {"data": data, "task_vectors": factor, "hybrid": (1 - share) * data / data.trace() + share * factor}[source]
 
 
-def _energy(members, origin, states, inputs, transposed, fit_bias):
+def _energy(members, origin, states, inputs, transposed, fit_bias, metrics):
     energies = []
     for t, state in enumerate(states):
         total = 0.0
         for name in members:
             u = _matrix(state, name, transposed[name], fit_bias) - _matrix(origin, name, transposed[name], fit_bias)
-            total += float((u @ _gram(inputs[t][name], u, "data", 0.0, fit_bias) * u).sum())
+            seen = u if metrics[t] is None else metrics[t][name] @ u
+            total += float((u @ _gram(inputs[t][name], u, "data", 0.0, fit_bias) * seen).sum())
         energies.append(total)
     inverse = [1 / e for e in energies]
     return [i * len(inverse) / sum(inverse) for i in inverse]
+
+
+def metrics_of(sensitivities, names, share, tasks):
+    """By task and module: over the modules that share an input a mean eigenvalue of 1."""
+    if sensitivities is None:
+        return [None] * tasks
+    found = []
+    for own in sensitivities:
+        raw = {n: own[n].double() for n in names}
+        scale = sum(len(s) for s in raw.values()) / sum(s.trace() for s in raw.values())
+        found.append({n: share * scale * s + (1 - share) * torch.eye(len(s)).double() for n, s in raw.items()})
+    return found
+
+
+def solve_weighted(parts, aims, ridge, anchor, metrics, betas):
+    """Z -> S Z A, of rows, is kron(S, A)."""
+    mean = sum(b * s for b, s in zip(betas, metrics)) / sum(betas)
+    left = sum(torch.kron(s, a) for s, a in zip(metrics, parts)) + torch.kron(mean, ridge)
+    right = sum(s @ aim for s, aim in zip(metrics, aims)) + mean @ anchor @ ridge
+    return torch.linalg.solve(left, right.reshape(-1)).view_as(anchor)

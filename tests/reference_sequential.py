@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from tests.reference_merge import _matrix, linear_names
+from tests.reference_merge import _matrix, linear_names, metrics_of, solve_weighted
 
 # Modules that write to the residual stream, and where it is seen next: what `place` reads (0) or gives (1) holds their output.
 WRITERS = [
@@ -118,7 +118,7 @@ def reference_sequential(
             def weight(state, n, bias=bias):
                 return _matrix(state, n, transposed[n], bias)
 
-            metrics = _metrics(sensitivities, names, share, len(experts))
+            metrics = metrics_of(sensitivities, names, share, len(experts))
             energies = [
                 sum(_energy(x @ (weight(s, n) - weight(origin, n)).T, m and m[n]) / len(x) for n in names)
                 for s, x, m in zip(states, own, metrics)
@@ -140,7 +140,7 @@ def reference_sequential(
                     solved = torch.linalg.solve(sum(parts) + ridge, right, left=False)
                 else:
                     each = [m[n] for m in metrics]
-                    solved = _weighted(parts, aims, ridge, weight(anchor, n), each, betas)
+                    solved = solve_weighted(parts, aims, ridge, weight(anchor, n), each, betas)
                 result = weight(origin, n) + scale * (solved - weight(origin, n))
                 state = merged.state_dict()
                 if bias:
@@ -150,28 +150,8 @@ def reference_sequential(
     return merged
 
 
-def _metrics(sensitivities, names, share, tasks):
-    """By task and module: over the modules that share an input a mean eigenvalue of 1."""
-    if sensitivities is None:
-        return [None] * tasks
-    found = []
-    for own in sensitivities:
-        raw = {n: own[n].double() for n in names}
-        scale = sum(len(s) for s in raw.values()) / sum(s.trace() for s in raw.values())
-        found.append({n: share * scale * s + (1 - share) * torch.eye(len(s)).double() for n, s in raw.items()})
-    return found
-
-
 def _energy(change, metric):
     return float((change.pow(2) if metric is None else change * (change @ metric)).sum())
-
-
-def _weighted(parts, aims, ridge, anchor, metrics, betas):
-    """Z -> S Z A, of rows, is kron(S, A)."""
-    mean = sum(b * s for b, s in zip(betas, metrics)) / sum(betas)
-    left = sum(torch.kron(s, a) for s, a in zip(metrics, parts)) + torch.kron(mean, ridge)
-    right = sum(s @ aim for s, aim in zip(metrics, aims)) + mean @ anchor @ ridge
-    return torch.linalg.solve(left, right.reshape(-1)).view_as(anchor)
 
 
 def _fit_norm(name, merged, origin_model, anchor, drifted, own, alpha, energy, scale):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from bmm_engine import FisherSet, collect_fisher, collect_grams, collect_sequent
 from bmm_engine.calibration import read_calibration
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
 from bmm_engine.grams import GramSet
-from bmm_engine.measure import collect_from_checkpoint
+from bmm_engine.measure import Models, collect_from_checkpoint, with_output_weights
 from bmm_engine.pipeline import run_recipe
 from bmm_engine.recipe import Recipe
 from bmm_engine.sections import CalibrationRecipe
@@ -205,3 +206,62 @@ def test_calibration_of_an_adapter_runs_the_adapted_model(tmp_path):
     record = json.loads((result.path / "bmm_merge.json").read_text())
     assert record["inputs"][1]["adapter_of"] == str(tmp_path / "base")
     assert set(record["inputs"][1]["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_what_a_recipe_leaves_open_follows_from_what_it_has(tmp_path):
+    """Calibration for every expert: the walk; classifiers, or encoders with heads: weighted outputs."""
+    base, experts, base_path, paths = family("bert", tmp_path)
+    for t in range(2):
+        save_file(
+            {k: torch.cat([b[k] for b in make_batches("bert", 10 + t)]) for k in ("input_ids", "attention_mask")},
+            tmp_path / f"data-{t}.safetensors",
+        )
+    full = [
+        {"model": str(path), "calibration": str(tmp_path / f"data-{t}.safetensors")} for t, path in enumerate(paths)
+    ]
+
+    def parsed(experts=full, **keys):
+        return Recipe.parse({"base": str(base_path), "experts": experts, **keys})
+
+    def weights(recipe):
+        lines = []
+        chosen = with_output_weights(recipe, Models(), lines.append).output_weights
+        return chosen, "".join(lines)
+
+    assert parsed().mode == "sequential"
+    assert parsed().task_weights == "energy"
+    assert weights(parsed()) == ("sensitivity", "output_weights: sensitivity, since every expert is a classifier")
+    bare = [{"model": e["model"]} for e in full]
+    measured = [{**e, "grams": "g.safetensors"} for e in full]
+    for other in (
+        {"experts": bare},
+        {"experts": measured},
+        {"gram_source": "data"},
+        {"mode": "plain"},
+        {"alpha": math.inf},
+    ):
+        assert parsed(**other).mode == "plain"
+    assert weights(parsed(alpha=math.inf)) == ("none", "")
+    assert weights(parsed(experts=bare)) == ("none", "")
+    assert weights(parsed(output_weights="none")) == ("none", "")
+
+    encoders = []
+    for t in range(2):
+        experts[t].bert.save_pretrained(tmp_path / f"encoder-{t}")
+        save_file(dict(experts[t].classifier.state_dict()), tmp_path / f"head-{t}.safetensors")
+        encoders.append({**full[t], "model": str(tmp_path / f"encoder-{t}")})
+    base.bert.save_pretrained(tmp_path / "encoder")
+    recipe = {"base": str(tmp_path / "encoder"), "experts": encoders}
+    assert weights(Recipe.parse(recipe)) == (
+        "none",
+        "output_weights: none, since encoder-0 is no classifier and has no head",
+    )
+    headed = [{**e, "head": str(tmp_path / f"head-{t}.safetensors")} for t, e in enumerate(encoders)]
+    assert weights(Recipe.parse({**recipe, "experts": headed}))[0] == "sensitivity"
+
+    lines = []
+    result = run_recipe(parsed(), tmp_path / "merged", report=lines.append, progress=False)
+    record = json.loads((result.path / "bmm_merge.json").read_text())["recipe"]
+    assert record["mode"] == "sequential"
+    assert record["output_weights"] == "sensitivity"
+    assert any("output_weights: sensitivity" in line for line in lines)

@@ -113,9 +113,14 @@ def test_what_cannot_be_measured_is_told():
         model.head.weight.fill_(torch.nan)
     with pytest.raises(CollectionError, match="first: the logits' derivative"):
         bmm.collect_sensitivity(model, [torch.ones(2, 4).double()], modules=["first"], mask=None, progress=False)
+
+
+def test_a_module_that_the_logits_do_not_depend_on_has_none():
     model = Two()
-    model.unused = nn.Linear(2, 2)
-    with pytest.raises(CollectionError, match="do not depend on 1 linear modules, the first is 'unused'"):
-        bmm.collect_sensitivity(
-            model, [torch.ones(2, 4).double()], modules=["first", "unused"], mask=None, progress=False
-        )
+    model.unused = nn.Linear(2, 5).double()
+    batches = [torch.ones(2, 4).double()]
+    found = bmm.collect_sensitivity(model, batches, modules=["first", "unused"], mask=None, progress=False)
+    assert torch.equal(found.get("unused"), torch.zeros(5, 5).double())
+    assert found.get("first").trace() > 0
+    with pytest.raises(EmptyCalibrationError, match="reaches none of the modules"):
+        bmm.collect_sensitivity(model, batches, modules=["unused"], mask=None, progress=False)

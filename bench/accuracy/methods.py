@@ -35,7 +35,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Method:
-    """A row: what is done, on which anchor; `needs`: statistics of the merger that it shares with other rows."""
+    """A row: what is done, on which anchor; `needs`: names of statistics of the merger that it shares with other rows."""
 
     name: str
     anchor: str
@@ -65,6 +65,18 @@ class Merger:
                 lambda name=name: self._merge(anchor=name, grams=self.grams, hybrid=HYBRID),
                 "grams",
             )
+            yield Method(
+                "data-free, weighted outputs",
+                name,
+                lambda name=name: self._merge(anchor=name, sensitivities=self.sensitivities),
+                "sensitivities",
+            )
+            yield Method(
+                "data, weighted outputs",
+                name,
+                lambda name=name: self._merge(anchor=name, grams=self.grams, sensitivities=self.sensitivities),
+                "grams sensitivities",
+            )
             yield Method("sequential", name, lambda name=name: self._sequential(anchor=name))
             yield Method(
                 "sequential, weighted outputs",
@@ -84,12 +96,12 @@ class Merger:
             )
 
     def measure(self, needs: str) -> None:
-        """The statistics of that name, if they are not there yet."""
-        if needs:
-            started, known = time.perf_counter(), needs in self.__dict__
-            getattr(self, needs)
+        """The statistics of these names, if they are not there yet."""
+        for name in needs.split():
+            started, known = time.perf_counter(), name in self.__dict__
+            getattr(self, name)
             if not known:
-                note(f"{needs} of all experts measured in {time.perf_counter() - started:.0f} s")
+                note(f"{name} of all experts measured in {time.perf_counter() - started:.0f} s")
 
     @cached_property
     def grams(self) -> list[Any]:

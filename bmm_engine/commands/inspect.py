@@ -24,7 +24,7 @@ def inspect(
     if source.endswith((".yaml", ".yml")):
         loaded = Recipe.load(source, local_files_only=offline)
         plan = plan_recipe(loaded, local_files_only=offline)
-        description = describe_plan(plan, loaded.gram_source or plan.settings.gram_source, loaded.mode)
+        description = describe_plan(plan, loaded.gram_source or plan.settings.gram_source, loaded.mode or "plain")
     else:
         description = describe_checkpoint(source, local_files_only=offline)
     if as_json:

@@ -10,6 +10,9 @@ import typer
 from bmm_engine.commands.common import Json, Offline, make_console, print_json, progress_of, reporter_of
 from bmm_engine.posterior import DEFAULT_TEMPERATURE
 
+# Draws are from the posterior of a plain merge.
+SAMPLED = {"mode": "plain", "output_weights": "none"}
+
 
 def sample(
     recipe: Annotated[Path, typer.Argument(help="The YAML recipe, or a mergekit configuration.", show_default=False)],
@@ -42,7 +45,7 @@ def sample(
     from bmm_engine.recipe import Recipe
     from bmm_engine.sampling import check_draws, check_evaluation, draw, evaluate_samples, render
 
-    loaded = Recipe.load(recipe, local_files_only=offline, device=device)
+    loaded = Recipe.load(recipe, local_files_only=offline, defaults=SAMPLED, device=device)
     common: dict[str, Any] = {"local_files_only": offline, "progress": progress_of(as_json)}
     common["report"] = reporter_of(as_json)
     series: dict[str, Any] = {"seed": seed, "temperature": temperature}

@@ -56,7 +56,7 @@ def test_demo_writes_what_it_measures_and_runs_again_from_its_experts(output: Pa
     tasks = [task("one", WORDS[10:12]), task("two", WORDS[20:22])]
     heads = {t.name: train.load_head(output / "experts" / t.name / "head.safetensors") for t in tasks}
     evaluate = Evaluator(tasks, load_tokenizer(tiny_base), heads)
-    claimed = next(row for row in rows if (row["method"], row["anchor"]) == ("bmm data", "average"))
+    claimed = next(row for row in rows if (row["method"], row["anchor"]) == ("bmm merge", "average"))
     assert evaluate(load_encoder(output / "merged")) == claimed["scores"]
 
     again = run_demo(output, console=(second := Console(record=True, width=140)))

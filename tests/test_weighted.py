@@ -20,6 +20,7 @@ from bmm_engine.errors import (
 )
 from bmm_engine.metrics import OutputMetric, output_metrics
 from tests.numerics import relative_error
+from tests.reference_merge import reference_merge
 from tests.reference_sequential import reference_sequential
 from tests.sequential.test_merge import ARCHITECTURES, assert_close, body, problem
 from tests.sequential.test_merge import double as double_batches
@@ -198,6 +199,61 @@ def test_what_cannot_be_weighed_is_refused_and_a_solve_cut_short_is_told(monkeyp
     monkeypatch.setattr(weighted, "STEPS", 1)
     with pytest.warns(NumericalWarning, match="stopped at a relative residual"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics, name="layer")
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"energy": True, "fit_bias": True, "scale": 1.2}, {"gram_source": "task_vectors"}, {"gram_source": "hybrid"}],
+    ids=["data", "energy, biases", "data-free", "hybrid"],
+)
+def test_a_plain_merge_is_the_formula(architecture, options):
+    base = make_base(architecture)
+    experts = [fine_tune(base, seed, 0.3 * seed).double() for seed in (1, 2)]
+    base = base.double()
+    batches = [double_batches(make_batches(architecture, 10 + t)) for t in range(2)]
+    sensitivities = [bmm.collect_sensitivity(e, b, progress=False) for e, b in zip(experts, batches)]
+    truth = reference_merge(
+        base,
+        experts,
+        batches,
+        alpha=0.1,
+        sensitivities=[own.tensors for own in sensitivities],
+        sensitivity_share=0.6,
+        **options,
+    )
+    source = options.get("gram_source", "data")
+    grams = [bmm.collect_grams(e, b, progress=False) for e, b in zip(experts, batches)]
+    found = bmm.merge(
+        base,
+        experts,
+        alpha=0.1,
+        grams="task_vectors" if source == "task_vectors" else grams,
+        hybrid=0.5 if source == "hybrid" else None,
+        task_weights="energy" if options.get("energy") else None,
+        fit_bias=options.get("fit_bias", False),
+        scale=options.get("scale", 1.0),
+        sensitivities=sensitivities,
+        sensitivity_share=0.6,
+        progress=False,
+    ).tensors
+    assert_close(found, truth.state_dict(), 1e-6)
+    plain = bmm.merge(base, experts, alpha=0.1, grams=grams, progress=False).tensors
+    assert max(relative_error(plain[name], found[name]) for name in body(found)) > 1e-3
+
+
+def test_a_plain_merge_of_one_expert_is_the_expert_and_a_draw_is_refused(weighed):
+    base, experts, batches, sensitivities = weighed
+    grams = [bmm.collect_grams(experts[0], batches[0], progress=False)]
+    options = {"grams": grams, "sensitivities": sensitivities[:1], "alpha": 1e-6, "progress": False}
+    merged = bmm.merge(base, experts[:1], **options).tensors
+    assert_close(merged, double(experts[0].state_dict()), 1e-3)
+    with pytest.raises(ConfigError, match="outputs that count alike"):
+        bmm.merge(base, experts[:1], posterior=bmm.Posterior(temperature=1.0), **options)
+    with pytest.raises(ConfigError, match="1 experts and 2 sensitivities"):
+        bmm.merge(base, experts[:1], **{**options, "sensitivities": sensitivities})
+    with pytest.raises(ConfigError, match="search in the mode sequential"):
+        bmm.search(base, experts, lambda model, task: 1.0, sensitivities=sensitivities)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
