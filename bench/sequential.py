@@ -1,7 +1,8 @@
 """`python -m bench.sequential`: time and peak memory of a whole sequential merge, from checkpoints to checkpoint, in a process of its own.
 
 By default of MiniLM's shape (6 layers, width 384), 8 experts and 256 sentences of 6 to 42 tokens for each, 24 on average; weights are
-random, fine-tunes are the base plus noise. The time includes importing transformers.
+random, fine-tunes are the base plus noise. The time includes importing transformers. `tflop`: multiplications and additions of the formula's own
+products and of the two passes, each computed once; `peak_share`: how much of what the machine can do at that moment they make of the time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import processes
+from bench import peak, processes
 
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 
@@ -64,6 +65,17 @@ def child(folder: Path, experts: int, sentences: int, vocabulary: int, anchor: s
     print(json.dumps({"seconds": seconds, "modules": len(result.modules), "tokens": tokens}))
 
 
+def tflop(shape: dict[str, Any], tokens: int, experts: int) -> float:
+    """What a merge of a BERT needs, without attention scores: for each token the passes of its expert and of the merged network and the moments
+    (those of a Gram by half, it is symmetric); for each expert the products of the solves and of the record."""
+    d, f = shape["hidden_size"], shape["intermediate_size"]
+    passes = 2 * 2 * (4 * d * d + 2 * d * f)
+    drift = 4 * d * d  # G~, D^T X~, D^T D: of the inputs of query, key and value, and of the MLP
+    writers = (7 * d * d) + (f * f + 6 * f * d)  # G~, D W^T, its product with X~, X U^T
+    solves = 3 * 2 * (4 * d**3 + f * d * d + d * f * f)  # (W_t - W_a) G~, and two misfits
+    return shape["num_hidden_layers"] * (tokens * (passes + 2 * drift + writers) + experts * solves) * 1e-12
+
+
 def run(
     folder: Path, *, experts: int, sentences: int, anchor: str, target: str, shape: dict[str, Any]
 ) -> dict[str, Any]:
@@ -72,11 +84,20 @@ def run(
     command = [sys.executable, "-m", "bench.sequential", "--child", str(folder), "--vocabulary", str(vocabulary)]
     command += ["--experts", str(experts), "--sentences", str(sentences), "--anchor", anchor, "--target", target]
     log = folder / "log"
-    peak = processes.run(command, log).peak_mib
+    device = torch.device("cpu")
+    before = peak.measured(device, "fp32")
+    memory = processes.run(command, log).peak_mib
+    peak.measured.cache_clear()
+    after = peak.measured(device, "fp32")
     measured = json.loads(log.read_text().splitlines()[-1])
+    work = tflop(shape, measured["tokens"], experts)
+    measured["tflop"] = work
+    if before and after:
+        measured["peak_tflops"] = (before + after) / 2
+        measured["peak_share"] = work / measured["seconds"] / measured["peak_tflops"]
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     given = {"experts": experts, "sentences": sentences, "anchor": anchor, "target": target}
-    return {**given, **measured, "peak_mib": peak, **machine}
+    return {**given, **measured, "peak_mib": memory, **machine}
 
 
 def main() -> None:

@@ -82,6 +82,11 @@ class SampleEvaluation:
         return {**chosen, "rows": self.rows()}
 
 
+def prepare_samples(recipe: Recipe, **options: Any) -> PreparedMerge:
+    """As `prepare_recipe`, of a merge that has a posterior: all outputs count alike."""
+    return prepare_recipe(recipe.model_copy(update={"output_weights": "none"}), **options)
+
+
 def draw(
     recipe: Recipe,
     count: int,
@@ -105,7 +110,7 @@ def draw(
     draws = check_draws(
         recipe, count, output=output, seed=seed, temperature=temperature, first=first, overwrite=overwrite
     )
-    prepared = prepared or prepare_recipe(recipe, local_files_only=local_files_only, progress=progress, report=report)
+    prepared = prepared or prepare_samples(recipe, local_files_only=local_files_only, progress=progress, report=report)
     for path, posterior in draws.items():
         prepared.merge(path, overwrite=overwrite, posterior=posterior)
         report(f"{path}: draw {posterior.index} of seed {seed}, temperature {temperature:g}")
@@ -147,7 +152,7 @@ def evaluate_samples(
     split = check_evaluation(recipe, split)
     tasks = RecipeTasks(recipe, local_files_only)
     evaluator: Any = tasks.evaluator(split)
-    prepared = prepared or prepare_recipe(recipe, local_files_only=local_files_only, progress=progress, report=report)
+    prepared = prepared or prepare_samples(recipe, local_files_only=local_files_only, progress=progress, report=report)
     best = prepared.merge()
     live = tasks.live(best.plan, recipe.device)
     compared = compare(evaluator, live, best.tensors or {}, (prepared.merge(posterior=p).tensors or {} for p in draws))

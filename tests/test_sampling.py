@@ -25,6 +25,11 @@ TEXT = "the cat sat on a mat while it rained and nobody came to see show again"
 WORDS = ["[PAD]", "[UNK]", *TEXT.split()]
 
 
+def alike(recipe):
+    """The merge that has a posterior."""
+    return recipe.model_copy(update={"output_weights": "none"})
+
+
 @pytest.fixture
 def recipe(tmp_path):
     """A bare encoder as the base, two classifiers as experts, a tokenizer, calibration and labelled texts of two splits."""
@@ -51,6 +56,7 @@ def recipe(tmp_path):
     raw = {
         "base": "encoder",
         "experts": experts,
+        "mode": "plain",
         "alpha": 0.1,
         "calibration": {"max_length": 16},
         "evaluation": {"kind": "text_classification", "batch_size": 5},
@@ -74,7 +80,7 @@ def test_draws_are_checkpoints_of_one_measurement(recipe, tmp_path):
     paths = draw(recipe, 3, output=tmp_path / "out", seed=4, temperature=0.3, report=lines.append)
     assert paths == [tmp_path / "out" / f"sample-{i}" for i in range(3)]
     assert len([line for line in lines if "collected" in line]) == 2
-    mode = weights(run_recipe(recipe, tmp_path / "map").path)
+    mode = weights(run_recipe(alike(recipe), tmp_path / "map").path)
     found = [weights(path) for path in paths]
     name = "encoder.layer.1.output.dense.weight"
     states = [mode, *found]
@@ -137,7 +143,7 @@ def test_the_average_is_that_of_the_written_draws(recipe, tmp_path, split):
 
     found = evaluate_samples(recipe, 3, seed=1, temperature=1.0, split=split)
     assert (found.split, found.count) == (split, 3)
-    paths = [run_recipe(recipe, tmp_path / "map").path, *draw(recipe, 3, output=tmp_path, seed=1, temperature=1.0)]
+    paths = [run_recipe(alike(recipe), tmp_path / "map").path, *draw(recipe, 3, output=tmp_path, seed=1, temperature=1.0)]
     encoders = [weights(path) for path in paths]
     for t, own in enumerate(found.tasks):
         model = BertForSequenceClassification.from_pretrained(tmp_path / f"expert-{t}").eval()

@@ -10,9 +10,6 @@ import typer
 from bmm_engine.commands.common import Json, Offline, make_console, print_json, progress_of, reporter_of
 from bmm_engine.posterior import DEFAULT_TEMPERATURE
 
-# Draws are from the posterior of a plain merge.
-SAMPLED = {"mode": "plain", "output_weights": "none"}
-
 
 def sample(
     recipe: Annotated[Path, typer.Argument(help="The YAML recipe, or a mergekit configuration.", show_default=False)],
@@ -41,11 +38,10 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw models from the posterior of a merge: write them, or judge their average beside the merge itself."""
-    from bmm_engine.pipeline import prepare_recipe
     from bmm_engine.recipe import Recipe
-    from bmm_engine.sampling import check_draws, check_evaluation, draw, evaluate_samples, render
+    from bmm_engine.sampling import check_draws, check_evaluation, draw, evaluate_samples, prepare_samples, render
 
-    loaded = Recipe.load(recipe, local_files_only=offline, defaults=SAMPLED, device=device)
+    loaded = Recipe.load(recipe, local_files_only=offline, defaults={"mode": "plain"}, device=device)
     common: dict[str, Any] = {"local_files_only": offline, "progress": progress_of(as_json)}
     common["report"] = reporter_of(as_json)
     series: dict[str, Any] = {"seed": seed, "temperature": temperature}
@@ -55,7 +51,7 @@ def sample(
         check_draws(loaded, count, output=output, first=first, overwrite=overwrite, **series)
     if judged:
         check_evaluation(loaded, split)
-    prepared = prepare_recipe(loaded, **common)
+    prepared = prepare_samples(loaded, **common)
     result: dict[str, Any] = {"samples": [], "evaluation": None}
     if output is not None:
         paths = draw(

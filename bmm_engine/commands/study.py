@@ -87,7 +87,7 @@ def _load(path: Path, anchors: str, sources: str, seeds: int, offline: bool, tri
     from bmm_engine.recipe import Recipe
     from bmm_engine.searching.studies import Axes
 
-    loaded = Recipe.load(path.resolve(), local_files_only=offline)
+    loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"})
     if trials is not None:
         loaded = loaded.with_search(trials=trials)
     return loaded, Axes(tuple(_names(anchors)), tuple(_names(sources)), seeds)

@@ -13,7 +13,7 @@ from bmm_engine.searching.identity import identity_of
 from bmm_engine.searching.run import study_folder
 from bmm_engine.searching.session import prepare
 from bmm_engine.searching.study import Study
-from bmm_engine.searching.workers import RecipeProblem, open_runner, run_trial, with_grams
+from bmm_engine.searching.workers import RecipeProblem, open_runner, run_trial, with_grams, with_search_weights
 
 POLL_S = 0.2
 
@@ -30,6 +30,7 @@ def join_search(
             "a synchronous search takes no joined workers: its batches are as large as its own workers are many."
         )
     folder = study_folder(output.resolve())
+    recipe = with_search_weights(recipe, local_files_only, report)
     with Study.open(folder) as study, open_executor(0) as executor:
         study.check_identity(identity_of(recipe, 1, local_files_only))
         if not study.driver_alive():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bmm_engine.errors import ConfigError, SearchError
 from bmm_engine.executors import open_executor
 from bmm_engine.identity import batches_digest
-from bmm_engine.measure import Models, Report, with_output_weights
+from bmm_engine.measure import Report
 from bmm_engine.pipeline import check_output, run_recipe
 from bmm_engine.plan import MergeSettings, given_task_weights
 from bmm_engine.recipe import Recipe, parse_section
@@ -32,14 +32,11 @@ from bmm_engine.searching.session import Session
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.study import Study
 from bmm_engine.searching.view import Silent
-from bmm_engine.searching.workers import RecipeProblem, with_grams
+from bmm_engine.searching.workers import NO_WEIGHTED_PLAIN_SEARCH, RecipeProblem, with_grams, with_search_weights
 from bmm_engine.sections import SearchRecipe
 from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sources import Model
-
-# The search factors each group once for all its trials; with metrics every solve is iterative, and has none.
-NO_WEIGHTED_PLAIN_SEARCH = "a search in the mode plain weighs all outputs alike: leave out the sensitivities, or search in the mode sequential."
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def search_recipe(
     taken = _own_result(folder, output)
     if write_merge:
         check_output(output, overwrite or taken)
-    recipe = _with_output_weights(recipe, local_files_only, report)
+    recipe = with_search_weights(recipe, local_files_only, report)
     RecipeTasks(recipe, local_files_only).check()
     with ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,15 +122,6 @@ def search_recipe(
             recipe=path,
             output=written,
         )
-
-
-def _with_output_weights(recipe: Recipe, local_files_only: bool, report: Report) -> Recipe:
-    """The recipe with `output_weights` chosen. Raises `ConfigError`."""
-    if recipe.mode == "sequential":
-        return with_output_weights(recipe, Models(local_files_only), report)
-    if recipe.output_weights == "sensitivity":
-        raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
-    return recipe.model_copy(update={"output_weights": "none"})
 
 
 def search(

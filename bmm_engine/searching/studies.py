@@ -30,7 +30,7 @@ from bmm_engine.searching.run import open_study
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.session import Prepared, Session, prepare
 from bmm_engine.searching.view import Silent
-from bmm_engine.searching.workers import RecipeProblem, with_grams
+from bmm_engine.searching.workers import RecipeProblem, with_grams, with_search_weights
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _run(
         executor = stack.enter_context(open_executor(workers, None, folder=output))
         for anchor in axes.anchors:
             for source in axes.sources:
-                chosen = _with_choice(recipe, anchor, source)
+                chosen = with_search_weights(_with_choice(recipe, anchor, source), local_files_only, report)
                 measured = with_grams(chosen, output, executor, local_files_only, report)
                 identity = identity_of(chosen, executor.workers, local_files_only)
                 prepared: Prepared | None = None

@@ -17,7 +17,14 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators import Evaluator
 from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
 from bmm_engine.factors import FactorGroup, FactorMaker, Factors
-from bmm_engine.measure import Models, Report, calibration_batches, collect_from_checkpoint, sensitivity_sets
+from bmm_engine.measure import (
+    Models,
+    Report,
+    calibration_batches,
+    collect_from_checkpoint,
+    sensitivity_sets,
+    with_output_weights,
+)
 from bmm_engine.parallel import in_order, share_of_memory
 from bmm_engine.pipeline import sequential_options, settings_of
 from bmm_engine.recipe import Recipe
@@ -72,6 +79,19 @@ def wants_grams(recipe: Recipe) -> bool:
     if recipe.mode == "plain":
         return recipe.gram_source != "task_vectors"
     return any(get_anchor(rule).needs_grams for rule, _ in anchor_choices(recipe).values())
+
+
+# The search factors each group once for all its trials; with metrics every solve is iterative, and has no such factor.
+NO_WEIGHTED_PLAIN_SEARCH = "a search in the mode plain weighs all outputs alike: leave out the sensitivities, or search in the mode sequential."
+
+
+def with_search_weights(recipe: Recipe, local_files_only: bool, report: Report) -> Recipe:
+    """The recipe with `output_weights` chosen, where it leaves them open. Raises `ConfigError` for those that a search cannot have."""
+    if recipe.mode == "sequential":
+        return with_output_weights(recipe, Models(local_files_only), report)
+    if recipe.output_weights == "sensitivity":
+        raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
+    return recipe.model_copy(update={"output_weights": "none"})
 
 
 # Grams

@@ -28,6 +28,7 @@ def project(tmp_path, monkeypatch):
     recipe = {
         "base": "base",
         "experts": experts,
+        "mode": "plain",
         "evaluation": {"kind": "text_classification"},
         "search": {"groups": "role"},
     }
