@@ -143,7 +143,10 @@ def test_the_average_is_that_of_the_written_draws(recipe, tmp_path, split):
 
     found = evaluate_samples(recipe, 3, seed=1, temperature=1.0, split=split)
     assert (found.split, found.count) == (split, 3)
-    paths = [run_recipe(alike(recipe), tmp_path / "map").path, *draw(recipe, 3, output=tmp_path, seed=1, temperature=1.0)]
+    paths = [
+        run_recipe(alike(recipe), tmp_path / "map").path,
+        *draw(recipe, 3, output=tmp_path, seed=1, temperature=1.0),
+    ]
     encoders = [weights(path) for path in paths]
     for t, own in enumerate(found.tasks):
         model = BertForSequenceClassification.from_pretrained(tmp_path / f"expert-{t}").eval()

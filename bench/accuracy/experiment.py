@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bmm_engine import GramSet, SensitivitySet, collect_grams, collect_sensitivity
 from bmm_engine.architecture import checkpoint_names
 from bmm_engine.scores import Score, classification_score
 
@@ -94,6 +95,19 @@ class Experiment:
     def logits(self, task: str, output: Any, batch: Batch) -> Tensor:
         """What a task's head makes of the encoder's output: (rows, classes)."""
         return self.test.tasks[task].head(self.pool(output, batch))
+
+    def grams(self, samples: int) -> list[GramSet]:
+        """Each expert's, of so many of its calibration samples."""
+        pairs = zip(self.experts, self.calibration(samples), strict=True)
+        return [collect_grams(self.load(path), batches, progress=False) for path, batches in pairs]
+
+    def sensitivities(self, samples: int) -> list[SensitivitySet]:
+        """The same of its logits."""
+        own = zip(self.tasks, self.experts, self.calibration(samples), strict=True)
+        return [
+            collect_sensitivity(self.load(path), batches, logits=partial(self.logits, task), progress=False)
+            for task, path, batches in own
+        ]
 
     def classifier(self, task: str) -> nn.Module:
         """A task's expert, giving logits in the place of hidden states; its parameters keep their names."""

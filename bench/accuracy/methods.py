@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,11 +105,7 @@ class Merger:
 
     @cached_property
     def grams(self) -> list[Any]:
-        models = map(self.experiment.load, self.experiment.experts)
-        return [
-            bmm.collect_grams(model, own, progress=False)
-            for model, own in zip(models, self.experiment.batches, strict=True)
-        ]
+        return self.experiment.grams(self.experiment.samples)
 
     @cached_property
     def fishers(self) -> list[Any]:
@@ -120,11 +116,7 @@ class Merger:
 
     @cached_property
     def sensitivities(self) -> list[Any]:
-        own = self.experiment
-        return [
-            bmm.collect_sensitivity(own.load(path), batches, logits=partial(own.logits, task), progress=False)
-            for task, path, batches in zip(own.tasks, own.experts, own.batches, strict=True)
-        ]
+        return self.experiment.sensitivities(self.experiment.samples)
 
     @cached_property
     def sequential_grams(self) -> list[Any]:

@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,7 @@ class Study:
             task: scorer.score(experiment.load(path), task).value
             for task, path in zip(experiment.tasks, experiment.experts, strict=True)
         }
-        self.grams = self.measure(experiment.samples)
-
-    def measure(self, samples: int) -> list[Any]:
-        own = self.experiment
-        pairs = zip(own.experts, own.calibration(samples), strict=True)
-        return [bmm.collect_grams(own.load(path), batches, progress=False) for path, batches in pairs]
+        self.grams = experiment.grams(experiment.samples)
 
     def merged(self, **options: Any) -> float:
         """The mean over all tasks of score / expert's score, of a plain merge."""
@@ -85,10 +81,16 @@ class Study:
     def by_samples(self) -> Iterator[Row]:
         yield {"method": "data-free", "samples": 0, "value": self.merged()}
         for samples in SAMPLES:
-            grams = self.measure(samples)
-            yield {"method": "data", "samples": samples, "value": self.merged(grams=grams)}
-            yield {"method": "hybrid", "samples": samples, "value": self.merged(grams=grams, hybrid=HYBRID)}
-            yield {"method": "sequential", "samples": samples, "value": self._sequential(self.experiment, samples)}
+            grams, weights = self.experiment.grams(samples), self.experiment.sensitivities(samples)
+            batches = self.experiment.calibration(samples)
+            for method, value in (
+                ("data", self.merged(grams=grams)),
+                ("hybrid", self.merged(grams=grams, hybrid=HYBRID)),
+                ("data, weighted outputs", self.merged(grams=grams, sensitivities=weights)),
+                ("sequential", self._walked(batches)),
+                ("sequential, weighted outputs", self._walked(batches, sensitivities=weights)),
+            ):
+                yield {"method": method, "samples": samples, "value": value}
 
     def by_ridge(self) -> Iterator[Row]:
         for anchor in PRIORS:
@@ -101,29 +103,21 @@ class Study:
 
     def by_tasks(self) -> Iterator[Row]:
         """The first two tasks, three, ... all."""
-        own = self.experiment
-        for count in range(2, len(own.tasks) + 1):
-            part = own.first(count)
-            for method, tensors in (
-                (
-                    "average",
-                    lambda part=part: bmm.merge(part.base, part.experts, alpha=math.inf, progress=False).tensors,
-                ),
-                ("data-free", lambda part=part: bmm.merge(part.base, part.experts, progress=False).tensors),
-                (
-                    "data",
-                    lambda part=part, count=count: (
-                        bmm.merge(part.base, part.experts, grams=self.grams[:count], progress=False).tensors
-                    ),
-                ),
-                (
-                    "sequential",
-                    lambda part=part: (
-                        bmm.merge_sequential(part.base, part.experts, part.batches, progress=False).tensors
-                    ),
-                ),
+        weights = self.experiment.sensitivities(self.experiment.samples)
+        for count in range(2, len(self.experiment.tasks) + 1):
+            part = self.experiment.first(count)
+            models: Row = {"base": part.base, "experts": part.experts, "progress": False}
+            walk: Row = {**models, "batches": part.batches}
+            grams, own = self.grams[:count], weights[:count]
+            for method, merge in (
+                ("average", partial(bmm.merge, **models, alpha=math.inf)),
+                ("data-free", partial(bmm.merge, **models)),
+                ("data", partial(bmm.merge, **models, grams=grams)),
+                ("data, weighted outputs", partial(bmm.merge, **models, grams=grams, sensitivities=own)),
+                ("sequential", partial(bmm.merge_sequential, **walk)),
+                ("sequential, weighted outputs", partial(bmm.merge_sequential, **walk, sensitivities=own)),
             ):
-                yield {"method": method, "tasks": count, "value": self.value(tensors(), part.tasks)}
+                yield {"method": method, "tasks": count, "value": self.value(merge().tensors, part.tasks)}
 
     def calibration_error(self) -> Iterator[Row]:
         """Expected calibration error and log-likelihood of the MAP and of the mean of the probabilities of `DRAWS` draws."""
@@ -140,9 +134,9 @@ class Study:
                 score = classification_score(p, self.scorer.labels(task), self.scorer.tasks[task].metric, task)
                 yield {"method": method, "task": task, "value": score.value, **score.details}
 
-    def _sequential(self, own: Experiment, samples: int) -> float:
-        merged = bmm.merge_sequential(own.base, own.experts, own.calibration(samples), progress=False)
-        return self.value(merged.tensors)
+    def _walked(self, batches: Any, **options: Any) -> float:
+        own = self.experiment
+        return self.value(bmm.merge_sequential(own.base, own.experts, batches, progress=False, **options).tensors)
 
     def _probabilities(self, tensors: Any) -> dict[str, Tensor]:
         load_tensors(self.model, tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 from bench import __main__ as bench
-from bench.accuracy import command, results, text8, vision4
+from bench.accuracy import command, results, text8, theory, vision4
 from bench.accuracy.experiment import load_tensors
 from bench.accuracy.methods import Merger
 from bmm_engine.demo.data import Sizes
@@ -67,6 +68,8 @@ def test_every_kind_of_row_is_scored_and_kept(arguments, tmp_path, capsys, monke
         "data-free",
         "data",
         "hybrid",
+        "data-free, weighted outputs",
+        "data, weighted outputs",
         "sequential",
         "sequential, weighted outputs",
         "data-free, searched",
@@ -92,6 +95,30 @@ def test_every_kind_of_row_is_scored_and_kept(arguments, tmp_path, capsys, monke
     capsys.readouterr()
     assert bench.main([*arguments, "--rows", "anchor average", *files[:2]]) == 0
     assert {result.row for result in results.read(tmp_path / "rows.json")} == set(found)
+
+
+def test_what_the_theory_claims_is_measured(arguments, tmp_path, monkeypatch):
+    options = dict(zip(arguments[1::2], arguments[2::2]))
+    monkeypatch.setattr(theory, "SAMPLES", (4, 8))
+    monkeypatch.setattr(theory, "RIDGES", (1e-2, 1.0))
+    monkeypatch.setattr(theory, "PRIORS", ("average", "tsv_m"))
+    monkeypatch.setattr(theory, "DRAWS", 2)
+    small = partial(text8.prepare, names=("sst2", "tweet_emotion"), sizes=Sizes(48, 12, 24, 24))
+    monkeypatch.setattr(text8, "prepare", small)
+    files = ["--json", str(tmp_path / "theory.json"), "--plot", str(tmp_path / "theory.png")]
+    given = [key for name in ("--suite", "--data", "--cache") for key in (name, options[name])]
+    monkeypatch.setattr("sys.argv", ["theory", *given, *files])
+    theory.main()
+    found = json.loads((tmp_path / "theory.json").read_text())
+    assert all(0 <= row["cosine"] <= 1 for row in found["alignment"])
+    assert {row["task"] for row in found["alignment"]} == {"sst2", "tweet_emotion"}
+    assert [row["samples"] for row in found["samples"]] == [0, *[4] * 5, *[8] * 5]
+    ridge = {(row["anchor"], row["alpha"]): row["value"] for row in found["ridge"]}
+    assert len(ridge) == 6
+    assert {row["tasks"] for row in found["tasks"]} == {2}
+    assert len(found["tasks"]) == 6
+    assert {row["method"] for row in found["calibration"]} == {"MAP", "posterior average"}
+    assert (tmp_path / "theory.png").stat().st_size > 1000
 
 
 def test_seeds_differ_in_training_rows_and_not_in_what_is_scored(data):
