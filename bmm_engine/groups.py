@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from torch import Tensor
 
 from bmm_engine.architecture import LinearModule
@@ -24,12 +26,14 @@ class OpenGroup:
         self.group = group
         self._weights: dict[str, tuple[Tensor, list[Tensor]]] = {}
         self.moments: list[Moment] = [self._moment(t) for t in range(len(inputs.experts))]
-        self.metrics: dict[
-            str, list[OutputMetric]
-        ] = {}  # of each member, by expert; empty where all outputs count alike
-        if inputs.sensitivities:
-            names = (module.name for module in group.members)
-            self.metrics = dict(zip(names, inputs.output_metrics(group.members), strict=True))
+
+    @cached_property
+    def metrics(self) -> dict[str, list[OutputMetric]]:
+        """Of each member, by expert; empty where all outputs count alike."""
+        if not self.inputs.sensitivities:
+            return {}
+        found = self.inputs.output_metrics(self.group.members)
+        return {module.name: own for module, own in zip(self.group.members, found, strict=True)}
 
     def weights(self, module: LinearModule) -> tuple[Tensor, list[Tensor]]:
         """Base and experts (out, in [+ 1]); those of a single-module group are kept, since its moments may need them too."""
@@ -55,11 +59,11 @@ class OpenGroup:
         for module in self.group.members:
             base, experts = self.weights(module)
             for t, (moment, expert) in enumerate(zip(self.moments, experts, strict=True)):
-                own = self.metrics.get(module.name)
                 change = expert - base
-                energies[t] += (
-                    task_energy(moment, change) if own is None else weighted_task_energy(moment, change, own[t])
-                )
+                if self.metrics:
+                    energies[t] += weighted_task_energy(moment, change, self.metrics[module.name][t])
+                else:
+                    energies[t] += task_energy(moment, change)
         return energy_weights(energies)
 
     def _moment(self, t: int) -> Moment:

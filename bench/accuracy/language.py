@@ -60,7 +60,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
 class Training:
     """AdamW on packed sequences, with a rate that rises over a tenth of the steps and falls to zero."""
 
-    steps: int = 45
+    steps: int = 24
     learning_rate: float = 1e-4
     batch_size: int = 4
     length: int = MAX_TOKENS
@@ -384,7 +384,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here too")
     parser.add_argument("--steps", type=int, default=Training.steps, help="of each expert's training")
-    parser.add_argument("--texts", type=int, default=200, help="of each domain's test split, to score by")
+    parser.add_argument("--texts", type=int, default=100, help="of each domain's test split, to score by")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
