@@ -163,7 +163,8 @@ def sensitivity_from_checkpoint(
     """The same for its sensitivities. `head`: a bare encoder's own, a safetensors file, on what `pooling` ("mean", "cls") makes of its output.
     Raises as `collect_sensitivity`."""
     source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
-    live, path = live_model(source, dtype=options.dtype, device=device)
+    # A head of its own reads no pooler; that the file lacks one is no news.
+    live, path = live_model(source, dtype=options.dtype, device=device, reports=head is None)
     return collect_sensitivity(
         live,
         _batches(data, path, options),
