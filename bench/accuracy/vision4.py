@@ -9,7 +9,11 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from bench.accuracy.experiment import Batch, Experiment, Labelled, Scorer
 from bench.report import note
 from bmm_engine.demo.classifier import load_head, save_head
 from bmm_engine.demo.data import Sizes
+from bmm_engine.demo.train import has_bfloat16
 from bmm_engine.errors import DataError, TrainingError
 from bmm_engine.progress import quiet_transformers
 
@@ -48,7 +53,7 @@ SHAPE = {
 
 @dataclass(frozen=True)
 class Training:
-    """AdamW with a rate that rises over a tenth of the steps and falls to zero."""
+    """AdamW with a rate that rises over a tenth of the steps and falls to zero; matrix products in bfloat16 where the processor has them."""
 
     epochs: int
     learning_rate: float
@@ -59,6 +64,7 @@ class Training:
 
 BASE = Training(epochs=6, learning_rate=1e-3)
 EXPERT = Training(epochs=4, learning_rate=3e-4)
+WORKERS = 2  # experts at once, each on one thread
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,12 @@ def prepare(data: Path, cache: Path, seed: int, *, names: Sequence[str] = (), si
     tasks = [load(data / name / "data.npz", name, seed, sizes) for name in names or SOURCES]
     folder = cache / "vision4" / f"seed-{seed}"
     base = _base(tasks, folder / "base", replace(BASE, seed=seed))
-    experts = [_expert(task, base, folder / task.name, replace(EXPERT, seed=seed)) for task in tasks]
+    with ProcessPoolExecutor(
+        WORKERS, mp_context=get_context("spawn"), initializer=partial(torch.set_num_threads, 1)
+    ) as pool:
+        experts = list(
+            pool.map(_expert, tasks, repeat(base), [folder / t.name for t in tasks], repeat(replace(EXPERT, seed=seed)))
+        )
     heads = {task.name: load_head(path / "head.safetensors") for task, path in zip(tasks, experts, strict=True)}
 
     def scorer(split: str, limit: int | None = None) -> Scorer:
@@ -202,14 +213,16 @@ def _trained(
 
 def _train(model: nn.Module, head: nn.Linear, x: Tensor, y: Tensor, training: Training, name: str) -> None:
     model.train()
+    bfloat16 = has_bfloat16()
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay, fused=True)
     steps = training.epochs * math.ceil(len(x) / training.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.learning_rate, total_steps=steps, pct_start=0.1)
     for _ in range(training.epochs):
         for rows in torch.randperm(len(x)).split(training.batch_size):
-            logits = head(_pool(model(pixel_values=x[rows]), {}))
-            loss = nn.functional.cross_entropy(logits, y[rows])
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+                logits = head(_pool(model(pixel_values=x[rows]), {}))
+            loss = nn.functional.cross_entropy(logits.float(), y[rows])
             if not loss.isfinite():
                 raise TrainingError(f"the loss of {name} is {loss.item()}: lower its learning rate")
             optimizer.zero_grad()

@@ -54,13 +54,11 @@ class GramFactors final : public Factors<T> {
                 const View& g)
         : kernel_(kernel), left_(left), right_(right), rows_(rows), c_(c), g_(g) {}
 
-    std::int64_t chunks() const override { return ceil_div(rows_.count, chunk_depth()); }
-    std::int64_t depth(std::int64_t chunk) const override {
-        return std::min(chunk_depth(), rows_.count - chunk * chunk_depth());
-    }
+    std::int64_t chunks() const override { return ceil_div(rows_.count, kDepth); }
+    std::int64_t depth(std::int64_t chunk) const override { return std::min(kDepth, rows_.count - chunk * kDepth); }
     void pack_panel(int result, std::int64_t chunk, std::int64_t row, std::int64_t rows, std::int64_t col,
                     T* panel) const override {
-        const std::int64_t first = chunk * chunk_depth() + row;
+        const std::int64_t first = chunk * kDepth + row;
         const std::int64_t* index = rows_.index.empty() ? nullptr : rows_.index.data() + first;
         const bool weighted = result != Factors<T>::kRight && !rows_.values.empty();
         kernel_.pack(is_c(result) ? *left_ : right_, index, first, weighted ? rows_.values.data() + first : nullptr,
@@ -79,8 +77,8 @@ class GramFactors final : public Factors<T> {
 
    private:
     static constexpr DType kType = sizeof(T) == 8 ? DType::f64 : DType::f32;
+    static constexpr std::int64_t kDepth = Product<T>::kDepth;
     bool is_c(int result) const { return left_ && result == 0; }
-    std::int64_t chunk_depth() const { return Product<T>::chunk_depth(kernel_); }
 
     const Kernel<T>& kernel_;
     const View* left_;

@@ -30,7 +30,7 @@ class Factors {
     static constexpr int kRight = -1;
     virtual ~Factors() = default;
     virtual std::int64_t chunks() const = 0;
-    virtual std::int64_t depth(std::int64_t chunk) const = 0;  // at most Product::chunk_depth
+    virtual std::int64_t depth(std::int64_t chunk) const = 0;  // at most Product::kDepth
     // A part of a panel of the right factor (`result` kRight) or of a left one (Left::panels): the columns from `col`
     // on, `rows` of the chunk's rows from `row` on.
     virtual void pack_panel(int result, std::int64_t chunk, std::int64_t row, std::int64_t rows, std::int64_t col,
@@ -50,13 +50,13 @@ enum class Left { same_as_right, panels, rows };
 template <class T>
 class Product {
    public:
-    static constexpr std::int64_t kSteps = 256;  // steps in one panel: a right panel stays near the core
+    static constexpr std::int64_t kSteps = 256;  // steps in one panel, at most: a right panel stays near the core
+    // Rows of the source in one chunk, at most. Where a step takes two of them panels are half full: rounding errors grow
+    // with the depth, faster than it.
+    static constexpr std::int64_t kDepth = kSteps;
 
     Product(const Kernel<T>& kernel, std::int64_t columns, const Factors<T>& factors)
         : kernel_(kernel), factors_(factors), n_(columns), panels_(ceil_div(columns, kernel.nr)) {}
-
-    // Rows of the source in one chunk, at most.
-    static std::int64_t chunk_depth(const Kernel<T>& kernel) { return kSteps * kernel.rows_per_step; }
 
     // A result of left^T right with `rows` rows, the upper triangle only if `upper` says so.
     void add(std::int64_t rows, Left left, bool upper = false) { parts_.push_back({rows, left, upper, 0, 0, 0}); }

@@ -50,7 +50,7 @@ class ResidualFactors final : public Factors<T> {
     }
 
    private:
-    static constexpr std::int64_t kDepth = Product<T>::kSteps;
+    static constexpr std::int64_t kDepth = Product<T>::kDepth;
     std::int64_t chunks_per_task() const { return ceil_div(anchor_.cols, kDepth); }
 
     const Kernel<T>& kernel_;

@@ -69,7 +69,7 @@ class SpectralFactors final : public Factors<T> {
     }
 
    private:
-    static constexpr std::int64_t kDepth = Product<T>::kSteps;
+    static constexpr std::int64_t kDepth = Product<T>::kDepth;
 
     void finish(std::int64_t i, std::int64_t j, std::int64_t count, T* values) const {
         p_.kernel.add(p_.anchor.at(i, j), p_.anchor.dtype, p_.anchor.col_stride, static_cast<T>(p_.scale), count,
