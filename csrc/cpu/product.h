@@ -51,8 +51,8 @@ template <class T>
 class Product {
    public:
     static constexpr std::int64_t kSteps = 256;  // steps in one panel, at most: a right panel stays near the core
-    // Rows of the source in one chunk, at most. Where a step takes two of them panels are half full: rounding errors grow
-    // with the depth, faster than it.
+    // Rows of the source in one chunk, at most. Where a step takes two of them panels are half full: rounding errors
+    // grow with the depth, and faster than it.
     static constexpr std::int64_t kDepth = kSteps;
 
     Product(const Kernel<T>& kernel, std::int64_t columns, const Factors<T>& factors)

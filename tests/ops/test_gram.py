@@ -164,7 +164,10 @@ def test_every_16_bit_value_is_widened_exactly(isa, dtype):
         row = torch.cat([torch.ones(1, dtype=dtype), values])  # the products with 1 are exact
         G = torch.zeros(len(row), len(row))
         cpu.accumulate_gram(G, row, None, "ieee", isa=isa)
-        assert torch.equal(G[0], row.float())
+        truth = row.float()
+        if dtype == torch.bfloat16 and isa == "avx512_bf16":  # the instruction takes subnormal numbers as zero
+            truth[truth.abs() < torch.finfo(torch.float32).tiny] = 0
+        assert torch.equal(G[0], truth)
 
 
 @needs_cpu

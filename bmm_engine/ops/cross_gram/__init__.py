@@ -50,7 +50,8 @@ def accumulate_cross_gram(
         G: (in_y, in_y) in the dtype of C, or None. Symmetric on entry, and exactly symmetric on return. C and G must not
             share memory.
         precision: "ieee", "tf32x3" or "tf32": the least exactness accepted where a GPU multiplies float32 rows; "cpu"
-            and "torch" are always "ieee". 16-bit rows are multiplied exactly whatever is given.
+            and "torch" are always "ieee". 16-bit rows are multiplied exactly whatever is given; a processor's own dot
+            product of bfloat16 takes subnormal numbers (below 1.2e-38) as zero.
         backend: "auto", "torch", "cpu" or "triton".
 
     Returns:

@@ -39,7 +39,8 @@ def accumulate_gram(
             waits for the device.
         backend: "auto", "torch", "cpu" or "triton".
         precision: "ieee", "tf32x3" or "tf32": the least exactness accepted where a GPU multiplies float32 rows; "cpu"
-            and "torch" are always "ieee". 16-bit rows are multiplied exactly whatever is given.
+            and "torch" are always "ieee". 16-bit rows are multiplied exactly whatever is given; a processor's own dot
+            product of bfloat16 takes subnormal numbers (below 1.2e-38) as zero.
 
     Returns:
         G itself. No rows, or none of positive weight, leave it as it is.
