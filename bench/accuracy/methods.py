@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,8 @@ SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 """Of the anchor's difference from the base."""
 
 HYBRID = 0.5
+
+SEARCH_SAMPLES = 32  # of each task, in the trials of a sequential search
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class Merger:
 
     def __init__(self, experiment: Experiment, *, trials: int):
         self.experiment, self.trials = experiment, trials
+        self._last_anchor: tuple[str, Mapping[str, Tensor]] | None = None
 
     def methods(self) -> Iterator[Method]:
         """Cheap ones first."""
         rules = {name: rule for name, rule in bmm.registered_anchors().items() if self._takes_all(rule)}
         for name, rule in rules.items():
             yield Method("anchor", name, lambda name=name: Merge(self.anchor(name)), rule.needs)
-        for name, rule in rules.items():
             yield Method("anchor, scale searched", name, lambda name=name: self._scaled(name), rule.needs)
         for name in PRIORS:
             yield Method("data-free", name, lambda name=name: self._merge(anchor=name))
@@ -64,12 +66,6 @@ class Merger:
                 name,
                 lambda name=name: self._merge(anchor=name, grams=self.grams, hybrid=HYBRID),
                 "grams",
-            )
-            yield Method(
-                "data-free, weighted outputs",
-                name,
-                lambda name=name: self._merge(anchor=name, sensitivities=self.sensitivities),
-                "sensitivities",
             )
             yield Method(
                 "data, weighted outputs",
@@ -89,10 +85,9 @@ class Merger:
             yield Method(
                 "data, searched", name, lambda name=name: self._searched(anchor=name, grams=self.grams), "grams"
             )
+        for name in PRIORS:
             yield Method(
-                "sequential, searched",
-                name,
-                lambda name=name: self._searched(anchor=name, batches=self.experiment.batches, task_weights="energy"),
+                "sequential, searched", name, lambda name=name: self._walks_searched(anchor=name), "sensitivities"
             )
 
     def measure(self, needs: str) -> None:
@@ -124,7 +119,12 @@ class Merger:
         return bmm.collect_sequential(base, experts, self.experiment.batches, progress=False)
 
     def anchor(self, rule: str) -> Mapping[str, Tensor]:
-        """A rule's own merge at its defaults."""
+        """A rule's own merge at its defaults; the last one is kept."""
+        if self._last_anchor is None or self._last_anchor[0] != rule:
+            self._last_anchor = rule, self._anchor(rule)
+        return self._last_anchor[1]
+
+    def _anchor(self, rule: str) -> Mapping[str, Tensor]:
         needs = bmm.get_anchor(rule).needs
         given: dict[str, Any] = {}
         if needs == "fishers":
@@ -167,12 +167,21 @@ class Merger:
         return Merge(at(best), {"scale": best})
 
     def _searched(self, **options: Any) -> Merge:
+        found = self._found(**options)
+        return Merge(found.tensors or {}, found.candidate.plain())
+
+    def _walks_searched(self, anchor: str) -> Merge:
+        """Outputs weighted, as `bmm merge` does; trials walk with few samples, the best one with all."""
+        batches = self.experiment.calibration(min(SEARCH_SAMPLES, self.experiment.samples))
+        found = self._found(anchor=anchor, batches=batches, sensitivities=self.sensitivities, task_weights="energy")
+        merge = self._sequential(sensitivities=self.sensitivities, **found.arguments)
+        return replace(merge, chosen=found.candidate.plain())
+
+    def _found(self, **options: Any) -> bmm.SearchResult:
         own = self.experiment
         experts: Sequence[nn.Module] = [own.load(path) for path in own.experts]
-        found = bmm.search(
-            own.load(own.base), experts, own.search.score, tasks=own.tasks, trials=self.trials, seed=own.seed, **options
-        )
-        return Merge(found.tensors or {}, found.candidate.plain())
+        limits = {"trials": self.trials, "racing": True, "seed": own.seed}
+        return bmm.search(own.load(own.base), experts, own.search.score, tasks=own.tasks, **limits, **options)
 
 
 def mean(scores: Mapping[str, Score]) -> float:

@@ -68,7 +68,6 @@ def test_every_kind_of_row_is_scored_and_kept(arguments, tmp_path, capsys, monke
         "data-free",
         "data",
         "hybrid",
-        "data-free, weighted outputs",
         "data, weighted outputs",
         "sequential",
         "sequential, weighted outputs",
