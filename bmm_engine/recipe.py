@@ -156,7 +156,10 @@ class Recipe(Strict):
         None, description="null: sequential where every expert has calibration and none has grams, else plain"
     )
     anchor: AnchorRecipe = AnchorRecipe(name="average")
-    gram_source: Literal["data", "task_vectors", "hybrid"] | None = None
+    gram_source: Literal["data", "task_vectors", "hybrid"] | None = Field(
+        None,
+        description="null: task_vectors without Grams or calibration; data if sequential, with fit_bias, or with alpha inf; else hybrid",
+    )
     hybrid_share: float = Field(0.5, ge=0, le=1)
     normalization: Literal["trace", "none"] = "trace"
     alpha: Ridge = Field(0.03, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
@@ -234,7 +237,8 @@ class Recipe(Strict):
                 raise ValueError(
                     f"expert {lacking!r} has neither `grams` nor `calibration`, others have; give all of them one, or none"
                 )
-            self.gram_source = "data" if all(measured) else "task_vectors"
+            only_data = self.mode == "sequential" or self.fit_bias or self.alpha == math.inf
+            self.gram_source = "task_vectors" if not all(measured) else "data" if only_data else "hybrid"
         elif self.gram_source != "task_vectors" and not all(measured) and self.alpha != math.inf:
             lacking = self.experts[measured.index(False)].label
             raise ValueError(

@@ -141,7 +141,7 @@ def test_inspect(project, monkeypatch, capsys):
     plan = json.loads(out)
     assert plan["solved_modules"] == 13
     assert plan["from_base"] == []
-    assert (plan["gram_source"], plan["grams_to_collect"]) == ("data", True)
+    assert (plan["gram_source"], plan["grams_to_collect"]) == ("hybrid", True)
     code, out, _ = bmm(monkeypatch, capsys, "inspect", "recipe.yaml")
     assert code == 0
     assert "from the anchor (average): 28 tensors" in out

@@ -43,6 +43,23 @@ def test_long_forms_and_inferred_source(tmp_path):
     assert recipe.expert_name(1) == "why"
 
 
+@pytest.mark.parametrize(
+    ("own", "more", "source"),
+    [
+        ({"grams": "g"}, {}, "hybrid"),
+        ({"calibration": "c.txt"}, {"mode": "plain"}, "hybrid"),
+        ({"calibration": "c.txt"}, {}, "data"),  # sequential
+        ({"grams": "g"}, {"fit_bias": True}, "data"),
+        ({"grams": "g"}, {"alpha": float("inf")}, "data"),
+        ({"grams": "g"}, {"gram_source": "data"}, "data"),
+        ({}, {}, "task_vectors"),
+    ],
+)
+def test_the_gram_source_that_is_chosen(tmp_path, own, more, source):
+    recipe = load(tmp_path, {**GOOD, "experts": [{"model": "x", **own}, {"model": "y", **own}], **more})
+    assert recipe.gram_source == source
+
+
 def test_paths_are_relative_to_the_recipe_and_hub_ids_stay(tmp_path):
     (tmp_path / "x").mkdir()
     recipe = load(tmp_path, {"base": "org/name", "experts": [{"model": "x", "grams": "new/g.safetensors"}]})

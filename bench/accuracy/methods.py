@@ -73,6 +73,14 @@ class Merger:
                 lambda name=name: self._merge(anchor=name, grams=self.grams, sensitivities=self.sensitivities),
                 "grams sensitivities",
             )
+            yield Method(
+                "hybrid, weighted outputs",
+                name,
+                lambda name=name: self._merge(
+                    anchor=name, grams=self.grams, hybrid=HYBRID, sensitivities=self.sensitivities
+                ),
+                "grams sensitivities",
+            )
             yield Method("sequential", name, lambda name=name: self._sequential(anchor=name))
             yield Method(
                 "sequential, weighted outputs",

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import repeat
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ SOURCES = {
     "gtsrb": "tanganke/gtsrb on Hugging Face",
 }
 SIZES = Sizes(train=6000, calibration=256, validation=400, test=2000)
-SEARCH_ROWS = 100  # of a task's validation split score a search's trials
+SEARCH_ROWS = 400  # of a task's validation split score a search's trials
 SIDE = 32
 SHAPE = {
     "image_size": SIDE,
@@ -83,12 +82,7 @@ def prepare(data: Path, cache: Path, seed: int, *, names: Sequence[str] = (), si
     tasks = [load(data / name / "data.npz", name, seed, sizes) for name in names or SOURCES]
     folder = cache / "vision4" / f"seed-{seed}"
     base = _base(tasks, folder / "base", replace(BASE, seed=seed))
-    with ProcessPoolExecutor(
-        WORKERS, mp_context=get_context("spawn"), initializer=partial(torch.set_num_threads, 1)
-    ) as pool:
-        experts = list(
-            pool.map(_expert, tasks, repeat(base), [folder / t.name for t in tasks], repeat(replace(EXPERT, seed=seed)))
-        )
+    experts = _experts(tasks, base, folder, replace(EXPERT, seed=seed))
     heads = {task.name: load_head(path / "head.safetensors") for task, path in zip(tasks, experts, strict=True)}
 
     def scorer(split: str, limit: int | None = None) -> Scorer:
@@ -174,22 +168,46 @@ def _base(tasks: Sequence[Images], folder: Path, training: Training) -> Path:
         torch.manual_seed(training.seed)
         return ViTModel(ViTConfig(**SHAPE), add_pooling_layer=False)
 
-    return _trained(folder, encoder, x, y, int(firsts[-1]), training, {"tasks": [task.name for task in tasks]})
+    origin = _origin(x, y, training, {"tasks": [task.name for task in tasks]})
+    return _trained(folder, encoder, x, y, int(firsts[-1]), training, origin)
 
 
-def _expert(task: Images, base: Path, folder: Path, training: Training) -> Path:
-    origin = {"base": json.loads((base / "origin.json").read_text(encoding="utf-8"))}
-    return _trained(folder, lambda: load_encoder(base), *task.train, task.classes, training, origin)
+def _experts(tasks: Sequence[Images], base: Path, folder: Path, training: Training) -> list[Path]:
+    """Those that are missing are trained in `WORKERS` processes of one thread each."""
+    missing = [task for task in tasks if not _is_there(folder / task.name, _origin_of_expert(task, base, training))]
+    if missing:
+        context, alone = get_context("spawn"), partial(torch.set_num_threads, 1)
+        with ProcessPoolExecutor(min(WORKERS, len(missing)), mp_context=context, initializer=alone) as pool:
+            list(pool.map(partial(_expert, base=base, folder=folder, training=training), missing))
+    return [folder / task.name for task in tasks]
+
+
+def _expert(task: Images, base: Path, folder: Path, training: Training) -> None:
+    origin = _origin_of_expert(task, base, training)
+    _trained(folder / task.name, lambda: load_encoder(base), *task.train, task.classes, training, origin)
+
+
+def _origin_of_expert(task: Images, base: Path, training: Training) -> dict[str, Any]:
+    own = json.loads((base / "origin.json").read_text(encoding="utf-8"))
+    return _origin(*task.train, training, {"base": own})
+
+
+def _origin(x: Tensor, y: Tensor, training: Training, more: dict[str, Any]) -> dict[str, Any]:
+    """What a model follows from."""
+    digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+    return {**more, "data_sha256": digest, "training": asdict(training), "shape": SHAPE}
+
+
+def _is_there(folder: Path, origin: dict[str, Any]) -> bool:
+    kept = folder / "origin.json"
+    return kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) == origin
 
 
 def _trained(
     folder: Path, encoder: Any, x: Tensor, y: Tensor, classes: int, training: Training, origin: dict[str, Any]
 ) -> Path:
     """The encoder trained with a new head, in `folder`, unless it is there with the same origin."""
-    digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
-    origin = {**origin, "data_sha256": digest, "training": asdict(training), "shape": SHAPE}
-    kept = folder / "origin.json"
-    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) == origin:
+    if _is_there(folder, origin):
         return folder
     started = time.perf_counter()
     model = encoder()

@@ -69,6 +69,7 @@ def test_every_kind_of_row_is_scored_and_kept(arguments, tmp_path, capsys, monke
         "data",
         "hybrid",
         "data, weighted outputs",
+        "hybrid, weighted outputs",
         "sequential",
         "sequential, weighted outputs",
         "data-free, searched",
