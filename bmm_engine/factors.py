@@ -73,18 +73,13 @@ class FactorMaker:
             for module in planned.members:
                 base, experts = weights[module.name]
                 cosines = [alignment(m, e - base) for m, e in zip(opened.moments, experts, strict=True)]
-                found.alignment[module.name] = self._listed(cosines)
+                found.alignment[module.name] = list(self.inputs.listed(cosines))
         return found, {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def _anchor(self, label: str, module: LinearModule, with_bias: bool) -> Tensor:
         """The anchor's weight (out, in), or [W | b]."""
         tensors = self.anchors[label]
         return oriented(tensors, module, with_bias).to(self.inputs.device, self.inputs.dtype)
-
-    def _listed(self, values: Sequence[float]) -> list[float]:
-        """From the order of the inputs to that of the recipe."""
-        listed = dict(zip(self.inputs.order, values, strict=True))
-        return [listed[t] for t in range(len(listed))]
 
 
 def oriented(tensors: Mapping[str, Tensor], module: LinearModule, with_bias: bool) -> Tensor:

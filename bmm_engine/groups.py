@@ -50,11 +50,12 @@ class OpenGroup:
 
     def task_weights(self, given: str | tuple[float, ...] | None = None) -> tuple[float, ...]:
         """The group's task weights, in the inputs' order, by the rule or numbers `given`, or by the settings'."""
-        given = self.inputs.settings.task_weights if given is None else given
+        inputs = self.inputs
+        given = inputs.task_weights if given is None else given if isinstance(given, str) else inputs.ordered(given)
         if given == "none":
             return (1.0,) * len(self.moments)
         if not isinstance(given, str):
-            return self.inputs.ordered(given)
+            return given
         energies = [0.0] * len(self.moments)
         for module in self.group.members:
             base, experts = self.weights(module)

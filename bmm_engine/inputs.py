@@ -69,7 +69,19 @@ class Inputs:
         return self.ordered(self.plan.sensitivities)
 
     def ordered(self, values: Sequence[T]) -> tuple[T, ...]:
+        """From the order in which the experts were given to that of the inputs."""
         return tuple(values[t] for t in self.order) if values else ()
+
+    def listed(self, values: Sequence[T]) -> tuple[T, ...]:
+        """The way back."""
+        listed = dict(zip(self.order, values, strict=True))
+        return tuple(listed[t] for t in range(len(listed)))
+
+    @property
+    def task_weights(self) -> str | tuple[float, ...]:
+        """The settings' rule, or its numbers."""
+        given = self.settings.task_weights
+        return given if isinstance(given, str) else self.ordered(given)
 
     def at(self, name: str) -> dict[str, Any]:
         """The rule's parameters for one tensor, those of the experts in their order."""

@@ -87,19 +87,24 @@ class Study:
                 ("data", self.merged(grams=grams)),
                 ("hybrid", self.merged(grams=grams, hybrid=HYBRID)),
                 ("data, weighted outputs", self.merged(grams=grams, sensitivities=weights)),
+                ("hybrid, weighted outputs", self.merged(grams=grams, hybrid=HYBRID, sensitivities=weights)),
                 ("sequential", self._walked(batches)),
                 ("sequential, weighted outputs", self._walked(batches, sensitivities=weights)),
             ):
                 yield {"method": method, "samples": samples, "value": value}
 
     def by_ridge(self) -> Iterator[Row]:
-        for anchor in PRIORS:
+        """Of plain merges on each anchor; of `bmm merge` as it comes on the first."""
+        weights = self.experiment.sensitivities(self.experiment.samples)
+        ways: dict[str, Callable[..., float]] = {
+            anchor: partial(self.merged, anchor=anchor, grams=self.grams) for anchor in PRIORS
+        }
+        ways[f"{PRIORS[0]}, sequential, weighted outputs"] = partial(
+            self._walked, self.experiment.batches, sensitivities=weights
+        )
+        for anchor, way in ways.items():
             for alpha in (*RIDGES, math.inf):
-                yield {
-                    "anchor": anchor,
-                    "alpha": str(alpha),
-                    "value": self.merged(anchor=anchor, grams=self.grams, alpha=alpha),
-                }
+                yield {"anchor": anchor, "alpha": str(alpha), "value": way(alpha=alpha)}
 
     def by_tasks(self) -> Iterator[Row]:
         """The first two tasks, three, ... all."""
@@ -114,6 +119,10 @@ class Study:
                 ("data-free", partial(bmm.merge, **models)),
                 ("data", partial(bmm.merge, **models, grams=grams)),
                 ("data, weighted outputs", partial(bmm.merge, **models, grams=grams, sensitivities=own)),
+                (
+                    "hybrid, weighted outputs",
+                    partial(bmm.merge, **models, grams=grams, hybrid=HYBRID, sensitivities=own),
+                ),
                 ("sequential", partial(bmm.merge_sequential, **walk)),
                 ("sequential, weighted outputs", partial(bmm.merge_sequential, **walk, sensitivities=own)),
             ):

@@ -156,12 +156,12 @@ class ModuleSolver:
                 [own + before for own, before in zip(now, inputs.ordered(earlier), strict=True)]
                 for now, earlier in ((change, written.change), (energy, written.energy))
             )
-        betas = drift_task_weights(self._given_weights(), energies, len(moments), name)
+        betas = drift_task_weights(inputs.task_weights, energies, len(moments), name)
         mean_weight = self.options.mean_weight
         factor = drift_factor(moments, betas, alpha=part.alpha, mean_weight=mean_weight, name=name)
         assert factor is not None, "no part is at an infinite ridge"
         before, after = ([0.0] * len(moments) for _ in range(2))
-        listed = tuple(self._listed(betas))
+        listed = inputs.listed(betas)
         for m, (module, outputs) in enumerate(zip(part.members, part.outputs, strict=True)):
             anchor = inputs.oriented(self.anchor, module, with_bias)
             base = self._base(module, with_bias)
@@ -180,7 +180,7 @@ class ModuleSolver:
             out.modules.append(ModuleRecord(module.name, shape, factor.ridge, factor.jitter, listed, shift))
             scale = self.settings.scale_setting.at(module.weight, inputs.depth(module.weight), len(moments))
             self._put(module, solved if scale == 1 else base + scale * (solved - base), with_bias, out)
-        first, last = (tuple(self._listed(relative_residuals(total, changes))) for total in (before, after))
+        first, last = (inputs.listed(relative_residuals(total, changes)) for total in (before, after))
         out.inputs.append(
             InputRecord(
                 stage,
@@ -191,8 +191,8 @@ class ModuleSolver:
                 listed,
                 first,
                 last,
-                change=tuple(self._listed(change)),
-                energy=tuple(self._listed(energy)),
+                change=inputs.listed(change),
+                energy=inputs.listed(energy),
                 stream=written is not None,
             )
         )
@@ -219,15 +219,6 @@ class ModuleSolver:
     def _task_vectors(self, t: int, part: Part) -> Iterator[Tensor]:
         for module in part.members:
             yield self._expert(t, module, part.with_bias) - self._base(module, part.with_bias)
-
-    def _given_weights(self) -> str | tuple[float, ...]:
-        given = self.settings.task_weights
-        return given if isinstance(given, str) else self.inputs.ordered(given)
-
-    def _listed(self, values: Sequence) -> list:
-        """From the order of the inputs to that in which the experts were given."""
-        listed = dict(zip(self.inputs.order, values, strict=True))
-        return [listed[t] for t in range(len(listed))]
 
     def _put(self, module: LinearModule, merged: Tensor, with_bias: bool, out: Solved) -> None:
         weight = merged[:, :-1] if with_bias else merged

@@ -126,28 +126,22 @@ class NormSolver:
         alpha = self.settings.alpha_setting.at(norm.weight, depth, tasks)
         scale = self.settings.scale_setting.at(norm.weight, depth, tasks)
         energies = [own.change / own.rows for own in measured]
-        given = self.settings.task_weights
-        given = given if isinstance(given, str) else inputs.ordered(given)
-        betas = drift_task_weights(given, energies, tasks, norm.name)
+        betas = drift_task_weights(inputs.task_weights, energies, tasks, norm.name)
         gain = inputs.load(self.anchor, norm.weight).double()
         bias = torch.zeros_like(gain) if norm.bias is None else inputs.load(self.anchor, norm.bias).double()
         fitted_gain, fitted_bias, ridge = fit_norm(gain, bias, measured, betas, alpha, norm.bias is not None)
         before, after = (
-            tuple(self._listed(relative_residuals([_misfit(own, *pair) for own in measured], energies)))
+            inputs.listed(relative_residuals([_misfit(own, *pair) for own in measured], energies))
             for pair in ((gain, bias), (fitted_gain, fitted_bias))
         )
-        names, listed = (norm.weight.removesuffix(".weight"),), tuple(self._listed(betas))
-        change = tuple(self._listed(energies))
+        names, listed = (norm.weight.removesuffix(".weight"),), inputs.listed(betas)
+        change = inputs.listed(energies)
         out.inputs.append(InputRecord(stage, names, alpha, ridge, 0.0, listed, before, after, change, change))
         for name, fitted in ((norm.weight, fitted_gain), (norm.bias, fitted_bias)):
             if name is not None:
                 base = inputs.load(inputs.base, name)
                 merged = fitted.to(base.dtype)
                 out.tensors[name] = merged if scale == 1 or ridge == math.inf else base + scale * (merged - base)
-
-    def _listed(self, values: Sequence) -> list:
-        listed = dict(zip(self.inputs.order, values, strict=True))
-        return [listed[t] for t in range(len(listed))]
 
 
 def fit_norm(

@@ -112,11 +112,11 @@ def test_what_the_theory_claims_is_measured(arguments, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "theory.json").read_text())
     assert all(0 <= row["cosine"] <= 1 for row in found["alignment"])
     assert {row["task"] for row in found["alignment"]} == {"sst2", "tweet_emotion"}
-    assert [row["samples"] for row in found["samples"]] == [0, *[4] * 5, *[8] * 5]
+    assert [row["samples"] for row in found["samples"]] == [0, *[4] * 6, *[8] * 6]
     ridge = {(row["anchor"], row["alpha"]): row["value"] for row in found["ridge"]}
-    assert len(ridge) == 6
+    assert len(ridge) == 9
     assert {row["tasks"] for row in found["tasks"]} == {2}
-    assert len(found["tasks"]) == 6
+    assert len(found["tasks"]) == 7
     assert {row["method"] for row in found["calibration"]} == {"MAP", "posterior average"}
     assert (tmp_path / "theory.png").stat().st_size > 1000
 
