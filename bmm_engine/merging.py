@@ -120,9 +120,10 @@ def merge(
     `anchor`: a rule by name, with `anchor_parameters`; it also gives every tensor that is not a linear module (norms, embeddings, heads).
     With `alpha=math.inf` the result is the rule's own merge.
     `grams`: one GramSet or path per expert (data), or "task_vectors" (data-free). `hybrid`: share g in [0, 1] of the task-vector Gram beside
-    the data's. `alpha`: ridge relative to the mean diagonal (inf: the anchor itself; 0: RegMean). `task_weights`: None, "energy", or a number
-    per expert. `fit_bias`: solve biases with the weights (data only). `modules`: shell patterns of the linear modules to solve (default: all
-    but heads). `keep_base`: patterns of tensors to copy from the base. `vocabulary`: where embeddings differ in rows, "error", "crop" or "pad".
+    the data's (recipes take 0.5, which is better than either on all that was measured). `alpha`: ridge relative to the mean diagonal (inf: the
+    anchor itself; 0: RegMean). `task_weights`: None, "energy", or a number per expert. `fit_bias`: solve biases with the weights (data only).
+    `modules`: shell patterns of the linear modules to solve (default: all but heads). `keep_base`: patterns of tensors to copy from the base.
+    `vocabulary`: where embeddings differ in rows, "error", "crop" or "pad".
     `fishers`: one FisherSet or path per expert, for the rules that need them. Parameters of the anchor, `alpha` and `scale` may vary over the
     model (a gradient over depth, filters by name: see `bmm_engine.anchors.settings`).
     `sensitivities`: one SensitivitySet or path per expert (`collect_sensitivity`): an error of a module's outputs then counts by how much the
