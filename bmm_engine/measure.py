@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 Report = Callable[[str], None]
+FEW_SAMPLES = (
+    64  # of a task: below, a walk fits what it was given and little else (bench/results/accuracy/theory-vision4.json)
+)
 
 
 class Models:
@@ -199,11 +202,17 @@ def gram_sets(
     )
 
 
-def calibration_batches(recipe: Recipe, models: Models) -> list[list[Any]]:
-    """Each expert's calibration data as model inputs, made by its own tokenizer or processor. Raises `ConfigError`, `CheckpointError`."""
+def calibration_batches(recipe: Recipe, models: Models, report: Report = lambda line: None) -> list[list[Any]]:
+    """Each expert's calibration data as model inputs, made by its own tokenizer or processor; `report` hears of those that are few for a walk.
+    Raises `ConfigError`, `CheckpointError`."""
     options, found = recipe.calibration, []
     for expert in recipe.experts:
         data = read_calibration(Path(str(expert.calibration)), samples=options.samples, field=options.field)
+        if len(data) < FEW_SAMPLES:
+            report(
+                f"warning: {expert.label}: {len(data)} calibration samples ({expert.calibration}) are few for the mode sequential: below"
+                f" {FEW_SAMPLES} it can be worse than its anchor. Give more, or say `mode: plain`."
+            )
         found.append(_batches(data, model_folder(models.expert(recipe, expert)), options))
     return found
 

@@ -147,7 +147,7 @@ def prepare_recipe(
         return PreparedMerge({**common, **plain})
     options = sequential_options(recipe)
     walked = {f.name: getattr(options, f.name) for f in fields(options)}
-    walked |= {"batches": calibration_batches(recipe, models), "report": report}
+    walked |= {"batches": calibration_batches(recipe, models, report), "report": report}
     return PreparedMerge({**common, **walked}, sequential=True)
 
 

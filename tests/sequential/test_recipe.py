@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bmm_engine import SensitivitySet, collect_sensitivity, merge_sequential
+from bmm_engine import SensitivitySet, collect_sensitivity, measure, merge_sequential
 from bmm_engine.cli import main
 from bmm_engine.errors import ConfigError
 from bmm_engine.pipeline import prepare_recipe, run_recipe
@@ -69,6 +69,17 @@ def test_a_recipe_does_what_the_function_does(project):
     assert stages[-1] == "after the blocks"  # the last norm
     for own in record["modules"]["inputs"]:
         assert len(own["before"]) == len(own["after"]) == len(own["task_weights"]) == 2
+
+
+def test_few_samples_are_warned_of(project, monkeypatch):
+    recipe, lines = change(project, mode="sequential"), []
+    run_recipe(recipe, project / "few", report=lines.append)
+    warnings = [line for line in lines if line.startswith("warning")]
+    assert [recipe.expert_name(t) in warnings[t] and "say `mode: plain`" in warnings[t] for t in range(2)] == [True, True]
+    monkeypatch.setattr(measure, "FEW_SAMPLES", 1)
+    lines.clear()
+    run_recipe(recipe, project / "enough", report=lines.append)
+    assert not [line for line in lines if line.startswith("warning")]
 
 
 def test_outputs_are_weighed_by_measured_sensitivities(project, monkeypatch, capsys):
