@@ -11,7 +11,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,10 @@ class Study:
             for task, path in zip(experiment.tasks, experiment.experts, strict=True)
         }
         self.grams = experiment.grams(experiment.samples)
+
+    @cached_property
+    def sensitivities(self) -> list[bmm.SensitivitySet]:
+        return self.experiment.sensitivities(self.experiment.samples)
 
     def merged(self, **options: Any) -> float:
         """The mean over all tasks of score / expert's score, of a plain merge."""
@@ -95,12 +99,11 @@ class Study:
 
     def by_ridge(self) -> Iterator[Row]:
         """Of plain merges on each anchor; of `bmm merge` as it comes on the first."""
-        weights = self.experiment.sensitivities(self.experiment.samples)
         ways: dict[str, Callable[..., float]] = {
             anchor: partial(self.merged, anchor=anchor, grams=self.grams) for anchor in PRIORS
         }
         ways[f"{PRIORS[0]}, sequential, weighted outputs"] = partial(
-            self._walked, self.experiment.batches, sensitivities=weights
+            self._walked, self.experiment.batches, sensitivities=self.sensitivities
         )
         for anchor, way in ways.items():
             for alpha in (*RIDGES, math.inf):
@@ -108,12 +111,11 @@ class Study:
 
     def by_tasks(self) -> Iterator[Row]:
         """The first two tasks, three, ... all."""
-        weights = self.experiment.sensitivities(self.experiment.samples)
         for count in range(2, len(self.experiment.tasks) + 1):
             part = self.experiment.first(count)
             models: Row = {"base": part.base, "experts": part.experts, "progress": False}
             walk: Row = {**models, "batches": part.batches}
-            grams, own = self.grams[:count], weights[:count]
+            grams, own = self.grams[:count], self.sensitivities[:count]
             for method, merge in (
                 ("average", partial(bmm.merge, **models, alpha=math.inf)),
                 ("data-free", partial(bmm.merge, **models)),
