@@ -75,7 +75,10 @@ def test_few_samples_are_warned_of(project, monkeypatch):
     recipe, lines = change(project, mode="sequential"), []
     run_recipe(recipe, project / "few", report=lines.append)
     warnings = [line for line in lines if line.startswith("warning")]
-    assert [recipe.expert_name(t) in warnings[t] and "say `mode: plain`" in warnings[t] for t in range(2)] == [True, True]
+    assert [recipe.expert_name(t) in warnings[t] and "say `mode: plain`" in warnings[t] for t in range(2)] == [
+        True,
+        True,
+    ]
     monkeypatch.setattr(measure, "FEW_SAMPLES", 1)
     lines.clear()
     run_recipe(recipe, project / "enough", report=lines.append)
