@@ -183,6 +183,22 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def samples_of(batch: Any) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor. Raises `CollectionError` where it has none."""
+    size = next((len(leaf) for leaf in _leaves(batch) if leaf.dim()), None)
+    if size is None:
+        raise CollectionError("A calibration batch holds no tensor whose first dimension could be the samples.")
+    return size
+
+
+def _leaves(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _leaves(part)
+
+
 def mask_of(batch: Any, mask: Mask) -> Tensor | None:
     """The padding mask of a batch, or None. Raises `EmptyCalibrationError` where it hides everything."""
     found = (

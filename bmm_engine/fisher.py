@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.architecture import checkpoint_names
-from bmm_engine.collect import Mask, call_model, evaluating, mask_of, placement, to_device
+from bmm_engine.collect import Mask, call_model, evaluating, mask_of, placement, samples_of, to_device
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
 from bmm_engine.grams import weight_fingerprint
 from bmm_engine.measured import MeasuredSet
@@ -212,22 +212,12 @@ def _samples(batches: Iterable[Any], limit: int, device: torch.device) -> Iterat
     left = limit
     for batch in batches:
         batch = to_device(batch, device)
-        tensors = [t for t in _leaves(batch) if t.dim()]
-        if not tensors:
-            raise CollectionError("A calibration batch holds no tensor whose first dimension could be the samples.")
-        size = len(tensors[0])
+        size = samples_of(batch)
         for i in range(min(size, left)):
             yield _pick(batch, i, size)
         left -= min(size, left)
         if not left:
             return
-
-
-def _leaves(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch]
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return [leaf for part in parts for leaf in _leaves(part)]
 
 
 def _pick(batch: Any, index: int, size: int) -> Any:

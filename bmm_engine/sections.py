@@ -32,12 +32,19 @@ class SequentialRecipe(Strict):
     `target`: what a module that writes to the residual stream aims at: "stream", what the expert's stream holds after it (so that it makes up for
     what the stream has drifted before), or "module", what the expert's module gives.
     `mean_weight`: how much more a task's mean error counts in linear modules, which does not average out over its rows.
+    `task_vector_samples`: how many calibration samples the task vector's Gram counts as, beside those of a task; 0: the measured Grams alone.
     `norms`: "anchor" takes gains (and biases) of normalisations from the anchor, "fit" solves them too, feature by feature.
     """
 
     blocks: str | None = Field(None, description="the list of blocks, by name or shell pattern; null: the longest")
     target: Literal["stream", "module"] = "stream"
     mean_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    task_vector_samples: float = Field(
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="as which the task vector's Gram counts beside a task's calibration",
+    )
     norms: Literal["anchor", "fit"] = "anchor"
     sweeps: int = Field(1, ge=1, description="walks, each with the result of the one before as its anchor")
     hidden_memory: str | int = Field("4GB", description="hidden states kept in memory, in all; the rest in files")

@@ -72,6 +72,7 @@ def reference_sequential(
     fit_bias=True,
     target="stream",
     mean_weight=0.0,
+    task_vector_samples=100.0,
     norms=False,
     anchor=None,
     sweeps=1,
@@ -87,6 +88,7 @@ def reference_sequential(
         anchor = {k: sum(s[k] for s in states) / len(states) if v.is_floating_point() else v for k, v in origin.items()}
     merged = copy.deepcopy(base).double()
     merged.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in anchor.items()})
+    counts = [sum(len(next(iter(b.values()))) for b in own) for own in batches]
     transposed = linear_names(base)
     norm_names = [n for n, m in base.named_modules() if "Norm" in type(m).__name__] if norms else []
     every = [*transposed, *norm_names]
@@ -127,13 +129,22 @@ def reference_sequential(
                 energies = written = [e + w for e, w in zip(energies, written)]
             betas = _betas(energies, energy)
             weights = [torch.eye(len(y), dtype=y.dtype) + mean_weight / len(y) for y in drifted]  # of pairs of rows
-            parts = [b * y.T @ m @ y / len(y) for b, y, m in zip(betas, drifted, weights)]
+            pseudo = [
+                task_vector_samples
+                / count
+                * (y.T @ y).trace()
+                / len(y)
+                * _along(s, origin, names, transposed, len(y.T))
+                for count, y, s in zip(counts, drifted, states)
+            ]
+            parts = [b * (y.T @ m @ y / len(y) + along) for b, y, m, along in zip(betas, drifted, weights, pseudo)]
             lam = alpha * sum(parts).trace() / len(parts[0])
             ridge = lam * torch.eye(len(parts[0]), dtype=parts[0].dtype)
             for n in names:
                 aims = [
-                    b * (x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y / len(y)
-                    for b, s, x, y, shift, m in zip(betas, states, own, drifted, shifts, weights)
+                    b
+                    * ((x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y / len(y) + weight(s, n) @ along)
+                    for b, s, x, y, shift, m, along in zip(betas, states, own, drifted, shifts, weights, pseudo)
                 ]
                 if sensitivities is None:
                     right = lam * weight(anchor, n) + sum(aims)
@@ -148,6 +159,16 @@ def reference_sequential(
                     result = result[:, :-1]
                 state[f"{n}.weight"].copy_(result.T if transposed[n] else result)
     return merged
+
+
+def _along(state, origin, names, transposed, width):
+    """`U^T U / ||U||^2` of all modules that read the same, a bias left out (zero for the constant 1)."""
+    change = torch.cat(
+        [_matrix(state, n, transposed[n], False) - _matrix(origin, n, transposed[n], False) for n in names]
+    )
+    gram = torch.zeros(width, width, dtype=change.dtype)
+    gram[: change.shape[1], : change.shape[1]] = change.T @ change / change.square().sum()
+    return gram
 
 
 def _energy(change, metric):

@@ -49,25 +49,35 @@ def metric_of(g, outputs, dtype=torch.float64):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**31 - 1), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.sampled_from([0.0, 5.0]))
-def test_it_is_the_minimum_of_the_weighted_objective(seed, tasks, width, outputs, gamma):
+@given(
+    st.integers(0, 2**31 - 1),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.sampled_from([0.0, 5.0]),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_it_is_the_minimum_of_the_weighted_objective(seed, tasks, width, outputs, gamma, share):
     g = torch.Generator().manual_seed(seed)
     own, merged, moments = moments_of(g, tasks, width)
     base, anchor, *experts = (rows(g, outputs, width) for _ in range(2 + tasks))
     metrics = [metric_of(g, outputs) for _ in experts]
-    found = bmm.solve_drift(
-        anchor, experts, moments, alpha=0.05, task_weights="energy", mean_weight=gamma, metrics=metrics, base=base
-    )
+    options = {"task_weights": "energy", "mean_weight": gamma, "hybrid": share, "base": base}
+    found = bmm.solve_drift(anchor, experts, moments, alpha=0.05, metrics=metrics, **options)
     energies = [
         float(torch.trace(x @ (w - base).T @ s @ (w - base) @ x.T)) / len(x) for x, w, s in zip(own, experts, metrics)
     ]
     betas = [tasks / e / sum(1 / k for k in energies) for e in energies]
     assert found.task_weights == pytest.approx(betas, rel=1e-8)
     # Dense: vec of rows, Z -> S Z A is kron(S, A).
-    grams = [y.T @ y / len(y) + gamma * torch.outer(y.mean(0), y.mean(0)) for y in merged]
+    along = [
+        share / (1 - share) * float(y.square().sum()) / len(y) * u.T @ u / u.square().sum()
+        for y, u in zip(merged, (w - base for w in experts))
+    ]
+    grams = [y.T @ y / len(y) + gamma * torch.outer(y.mean(0), y.mean(0)) + p for y, p in zip(merged, along)]
     crosses = [
-        (x @ w.T).T @ y / len(y) + gamma * torch.outer((x @ w.T).mean(0), y.mean(0))
-        for x, y, w in zip(own, merged, experts)
+        (x @ w.T).T @ y / len(y) + gamma * torch.outer((x @ w.T).mean(0), y.mean(0)) + w @ p
+        for x, y, w, p in zip(own, merged, experts, along)
     ]
     a0 = sum(b * a for b, a in zip(betas, grams))
     lam = 0.05 * a0.trace() / width

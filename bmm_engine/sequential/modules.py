@@ -79,8 +79,11 @@ class ModuleSolver:
         inputs: Inputs,
         anchor: TensorSource,
         options: SequentialOptions,
+        samples: Sequence[int],
     ):
+        """`samples`: of each expert's calibration, in the inputs' order."""
         self.settings, self.inputs, self.anchor, self.options = plan.settings, inputs, anchor, options
+        self._shares = [options.hybrid_share(own) for own in samples]
         self._merged = set(plan.alignment.merged)
 
     def parts(self, modules: Sequence[LinearModule]) -> list[Part]:
@@ -158,6 +161,7 @@ class ModuleSolver:
             )
         betas = drift_task_weights(inputs.task_weights, energies, len(moments), name)
         mean_weight = self.options.mean_weight
+        moments = [self._hybrid(t, part, own) for t, own in enumerate(moments)]
         factor = drift_factor(moments, betas, alpha=part.alpha, mean_weight=mean_weight, name=name)
         assert factor is not None, "no part is at an infinite ridge"
         before, after = ([0.0] * len(moments) for _ in range(2))
@@ -196,6 +200,11 @@ class ModuleSolver:
                 stream=written is not None,
             )
         )
+
+    def _hybrid(self, t: int, part: Part, own: TaskMoments) -> TaskMoments:
+        if not self._shares[t]:
+            return own
+        return own.with_task_vector(torch.cat(list(self._task_vectors(t, part))), self._shares[t])
 
     def _weighted_energies(
         self, part: Part, moments: Sequence[TaskMoments], metrics: Sequence[Sequence[OutputMetric]]

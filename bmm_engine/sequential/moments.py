@@ -15,6 +15,9 @@ the last two for the record and for the task weights. There are two ways to come
 
 The cross-moment is taken of the drift, not of X_t: what does not drift adds exactly nothing, so that without drift this is plain BMM, and small
 drifts keep their digits in float32.
+
+Few rows leave most directions of G~_t to the anchor. `with_task_vector` lets the task vector fill them, as the hybrid of plain BMM does: rows along
+it that do not drift.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +38,8 @@ from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
 from bmm_engine.solve import BLOCK_ROWS
 
+M = TypeVar("M", bound="TaskMoments")
+
 
 class TaskMoments(ABC):
     """One task's moments at one input: sums over `rows` rows; with a bias they are those of [x, 1], and `width` counts it."""
@@ -42,18 +48,40 @@ class TaskMoments(ABC):
     total: Tensor  # (in,), the sum of the rows that the merged network reads
     rows: int
     name: str
+    with_bias: bool
+    hybrid: Tensor | None  # (in, in), what a solve takes in the place of `gram`: see `with_task_vector`
 
     @property
     def width(self) -> int:
         return self.gram.shape[0]
 
     def merged(self, mean_weight: float = 0.0) -> Moment:
-        """`X~^T X~ / n`, of what the merged network reads, and `mean_weight` times the outer product of its mean."""
-        gram = DenseMoment(self.gram, self.rows, module=self.name)
+        """`X~^T X~ / n`, of what the merged network reads (or its hybrid), and `mean_weight` times the outer product of its mean."""
+        gram = DenseMoment(self.counted, self.rows, module=self.name)
         if not mean_weight:
             return gram
         mean = (self.total / self.rows)[None]
         return SumMoment([(1.0, gram), (mean_weight, TaskVectorMoment(mean, normalization="none"))])
+
+    @property
+    def counted(self) -> Tensor:
+        """What a solve takes for the Gram (in, in)."""
+        return self.gram if self.hybrid is None else self.hybrid
+
+    def with_task_vector(self: M, task_vector: Tensor, share: float) -> M:
+        """With the hybrid `(1 - g) G~ / tr G~ + g U^T U / ||U||_F^2`, g = `share` in [0, 1), scaled so that G~ counts as before.
+
+        `task_vector` U (out, in), of all modules that read the input; a bias in it does not count. A zero one leaves G~ as it is.
+        """
+        rows = task_vector.to(self.gram, copy=True)
+        if self.with_bias:
+            rows[:, -1] = 0
+        energy = float(rows.square().sum(dtype=torch.float64))
+        if share == 0 or energy == 0:
+            return self
+        mass = share / (1 - share) * float(self.gram.diagonal().sum(dtype=torch.float64)) / energy
+        weights = rows.new_full(rows.shape[:1], mass)
+        return replace(self, hybrid=accumulate_gram(self.gram.clone(), rows, row_weights=weights))  # type: ignore[type-var]
 
     @abstractmethod
     def drifted_total(self, expert: Tensor) -> Tensor:
@@ -100,6 +128,8 @@ class DriftMoments(TaskMoments):
     drift_total: Tensor
     rows: int
     name: str = "module"
+    with_bias: bool = False
+    hybrid: Tensor | None = None
 
     def of(self, outputs: slice) -> DriftMoments:
         return self
@@ -141,6 +171,8 @@ class ProjectedMoments(TaskMoments):
     change: Tensor
     rows: int
     name: str = "module"
+    with_bias: bool = False
+    hybrid: Tensor | None = None
 
     def of(self, outputs: slice) -> ProjectedMoments:
         return replace(
@@ -297,7 +329,7 @@ class DriftAccumulator(Accumulator):
             return DriftMoments(gram, self._cross, self._drift, total, self._drift_sum, self.rows, self.name)
         cross, drift = pad(self._cross, (0, 1, 0, 1)), pad(self._drift, (0, 1, 0, 1))
         cross[:-1, -1] = self._drift_sum.to(self.dtype)  # the constant 1 does not drift: its own row stays zero
-        return DriftMoments(gram, cross, drift, total, pad(self._drift_sum, (0, 1)), self.rows, self.name)
+        return DriftMoments(gram, cross, drift, total, pad(self._drift_sum, (0, 1)), self.rows, self.name, True)
 
 
 class ProjectedAccumulator(Accumulator):
@@ -364,5 +396,5 @@ class ProjectedAccumulator(Accumulator):
             product = torch.cat([product, self._product_sum.to(self.dtype)[:, None]], 1)
         total = self._total(with_bias)
         return ProjectedMoments(
-            gram, product, total, self._product_sum, self._drift, self._change, self.rows, self.name
+            gram, product, total, self._product_sum, self._drift, self._change, self.rows, self.name, with_bias
         )

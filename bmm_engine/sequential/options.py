@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ class SequentialOptions:
     fit_bias: bool = True
     target: str = "stream"
     mean_weight: float = 0.0
+    task_vector_samples: float = 100.0
     norms: str = "anchor"
     sweeps: int = 1
     blocks: str | None = None
@@ -36,9 +38,16 @@ class SequentialOptions:
         if self.target not in ("stream", "module"):
             raise ConfigError(f"target must be 'stream' or 'module', not {self.target!r}.")
         check_mean_weight(self.mean_weight)
+        own = self.task_vector_samples
+        if isinstance(own, bool) or not isinstance(own, (int, float)) or not (math.isfinite(own) and own >= 0):
+            raise ConfigError(f"task_vector_samples must be a number >= 0, not {own!r}.")
         if self.norms not in ("anchor", "fit"):
             raise ConfigError(f"norms must be 'anchor' or 'fit', not {self.norms!r}.")
         _ = self.hidden_bytes, parse_dtype(self.walk_dtype), parse_dtype(self.hidden_dtype)
+
+    def hybrid_share(self, samples: int) -> float:
+        """Of the task vector's Gram, beside the measured one of so many samples."""
+        return self.task_vector_samples / (self.task_vector_samples + samples)
 
     @property
     def hidden_bytes(self) -> int:

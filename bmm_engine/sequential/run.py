@@ -50,6 +50,7 @@ def merge_sequential(
     fit_bias: bool = True,
     target: str = "stream",
     mean_weight: float = 0.0,
+    task_vector_samples: float = 100.0,
     sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
     sensitivity_share: float = 0.75,
     norms: str = "anchor",
@@ -90,6 +91,8 @@ def merge_sequential(
     `modules`, `keep_base`, `vocabulary`: as in `merge`. `task_weights`: "energy" (per input `1 / ||X_t U_t^T||^2`), None, or a number per
     expert. `fit_bias`: solve biases with their weights. `target`: "stream", or "module": all aim at what the expert's module gives.
     `mean_weight`: how much more the mean error of a task counts in linear modules, which shifts all of its predictions (`solve_drift`).
+    `task_vector_samples`: how many calibration samples the task vector's Gram counts as beside those of a task; its share is n_0 / (n_0 + n), the
+    less the more samples there are (`hybrid` of `solve_drift`). 0: the measured Grams alone.
     `sensitivities`: one SensitivitySet or path for each expert (`collect_sensitivity`, `bmm collect --sensitivity`): errors then count by how much
     the expert's predictions depend on them, `|| (X~_t W^T - X_t W_t^T) S_t^{1/2} ||`, in the energy weights too; `sensitivity_share` in [0, 1): of
     the metric S_t, the rest is the identity (see `sequential/weighted.py`).
@@ -106,6 +109,7 @@ def merge_sequential(
         fit_bias,
         target,
         mean_weight,
+        task_vector_samples,
         norms,
         sweeps,
         blocks,
@@ -263,6 +267,7 @@ def _identity(
             "fit_bias": options.fit_bias,
             "target": options.target,
             "mean_weight": options.mean_weight,
+            "task_vector_samples": options.task_vector_samples,
             "sensitivities": [own.digest() for own in plan.sensitivities],
             "sensitivity_share": settings.sensitivity_share,
             "norms": options.norms,
@@ -285,6 +290,7 @@ def _recipe(plan: MergePlan, options: SequentialOptions) -> dict[str, Any]:
         "sequential": {
             "target": options.target,
             "mean_weight": options.mean_weight,
+            "task_vector_samples": options.task_vector_samples,
             "norms": options.norms,
             "sweeps": options.sweeps,
         },

@@ -6,6 +6,12 @@
 with G~_t and Q_t as in `moments.py`; ours, after arXiv 2605.12843. Without drift Q_t is 0, and it is plain BMM. With the drift of the residual stream
 counted in (`ProjectedAccumulator`), the first norm is that of `S~_t + X~_t W^T - S_t - X_t W_t^T`.
 
+A `hybrid` share g_t in [0, 1) counts the task vector U_t beside the rows of a task, by rows along it that do not drift:
+
+    + sum_t beta_t g_t / (1 - g_t) tr(G~_t) / n_t || (W - W_t) U_t^T ||^2 / ||U_t||^2,
+
+which adds to G~_t in A and in the first term of R what the hybrid Gram of plain BMM holds beside the data: directions that few rows do not fill.
+
 An error that all rows of a task share does not average out over them, as others do, and shifts every prediction. A `mean_weight` gamma counts it once
 more: `+ gamma sum_t beta_t || mean(X~_t W^T - X_t W_t^T) ||^2`, which adds a rank-1 term for each task to A and to R.
 """
@@ -51,6 +57,7 @@ def solve_drift(
     alpha: float,
     task_weights: Sequence[float] | str | None = None,
     mean_weight: float = 0.0,
+    hybrid: Sequence[float] | float = 0.0,
     metrics: Sequence[Tensor | OutputMetric] | None = None,
     base: Tensor | None = None,
     name: str = "module",
@@ -60,7 +67,8 @@ def solve_drift(
     `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`:
     `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge,
     `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
-    needs `base`). `mean_weight`: gamma above. Computed in float64, rounded once.
+    needs `base`). `mean_weight`: gamma above; `hybrid`: g above, of each task or of all (needs `base`; a bias in it does not count). Computed in
+    float64, rounded once.
     `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`bmm_engine.weighted`; `output_metrics` makes one of
     a sensitivity); then "energy" is `1 / ||X_t U_t^T S_t^{1/2}||^2`, and the solve is iterative, in the moments' dtype.
 
@@ -91,6 +99,7 @@ def solve_drift(
         )
     betas = drift_task_weights(task_weights, energy, len(experts), name)
     check_mean_weight(mean_weight)
+    moments = _with_task_vectors(moments, experts, base, hybrid, name)
     factor = drift_factor(moments, betas, alpha=alpha, mean_weight=mean_weight, name=name)
     if weighing is None or factor is None:
         weight, before, after = solve_module(anchor, experts, moments, betas, factor, mean_weight)
@@ -115,6 +124,27 @@ def drift_task_weights(
     weights = tuple(float(w) for w in given)
     check_task_weights(weights, tasks, name)
     return weights
+
+
+def _with_task_vectors(
+    moments: Sequence[TaskMoments],
+    experts: Sequence[Tensor],
+    base: Tensor | None,
+    hybrid: Sequence[float] | float,
+    name: str,
+) -> list[TaskMoments]:
+    shares = [float(g) for g in hybrid] if isinstance(hybrid, Sequence) else [float(hybrid)] * len(moments)
+    if len(shares) != len(moments):
+        raise ConfigError(
+            f"{name}: {len(shares)} hybrid shares for {len(moments)} experts; give one for each, or one for all."
+        )
+    if wrong := [g for g in shares if not 0 <= g < 1]:
+        raise ConfigError(f"{name}: a hybrid share must be in [0, 1), not {wrong[0]}.")
+    if not any(shares):
+        return list(moments)
+    if base is None:
+        raise ConfigError(f"{name}: hybrid={hybrid!r} needs `base`, to form the task vectors.")
+    return [own.with_task_vector(w - base, g) for own, w, g in zip(moments, experts, shares, strict=True)]
 
 
 def check_mean_weight(value: float) -> None:
@@ -155,21 +185,20 @@ def solve_module(
         drifted = []
         for t, (part, beta) in enumerate(zip(parts, task_weights, strict=True)):
             gap = part.double() - own.double()
-            toward = gap @ moments[t].gram.double()
+            toward = gap @ moments[t].counted.double()
             drifted.append(moments[t].of(rows).drifted(part))
-            residual.add_(toward.sub(drifted[t]), alpha=beta / moments[t].rows)
+            residual.add_(toward.sub_(drifted[t]), alpha=beta / moments[t].rows)
             if mean_weight:
                 inputs = moments[t].total
                 shared = gap @ inputs - moments[t].of(rows).drifted_total(part)
                 residual.addr_(shared, inputs, alpha=mean_weight * beta / moments[t].rows ** 2)
-            before[t] += float((toward.sub_(drifted[t], alpha=2) * gap).sum())
         solved = own if factor is None else factor.solve(residual).add_(own).to(anchor.dtype)
         weight[rows] = solved
         for t, part in enumerate(parts):
             constant = moments[t].of(rows).target_drift(part)
-            gap = solved - part
-            before[t] += constant
-            after[t] += constant + squared(gap, moments[t].gram) + 2 * float((drifted[t] * gap).sum())
+            for total, weights in ((before, own), (after, solved)):
+                gap = weights - part
+                total[t] += constant + squared(gap, moments[t].gram) + 2 * float((drifted[t] * gap).sum())
     for total in (before, after):
         total[:] = [max(0.0, value) / own.rows for value, own in zip(total, moments, strict=True)]
     return weight, before, after
@@ -189,7 +218,7 @@ def solve_weighted_module(
     def toward() -> Iterator[Tensor]:
         for own, expert in zip(moments, experts, strict=True):
             gap = expert.double() - anchor.double()
-            part = (gap @ own.gram.double()).sub_(own.drifted(expert)).div_(own.rows)
+            part = (gap @ own.counted.double()).sub_(own.drifted(expert)).div_(own.rows)
             if mean_weight:
                 mean = own.total / own.rows
                 part.addr_(gap @ mean - own.drifted_total(expert) / own.rows, mean, alpha=mean_weight)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bmm_engine.architecture import LinearModule, is_head
 from bmm_engine.blocks import BlockWalk, Weighted, before_blocks, without_cache
 from bmm_engine.checkpoint import TensorSource
-from bmm_engine.collect import evaluating, mask_of, to_device
+from bmm_engine.collect import evaluating, mask_of, samples_of, to_device
 from bmm_engine.errors import CollectionError, EmptyCalibrationError
 from bmm_engine.inputs import Inputs
 from bmm_engine.memory import release_free_memory
@@ -111,7 +111,8 @@ class SequentialWalk:
 
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
-        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, self.options)
+        samples = [sum(map(samples_of, passage.batches)) for passage in self.experts]
+        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, self.options, samples)
         self.norms = NormSolver(self.plan, self.expert_inputs, anchor)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))

@@ -51,10 +51,11 @@ def assert_close(found, truth, tolerance):
         {"scale": 0.7, "alpha": 1.0},
         {"target": "module"},
         {"mean_weight": 10.0},
+        {"task_vector_samples": 0.0},
         {"sweeps": 2},
         {"norms": True},
     ],
-    ids=["defaults", "plain", "scaled", "section 7", "means", "sweeps", "norms"],
+    ids=["defaults", "plain", "scaled", "section 7", "means", "measured alone", "sweeps", "norms"],
 )
 def test_it_is_the_formula_walked_through_the_network(architecture, options):
     base, experts, batches = problem(architecture)
@@ -116,7 +117,7 @@ def test_without_drift_it_is_plain_bmm(architecture, fit_bias):
     experts = [first, second]
     grams = [collect_grams(e, b) for e, b in zip(experts, batches)]
     plain = merge(base, experts, grams=grams, task_weights="energy", fit_bias=fit_bias)
-    walked = merge_sequential(base, experts, batches, fit_bias=fit_bias)
+    walked = merge_sequential(base, experts, batches, fit_bias=fit_bias, task_vector_samples=0)
     at = next(i for i, r in enumerate(walked.inputs) if r.stage.endswith(f".{last}"))
     for name in walked.inputs[at].modules:
         assert relative_error(walked.tensors[f"{name}.weight"], plain.tensors[f"{name}.weight"].double()) < 1e-5, name
@@ -289,6 +290,7 @@ def test_bad_inputs_are_refused(tmp_path):
         ("sweeps must be a whole number >= 1", ConfigError, {"sweeps": 0}),
         ("norms must be 'anchor' or 'fit'", ConfigError, {"norms": "all"}),
         ("mean_weight must be a number >= 0", ConfigError, {"mean_weight": -1.0}),
+        ("task_vector_samples must be a number >= 0, not inf", ConfigError, {"task_vector_samples": math.inf}),
         ("target must be 'stream' or 'module'", ConfigError, {"target": "sum"}),
         (r"blocks: .* that matches 'decoder\*'", ConfigError, {"blocks": "decoder*"}),
         ("no config.json", ConfigError, {"base": base.state_dict(), "modules": ["*attention*"]}),

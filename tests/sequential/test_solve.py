@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import bmm_engine as bmm
 from bmm_engine.errors import ConfigError, ShapeMismatchError
+from bmm_engine.moments import DenseMoment, hybrid_moment
 from tests.numerics import relative_error
 
 
@@ -18,13 +19,17 @@ def rows(generator, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def truth_of(anchor, experts, own, merged, streams, betas, alpha, gamma):
-    """By the normal equations of all rows stacked; and each task's squared misfit over n for any weight."""
+def truth_of(anchor, experts, own, merged, streams, betas, alpha, gamma, pseudo):
+    """By the normal equations of all rows stacked; and each task's squared misfit over n for any weight. `pseudo[t]`: rows along the task vector,
+    for which the expert's own weight is the aim."""
     aims = [x @ w.T - s for x, w, s in zip(own, experts, streams)]
     weights = [torch.eye(len(y), dtype=y.dtype) + gamma / len(y) for y in merged]  # of pairs of rows
-    a = sum(b * y.T @ m @ y / len(y) for b, y, m in zip(betas, merged, weights))
+    a = sum(b * (y.T @ m @ y / len(y) + p.T @ p) for b, y, m, p in zip(betas, merged, weights, pseudo))
     lam = alpha * a.trace() / len(a)
-    right = lam * anchor + sum(b * z.T @ m @ y / len(y) for b, z, y, m in zip(betas, aims, merged, weights))
+    right = lam * anchor + sum(
+        b * (z.T @ m @ y / len(y) + w @ p.T @ p)
+        for b, z, y, m, w, p in zip(betas, aims, merged, weights, experts, pseudo)
+    )
     solved = torch.linalg.solve(a + lam * torch.eye(len(a), dtype=a.dtype), right, left=False)
     return solved, lambda w: [float((y @ w.T - z).square().sum()) / len(y) for y, z in zip(merged, aims)]
 
@@ -38,8 +43,9 @@ def truth_of(anchor, experts, own, merged, streams, betas, alpha, gamma):
     st.booleans(),
     st.booleans(),
     st.sampled_from([0.0, 10.0]),
+    st.sampled_from([0.0, 0.2, 0.9]),
 )
-def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_stream, gamma):
+def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_stream, gamma, share):
     g = torch.Generator().manual_seed(seed)
     counts = [4 + 3 * t for t in range(tasks)]
     own = [rows(g, n, width) for n in counts]
@@ -58,11 +64,17 @@ def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_
         own, merged = ([torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) for x in xs] for xs in (own, merged))
     changes = [float((x @ (w - base).T).square().sum()) / len(x) for x, w in zip(own, experts)]
     betas = [tasks / c / sum(1 / k for k in changes) for c in changes]
-    truth, misfit = truth_of(anchor, experts, own, merged, streams, betas, 0.1, gamma)
+    shares = [share / (1 + t) for t in range(tasks)]
+    pseudo = [torch.cat([(w - base)[:, :width], torch.zeros(outputs, with_bias)], 1) for w in experts]
+    pseudo = [
+        math.sqrt(g / (1 - g) * float(y.square().sum()) / len(y)) * u / u.norm()
+        for u, y, g in zip(pseudo, merged, shares)
+    ]
+    truth, misfit = truth_of(anchor, experts, own, merged, streams, betas, 0.1, gamma, pseudo)
     for accumulators in (projected, general)[: 1 if with_stream else 2]:
         moments = [a.moments(with_bias=with_bias) for a in accumulators]
         found = bmm.solve_drift(
-            anchor, experts, moments, alpha=0.1, task_weights="energy", mean_weight=gamma, base=base
+            anchor, experts, moments, alpha=0.1, task_weights="energy", mean_weight=gamma, hybrid=shares, base=base
         )
         assert relative_error(found.weight, truth) < 1e-9
         assert found.change == pytest.approx(changes, rel=1e-9)
@@ -84,6 +96,36 @@ def test_without_drift_it_is_plain_bmm_and_at_an_infinite_ridge_the_anchor():
     assert torch.equal(bmm.solve_drift(anchor, experts, moments, alpha=math.inf).weight, anchor)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("outputs", [4, 9])
+def test_without_drift_a_share_is_that_of_the_hybrid_gram(dtype, outputs):
+    g = torch.Generator().manual_seed(1)
+    own = [rows(g, 5, 7, dtype=dtype) for _ in range(2)]
+    base, anchor, *experts = (rows(g, outputs, 7, dtype=dtype) for _ in range(4))
+    measured = [bmm.DriftAccumulator(7, dtype=dtype) for _ in own]
+    for accumulator, x in zip(measured, own):
+        accumulator.update(x, x)
+    moments = [a.moments() for a in measured]
+    grams = [x.T @ x / len(x) for x in own]
+    # Scaled so that the data counts as without the task vector: that is what the task weights undo here.
+    weights = [float(gram.trace()) for gram in grams]
+    for share in (0.3, 0.95):
+        hybrids = [hybrid_moment(DenseMoment(gram), w - base, share) for gram, w in zip(grams, experts, strict=True)]
+        plain = bmm.solve_map(anchor, experts, hybrids, alpha=0.03, task_weights=weights).weight
+        found = bmm.solve_drift(anchor, experts, moments, alpha=0.03, hybrid=share, base=base).weight
+        assert relative_error(found, plain.double()) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_task_vectors_of_zero_and_shares_of_zero_add_nothing():
+    g = torch.Generator().manual_seed(2)
+    x, weight = rows(g, 6, 5), rows(g, 3, 5)
+    accumulator = bmm.DriftAccumulator(5, dtype=torch.float64)
+    accumulator.update(x, x + 1)
+    moments = accumulator.moments()
+    assert moments.with_task_vector(torch.zeros(3, 5), 0.5) is moments
+    assert moments.with_task_vector(weight, 0.0) is moments
+
+
 def test_bad_arguments_are_refused():
     moments = [bmm.DriftAccumulator(3)]
     moments[0].update(torch.ones(2, 3), torch.ones(2, 3))
@@ -94,5 +136,11 @@ def test_bad_arguments_are_refused():
         bmm.solve_drift(torch.ones(2, 4), [torch.ones(2, 4)], own, alpha=1.0)
     with pytest.raises(ConfigError, match="'energy' needs `base`"):
         bmm.solve_drift(weight, [weight], own, alpha=1.0, task_weights="energy")
+    with pytest.raises(ConfigError, match=r"hybrid=0\.5 needs `base`"):
+        bmm.solve_drift(weight, [weight], own, alpha=1.0, hybrid=0.5)
+    with pytest.raises(ConfigError, match=r"a hybrid share must be in \[0, 1\), not 1.0"):
+        bmm.solve_drift(weight, [weight], own, alpha=1.0, hybrid=1.0, base=weight)
+    with pytest.raises(ConfigError, match="2 hybrid shares for 1 experts"):
+        bmm.solve_drift(weight, [weight], own, alpha=1.0, hybrid=[0.1, 0.2], base=weight)
     with pytest.raises(ConfigError, match="was measured without biases"):
         bmm.ProjectedAccumulator(weight, weight).moments(with_bias=True)
