@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from bmm_engine.errors import DataError
@@ -30,6 +31,13 @@ class Score:
     high: float
     metric: str
     details: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def standard_error(self) -> float:
+        """Half the interval's width in units of the normal distribution's; 0 where nothing is known of it."""
+        if not self.samples:
+            return 0.0
+        return (self.high - self.low) / 2 / NormalDist().inv_cdf((1 + LEVEL) / 2)
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it: a number that is not finite as text."""

@@ -97,7 +97,9 @@ class SearchRecipe(Strict):
     `groups`: modules that share a ridge: "role_depth" (attention in and out, MLP in and out, times `depth_bins` bins of the layers), "role", "depth",
     "all" (one group), "module" (one for each), or {name: [shell patterns]}. `alpha_range`: the upper end stands for the anchor itself.
     `scales`: "fixed" (the recipe's), "global" (one for all), or "group". `anchors`: names (or mappings with parameters) to choose from; none: the
-    recipe's. `weightings`: task weights to choose from ("none", "energy"), or "free": one weight for each task, which makes a trial factor anew.
+    recipe's. `lead`: the best candidate is chosen if its objective is higher than the best anchor's or default's by so many of its standard errors,
+    as the validation data's size makes them (known of classification and of texts); else that anchor or default is, since the best of many trials
+    looks better than it is. `weightings`: task weights to choose from ("none", "energy"), or "free": one weight for each task, which makes a trial factor anew.
     """
 
     trials: int | None = Field(60, ge=1)
@@ -114,6 +116,12 @@ class SearchRecipe(Strict):
     weightings: list[Literal["none", "energy"]] | Literal["free"] = Field([], description="empty: the recipe's own")
     schedule: Literal["asynchronous", "synchronous"] = Field(
         "asynchronous", description="synchronous: ask as many as there are workers, wait for all, tell them in order"
+    )
+    lead: float = Field(
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="standard errors by which a candidate must lead over the best first one; 0: any",
     )
     racing: bool = Field(False, description="stop a trial whose remaining tasks cannot lift it over the best")
     racing_margin: float = Field(0.02, ge=0, description="how much better than ever seen a remaining task might be")

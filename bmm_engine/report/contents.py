@@ -31,6 +31,7 @@ class Contents:
     complete: bool
     objective: Objective | None = field(default=None)
     inputs: tuple[Mapping[str, Any], ...] = ()  # of the written merge, in the mode sequential
+    chosen: int | None = None  # the trial that the search took in the end
 
     @classmethod
     def of(cls, study: Study) -> Contents:
@@ -39,6 +40,7 @@ class Contents:
         # A function is not imported: to look at somebody's study is not to run their code. What it gave is recorded.
         name = study.record["objective"]
         objective = None if ":" in name else get_objective(name)
+        complete = bool(result) and not _went_on(study, result)
         return cls(
             study.folder.name.removesuffix(".study"),
             study.record,
@@ -48,9 +50,10 @@ class Contents:
             study.fact("alignment") or {},
             float(result.get("seconds") or study.fact("active_seconds") or 0.0),
             study.driver_alive(),
-            bool(result) and not _went_on(study, result),
+            complete,
             objective,
             _inputs(result.get("output"), len(study.record["tasks"])),
+            result["best"] if complete else None,
         )
 
     @property
@@ -68,6 +71,9 @@ class Contents:
 
     @property
     def best(self) -> Trial | None:
+        """The one that was taken; while the search runs, the one of the highest value."""
+        if self.chosen is not None:
+            return next((t for t in self.finished if t.number == self.chosen), None)
         return max(self.finished, key=lambda t: (t.value or 0.0, -t.number), default=None)
 
     def first(self, kind: str) -> Trial | None:

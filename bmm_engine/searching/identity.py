@@ -15,7 +15,12 @@ from bmm_engine.recipe import Recipe
 from bmm_engine.searching.problem import Problem
 
 # Keys of a recipe that do not change what a trial is.
-_BESIDE: dict[str, Any] = {"dtype": True, "max_shard_size": True, "device": True, "search": {"trials", "minutes"}}
+_BESIDE: dict[str, Any] = {
+    "dtype": True,
+    "max_shard_size": True,
+    "device": True,
+    "search": {"trials", "minutes", "lead"},
+}
 
 
 def identity_of(recipe: Recipe, workers: int, local_files_only: bool) -> dict[str, Any]:

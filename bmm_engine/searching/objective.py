@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators.function import load_function
+from bmm_engine.scores import Score
 
 Function = Callable[[Mapping[str, float]], float]
 
@@ -78,6 +79,14 @@ def get_objective(name: str | Function) -> Objective:
 def objective_name(name: str | Function) -> str:
     """What a study records of an objective."""
     return name if isinstance(name, str) else get_objective(name).name
+
+
+def standard_error(objective: Objective, scores: Mapping[str, Score], experts: Mapping[str, float]) -> float:
+    """How uncertain the objective is because the tasks' scores are, each of which is lowered by its standard error in turn; 0 where none is known."""
+    values = normalized({task: score.value for task, score in scores.items()}, experts)
+    errors = {task: score.standard_error / experts[task] for task, score in scores.items()}
+    moves = [objective(values) - objective({**values, task: values[task] - e}) for task, e in errors.items() if e > 0]
+    return math.hypot(*moves)
 
 
 def normalized(scores: Mapping[str, float], experts: Mapping[str, float]) -> dict[str, float]:

@@ -203,7 +203,10 @@ def search(
         study_path = Path(folder)
         executor = stack.enter_context(open_executor(0))
         identity = {
-            "search": {**section.model_dump(exclude={"trials", "minutes"}), "objective": objective_name(objective)},
+            "search": {
+                **section.model_dump(exclude={"trials", "minutes", "lead"}),
+                "objective": objective_name(objective),
+            },
             "tasks": list(names),
             "anchors": {label: [rule, repr(own)] for label, (rule, own) in chosen.items()},
             "settings": {"alpha": repr(alpha), "scale": repr(scale), "task_weights": repr(settings.task_weights)},

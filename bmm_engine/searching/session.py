@@ -14,7 +14,7 @@ from bmm_engine.factors import FactorGroup, plain_alignment
 from bmm_engine.measure import Report
 from bmm_engine.scores import Score
 from bmm_engine.searching.driver import Driver, Watcher, scores_plain
-from bmm_engine.searching.objective import normalized
+from bmm_engine.searching.objective import normalized, standard_error
 from bmm_engine.searching.problem import Problem, common_tensors
 from bmm_engine.searching.proposer import Proposer
 from bmm_engine.searching.schema import Trial
@@ -75,10 +75,27 @@ class Session:
         if self.study.fact("alignment") is None and self._prepared.groups:
             self.study.set_fact("alignment", plain_alignment(self._prepared.groups, self._expert_labels()))
         driver = self._driver(experts)
-        best = driver.run()
+        best = self._chosen(driver.run(), experts)
         self.seconds = driver.clock.seconds
         self._judge(best)
         return best
+
+    def _chosen(self, best: Trial, experts: Mapping[str, float]) -> Trial:
+        """The best trial, if it leads over the first candidates by more than chance would let it; else the best of those."""
+        first = [t for t in self.study.trials(["finished"]) if t.kind != "proposed" and t.value is not None]
+        if best.kind != "proposed" or not first:
+            return best
+        known = max(first, key=lambda t: (t.value or 0.0, -t.number))
+        error = standard_error(self.objective, best.scores, experts)
+        needed, lead = self.problem.search.lead * error, (best.value or 0.0) - (known.value or 0.0)
+        if lead > needed:
+            return best
+        self.report(
+            f"the best candidate (trial {best.number}, {best.value:.4f}) leads over the {known.kind} (trial {known.number}, {known.value:.4f}) by"
+            f" {lead:.4f}, not by more than {needed:.4f} ({self.problem.search.lead:g} standard errors of the validation scores): the {known.kind} is"
+            " taken. More validation data, or a smaller `search.lead`, would let it win."
+        )
+        return known
 
     def _plan(self) -> str:
         """What was prepared, and what a trial costs."""

@@ -9,6 +9,7 @@ import torch
 
 import bmm_engine as bmm
 from bmm_engine.errors import ConfigError, DataError, SearchError
+from bmm_engine.scores import Score
 from bmm_engine.searching.run import search
 from tests.tiny import fine_tune, make_base
 
@@ -135,6 +136,31 @@ def test_a_race_spares_tasks_and_finds_the_same_best(models, target, tmp_path):
         if t.state == "pruned":
             assert len(t.scores) == 1
             assert t.value <= second.best.value
+
+
+def test_a_lead_within_the_noise_is_not_taken(models, target, tmp_path):
+    judge = Distance(target)
+
+    def uncertain(model, task):
+        value, half = judge(model, task), uncertain.half
+        return Score(value, 100, value - half, value + half, "accuracy")
+
+    def chosen(folder, half, **options):
+        uncertain.half = half
+        return run(models, uncertain, study=tmp_path / f"{folder}.study", **options).best
+
+    sure = chosen("sure", 1e-6)
+    assert sure.kind == "proposed"
+    unsure = chosen("unsure", 1.0)
+    default = next(t for t in trials_of(tmp_path / "unsure.study") if t.kind == "default")
+    assert unsure.number == default.number
+    assert unsure.value < sure.value
+    # Two tasks: the mean's error is the root of 2 halves squared, over 1.96; the same study with another lead runs nothing again.
+    calls, needed = judge.calls, (sure.value - default.value) / (1.0 / 1.959964 / math.sqrt(2))
+    assert chosen("unsure", 1.0, lead=0.99 * needed).number == sure.number
+    assert chosen("unsure", 1.0, lead=1.01 * needed).number == default.number
+    assert chosen("unsure", 1.0, lead=0).number == sure.number
+    assert judge.calls == calls
 
 
 def test_the_worst_task_can_be_the_objective(models, target):
