@@ -1,7 +1,7 @@
 """`python -m bench.accuracy.theory`: what the theory claims, measured at one seed of a suite, on validation data.
 
-How well data-free Grams are aligned with measured ones; what calibration data, the ridge, and the number of tasks do to a merge; and whether
-averaging over the posterior is better calibrated than the MAP.
+How well data-free Grams are aligned with measured ones; what calibration data, the task vectors' share of a hybrid Gram, the ridge, and the number of
+tasks do to a merge; and whether averaging over the posterior is better calibrated than the MAP.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from bmm_engine.scores import classification_score
 
 SAMPLES = (4, 16, 64, 256, 1024)
 RIDGES = tuple(10.0**power for power in range(-5, 4))
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 DRAWS = 8
 
 Row = dict[str, Any]
@@ -93,9 +94,21 @@ class Study:
                 ("data, weighted outputs", self.merged(grams=grams, sensitivities=weights)),
                 ("hybrid, weighted outputs", self.merged(grams=grams, hybrid=HYBRID, sensitivities=weights)),
                 ("sequential", self._walked(batches)),
+                (
+                    "sequential, weighted outputs, measured Grams alone",
+                    self._walked(batches, sensitivities=weights, task_vector_samples=0),
+                ),
                 ("sequential, weighted outputs", self._walked(batches, sensitivities=weights)),
             ):
                 yield {"method": method, "samples": samples, "value": value}
+
+    def by_share(self) -> Iterator[Row]:
+        """Of plain merges on the anchors that are the worst and the best by themselves."""
+        for anchor in ("average", "tsv_m"):
+            for method, weights in (("all outputs alike", []), ("weighted outputs", self.sensitivities)):
+                for share in SHARES:
+                    options: Row = {"anchor": anchor, "grams": self.grams, "hybrid": share, "sensitivities": weights}
+                    yield {"anchor": anchor, "method": method, "share": share, "value": self.merged(**options)}
 
     def by_ridge(self) -> Iterator[Row]:
         """Of plain merges on each anchor; of `bmm merge` as it comes on the first."""
@@ -157,6 +170,7 @@ class Study:
 PARTS: dict[str, Callable[[Study], Iterator[Row]]] = {
     "alignment": Study.alignment,
     "samples": Study.by_samples,
+    "shares": Study.by_share,
     "ridge": Study.by_ridge,
     "tasks": Study.by_tasks,
     "calibration": Study.calibration_error,

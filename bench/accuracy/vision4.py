@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
@@ -178,7 +179,10 @@ def _experts(tasks: Sequence[Images], base: Path, folder: Path, training: Traini
     if missing:
         context, alone = get_context("spawn"), partial(torch.set_num_threads, 1)
         with ProcessPoolExecutor(min(WORKERS, len(missing)), mp_context=context, initializer=alone) as pool:
-            list(pool.map(partial(_expert, base=base, folder=folder, training=training), missing))
+            try:
+                list(pool.map(partial(_expert, base=base, folder=folder, training=training), missing))
+            except BrokenProcessPool as error:
+                raise TrainingError("a process that trained an expert died, perhaps for lack of memory") from error
     return [folder / task.name for task in tasks]
 
 

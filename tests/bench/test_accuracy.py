@@ -102,6 +102,7 @@ def test_what_the_theory_claims_is_measured(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(theory, "SAMPLES", (4, 8))
     monkeypatch.setattr(theory, "RIDGES", (1e-2, 1.0))
     monkeypatch.setattr(theory, "PRIORS", ("average", "tsv_m"))
+    monkeypatch.setattr(theory, "SHARES", (0.0, 1.0))
     monkeypatch.setattr(theory, "DRAWS", 2)
     small = partial(text8.prepare, names=("sst2", "tweet_emotion"), sizes=Sizes(48, 12, 24, 24))
     monkeypatch.setattr(text8, "prepare", small)
@@ -112,7 +113,10 @@ def test_what_the_theory_claims_is_measured(arguments, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "theory.json").read_text())
     assert all(0 <= row["cosine"] <= 1 for row in found["alignment"])
     assert {row["task"] for row in found["alignment"]} == {"sst2", "tweet_emotion"}
-    assert [row["samples"] for row in found["samples"]] == [0, *[4] * 6, *[8] * 6]
+    assert [row["samples"] for row in found["samples"]] == [0, *[4] * 7, *[8] * 7]
+    shares = {(row["anchor"], row["method"], row["share"]): row["value"] for row in found["shares"]}
+    assert len(shares) == 8
+    assert shares["tsv_m", "weighted outputs", 0.0] != shares["tsv_m", "weighted outputs", 1.0]
     ridge = {(row["anchor"], row["alpha"]): row["value"] for row in found["ridge"]}
     assert len(ridge) == 9
     assert {row["tasks"] for row in found["tasks"]} == {2}
