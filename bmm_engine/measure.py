@@ -16,7 +16,8 @@ from bmm_engine.evaluators.heads import with_head
 from bmm_engine.fisher import FisherSet, collect_fisher
 from bmm_engine.grams import GramSet
 from bmm_engine.progress import quiet_transformers
-from bmm_engine.recipe import ExpertRecipe, ModelRecipe, Recipe, StackRecipe
+from bmm_engine.recipe import Recipe
+from bmm_engine.references import ExpertRecipe, ModelRecipe, StackRecipe
 from bmm_engine.sections import CalibrationRecipe
 from bmm_engine.sensitivity import SensitivitySet, collect_sensitivity
 from bmm_engine.sources import adapter_options, open_expert

@@ -11,11 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
-    Discriminator,
     Field,
     PlainValidator,
-    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -24,79 +21,11 @@ from pydantic import (
 from bmm_engine import mergekit
 from bmm_engine.anchors import Setting, get_anchor
 from bmm_engine.errors import ConfigError
+from bmm_engine.expert_parameters import with_own_parameters
+from bmm_engine.references import AnchorRecipe, ExpertRecipe, ModelRecipe, ModelReference, SliceRecipe, StackRecipe
 from bmm_engine.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, SequentialRecipe, Strict
 
 S = TypeVar("S", bound=BaseModel)
-
-
-def _form(value: Any) -> str:
-    if isinstance(value, (dict, BaseModel)):
-        return "<slices>" if "slices" in value or isinstance(value, StackRecipe) else "<model>"
-    return "<path>"
-
-
-class ModelRecipe(Strict):
-    """A model that takes more than a path to name: a revision on the hub, a PEFT adapter on top."""
-
-    model: str
-    revision: str | None = None
-    adapter: str | None = None
-    adapter_revision: str | None = None
-
-
-class SliceRecipe(ModelRecipe):
-    """The layers `start <= j < stop` of a model."""
-
-    layers: tuple[int, int]
-
-
-class StackRecipe(Strict):
-    """A model stacked from layers of others, one slice after another (see `checkpoint/compose.py`)."""
-
-    slices: list[SliceRecipe] = Field(min_length=1)
-
-
-# A path or hub id, or one of the two above. A tag in angle brackets never shows in messages.
-ModelReference = Annotated[
-    Annotated[str, Tag("<path>")] | Annotated[ModelRecipe, Tag("<model>")] | Annotated[StackRecipe, Tag("<slices>")],
-    Discriminator(_form),
-]
-
-
-class ExpertRecipe(Strict):
-    """One fine-tune. `grams`: its Gram file, read if it exists, else made from `calibration` and kept there. `fisher`, `sensitivity`: the same for
-    its Fisher information, and for how much its predictions depend on its modules' outputs. `parameters`: its own values of the anchor's per-expert
-    parameters; a plain list is a gradient over depth here.
-    `validation`: labelled data of its task, which a search scores by; `test`: what the result is judged on. `head`: for a bare encoder, a
-    safetensors file of its linear head (`weight` (classes, width), `bias`); `metric`: of its task, instead of the evaluation's."""
-
-    model: ModelReference
-    name: str = ""
-    grams: str | None = None
-    calibration: str | None = None
-    fisher: str | None = None
-    sensitivity: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    validation: str | None = None
-    test: str | None = None
-    head: str | None = None
-    metric: Literal["accuracy", "macro_f1"] | None = None
-
-    @property
-    def label(self) -> str:
-        """What to call the expert: its name, else the last part of its path."""
-        return self.name or _last_part(self.model)
-
-
-class AnchorRecipe(BaseModel):
-    """A merging rule by name; all other keys are its parameters."""
-
-    model_config = ConfigDict(extra="allow")
-    name: str
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], Any]:
@@ -266,22 +195,7 @@ class Recipe(Strict):
     @property
     def anchor_parameters(self) -> dict[str, Any]:
         """The anchor's parameters, with the experts' own values in them; raises `ConfigError` for those that are not per expert."""
-        rule = get_anchor(self.anchor.name)
-        schema = {p["name"]: p for p in rule.schema}
-        given = {_singular(key, schema): value for key, value in self.anchor.parameters.items()}
-        own = [{_singular(key, schema): value for key, value in e.parameters.items()} for e in self.experts]
-        for expert, parameters in zip(self.experts, own, strict=True):
-            for key in parameters:
-                if key not in schema:
-                    rule.parameters({key: None})  # raises, with the nearest name
-                if not schema[key]["per_expert"]:
-                    raise ConfigError(
-                        f"expert {expert.label!r}: parameters.{key}: anchor {rule.name!r} has one {key} for all experts; give it under `anchor`."
-                    )
-        for key in {key for parameters in own for key in parameters}:
-            common = given.get(key, schema[key]["default"])
-            given[key] = [_value_of(p, key, _share(common, t, len(own))) for t, p in enumerate(own)]
-        return given
+        return with_own_parameters(self.anchor, self.experts)
 
     def expert_name(self, index: int) -> str:
         return self.experts[index].label
@@ -375,50 +289,6 @@ def parse_section(section: type[S], raw: Mapping[str, Any], name: str) -> S:
     except ValidationError as error:
         located = [{**e, "loc": (name, *e["loc"])} for e in error.errors()]
         raise ConfigError("; ".join(_explain(e) for e in located)) from error
-
-
-def _last_part(model: Any) -> str:
-    if isinstance(model, str):
-        return Path(model).name
-    if isinstance(model, StackRecipe):
-        return " + ".join(f"{_last_part(part)}[{part.layers[0]}:{part.layers[1]}]" for part in model.slices)
-    return Path(model.model).name + (f"+{Path(model.adapter).name}" if model.adapter else "")
-
-
-def _singular(key: str, schema: Mapping[str, Any]) -> str:
-    """A per-expert parameter may be named in the plural: weights."""
-    single = key.removesuffix("s")
-    return single if key not in schema and single in schema and schema[single]["per_expert"] else key
-
-
-def _is_filters(raw: Any) -> bool:
-    return isinstance(raw, (list, tuple)) and bool(raw) and all(isinstance(c, Mapping) and "value" in c for c in raw)
-
-
-def _share(raw: Any, expert: int, experts: int) -> Any:
-    """One expert's part of a per-expert value, in the forms of `anchors/settings.py`."""
-    if _is_filters(raw):
-        return [{**case, "value": _share(case["value"], expert, experts)} for case in raw]
-    if isinstance(raw, (list, tuple)):
-        if len(raw) != experts:
-            raise ConfigError(
-                f"anchor: {list(raw)!r} has {len(raw)} values for {experts} experts; give one for each, or one for all. (A gradient over depth is"
-                " written {gradient: [...]} here.)"
-            )
-        return raw[expert]
-    return raw
-
-
-def _value_of(parameters: Mapping[str, Any], key: str, common: Any) -> Any:
-    """An expert's own value, `common` where it has none, or none that matches."""
-    if parameters.get(key) is None:
-        return common
-    raw = parameters[key]
-    if isinstance(raw, Mapping) and "value" in raw:
-        raw = [raw]
-    if _is_filters(raw):
-        return [*raw, {"value": common}]
-    return {"gradient": list(raw)} if isinstance(raw, (list, tuple)) else raw
 
 
 def _without_infinity(value: Any) -> Any:

@@ -97,9 +97,9 @@ class SearchRecipe(Strict):
     `groups`: modules that share a ridge: "role_depth" (attention in and out, MLP in and out, times `depth_bins` bins of the layers), "role", "depth",
     "all" (one group), "module" (one for each), or {name: [shell patterns]}. `alpha_range`: the upper end stands for the anchor itself.
     `scales`: "fixed" (the recipe's), "global" (one for all), or "group". `anchors`: names (or mappings with parameters) to choose from; none: the
-    recipe's. `lead`: the best candidate is chosen if its objective is higher than the best anchor's or default's by so many of its standard errors,
-    as the validation data's size makes them (known of classification and of texts); else that anchor or default is, since the best of many trials
-    looks better than it is. `weightings`: task weights to choose from ("none", "energy"), or "free": one weight for each task, which makes a trial factor anew.
+    recipe's. `weightings`: task weights to choose from ("none", "energy"), or "free": one weight for each task, which makes a trial factor anew.
+    `lead`: the best of many trials looks better than it is; it is chosen if its objective is higher than the best anchor's or default's by so many
+    of its standard errors, as the validation data's size makes them (known of classification and of texts); else that anchor or default is.
     """
 
     trials: int | None = Field(60, ge=1)

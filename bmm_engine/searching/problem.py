@@ -18,7 +18,8 @@ from bmm_engine.evaluators import Evaluator, FunctionEvaluator
 from bmm_engine.live import LiveModels, share_parameters
 from bmm_engine.merging import merge, plan_merge
 from bmm_engine.plan import MergePlan, MergeSettings
-from bmm_engine.recipe import AnchorRecipe, Recipe
+from bmm_engine.recipe import Recipe
+from bmm_engine.references import AnchorRecipe
 from bmm_engine.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective
 from bmm_engine.searching.space import Candidate, SearchGroup, Space, common_value, module_groups, weighting_label

@@ -16,7 +16,8 @@ from bmm_engine.evaluators.heads import with_head
 from bmm_engine.live import LiveModels, share_parameters
 from bmm_engine.measure import Models, live_model, model_folder
 from bmm_engine.plan import MergePlan
-from bmm_engine.recipe import ExpertRecipe, Recipe
+from bmm_engine.recipe import Recipe
+from bmm_engine.references import ExpertRecipe
 from bmm_engine.scores import Score
 from bmm_engine.sections import EvaluationRecipe
 

@@ -21,7 +21,8 @@ from bmm_engine.executors import Executor, open_executor
 from bmm_engine.live import LiveModels
 from bmm_engine.measure import Report
 from bmm_engine.plan import MergePlan
-from bmm_engine.recipe import AnchorRecipe, Recipe
+from bmm_engine.recipe import Recipe
+from bmm_engine.references import AnchorRecipe
 from bmm_engine.scores import Score
 from bmm_engine.searching.identity import identity_of
 from bmm_engine.searching.problem import Problem, Tasks
