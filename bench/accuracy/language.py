@@ -44,6 +44,7 @@ INSTALL = f"run `pip install --no-deps {PACKAGE}` and `pip install gguf accelera
 BMM = (sys.executable, "-c", "from bmm_engine.cli import main; main()")
 
 PLAIN = {"mode": "plain", "output_weights": "none"}
+WALK = {"mode": "sequential", "output_weights": "none"}
 ROWS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
     # method, anchor, what its recipe says, whether it reads calibration
     ("anchor", "average", {"alpha": math.inf}, False),
@@ -53,7 +54,8 @@ ROWS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
     ("data", "average", {**PLAIN, "gram_source": "data"}, True),
     ("data", "tsv_m", {**PLAIN, "gram_source": "data"}, True),
     ("hybrid", "average", PLAIN, True),
-    ("sequential", "average", {"mode": "sequential", "output_weights": "none"}, True),
+    ("sequential, measured Grams alone", "average", {**WALK, "sequential": {"task_vector_samples": 0}}, True),
+    ("sequential", "average", WALK, True),
 )
 
 
