@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Report = Callable[[str], None]
-FEW_SAMPLES = 16  # of a task: below, a plain merge on hybrid Grams is better (README, "How much calibration data")
+FEW_SAMPLES = 16  # of a task: below, a plain merge on hybrid Grams can be better (README, "How much calibration data")
 
 
 class Models:
@@ -210,7 +210,7 @@ def calibration_batches(recipe: Recipe, models: Models, report: Report = lambda 
         if len(data) < FEW_SAMPLES:
             report(
                 f"warning: {expert.label}: {len(data)} calibration samples ({expert.calibration}) are few for the mode sequential: below"
-                f" {FEW_SAMPLES} the mode plain is better. Give more, or say `mode: plain`."
+                f" {FEW_SAMPLES} the mode plain can be better. Give more, or say `mode: plain`."
             )
         found.append(_batches(data, model_folder(models.expert(recipe, expert)), options))
     return found
