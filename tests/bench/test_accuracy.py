@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
+import bmm_engine as bmm
 from bench import __main__ as bench
 from bench.accuracy import command, results, text8, theory, vision4
 from bench.accuracy.experiment import load_tensors
@@ -106,6 +107,8 @@ def test_what_the_theory_claims_is_measured(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(theory, "DRAWS", 2)
     small = partial(text8.prepare, names=("sst2", "tweet_emotion"), sizes=Sizes(48, 12, 24, 24))
     monkeypatch.setattr(text8, "prepare", small)
+    merged, merge = [], bmm.merge
+    monkeypatch.setattr(bmm, "merge", lambda *models, **options: merged.append(options) or merge(*models, **options))
     files = ["--json", str(tmp_path / "theory.json"), "--plot", str(tmp_path / "theory.png")]
     given = [key for name in ("--suite", "--data", "--cache") for key in (name, options[name])]
     monkeypatch.setattr("sys.argv", ["theory", *given, *files])
@@ -114,9 +117,17 @@ def test_what_the_theory_claims_is_measured(arguments, tmp_path, monkeypatch):
     assert all(0 <= row["cosine"] <= 1 for row in found["alignment"])
     assert {row["task"] for row in found["alignment"]} == {"sst2", "tweet_emotion"}
     assert [row["samples"] for row in found["samples"]] == [0, *[4] * 7, *[8] * 7]
-    shares = {(row["anchor"], row["method"], row["share"]): row["value"] for row in found["shares"]}
-    assert len(shares) == 8
-    assert shares["tsv_m", "weighted outputs", 0.0] != shares["tsv_m", "weighted outputs", 1.0]
+    shares = {(row["anchor"], row["method"], row["share"]) for row in found["shares"]}
+    assert len(shares) == len(found["shares"]) == 8
+    # Scores of 24 sentences may be equal at different shares, so what was merged is looked at instead.
+    asked = [
+        (own["anchor"], len(own["sensitivities"]), own["hybrid"])
+        for own in merged
+        if "hybrid" in own and "anchor" in own
+    ]
+    assert asked == [
+        (anchor, weights, share) for anchor in ("average", "tsv_m") for weights in (0, 2) for share in (0, 1)
+    ]
     ridge = {(row["anchor"], row["alpha"]): row["value"] for row in found["ridge"]}
     assert len(ridge) == 9
     assert {row["tasks"] for row in found["tasks"]} == {2}
