@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from bench.accuracy import results
 from bench.accuracy.experiment import Experiment, load_tensors
@@ -52,6 +54,7 @@ class _Table:
         self.kept = {result.row: result for result in kept}
         self.model = experiment.load(experiment.base)
         self.merger = Merger(experiment, trials=options.trials)
+        self.scored: dict[tuple[str, str], Mapping[str, Score]] = {}  # by split and the merge's digest
 
     def results(self) -> Iterator[Result]:
         experts = self._scores_of_experts()
@@ -127,8 +130,18 @@ class _Table:
         if not merge.tensors:
             return experts[split]
         load_tensors(self.model, merge.tensors)
-        scorer = self.experiment.test if split == "test" else self.experiment.validation
-        return scorer(self.model)
+        key = split, _digest(self.model)
+        if key not in self.scored:
+            self.scored[key] = (self.experiment.test if split == "test" else self.experiment.validation)(self.model)
+        return self.scored[key]
+
+
+def _digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import bmm_engine as bmm
@@ -163,7 +164,8 @@ class Merger:
 
         def at(scale: float) -> dict[str, Tensor]:
             return {
-                name: base[name] + scale * (own - base[name]) if own.is_floating_point() else own
+                # At 1 the very same bits, so that the table need not score it again.
+                name: torch.lerp(base[name], own, scale) if own.is_floating_point() else own
                 for name, own in anchor.items()
             }
 
