@@ -15,8 +15,8 @@ from transformers import ViTConfig, ViTModel
 
 import bmm_engine as bmm
 from bench import __main__ as bench
-from bench.accuracy import command, results, text8, theory, vision4
-from bench.accuracy.experiment import load_tensors
+from bench.accuracy import command, methods, results, text8, theory, vision4
+from bench.accuracy.experiment import Scorer, load_tensors
 from bench.accuracy.methods import Merger
 from bmm_engine.demo.data import Sizes
 from bmm_engine.errors import DataError
@@ -96,6 +96,18 @@ def test_every_kind_of_row_is_scored_and_kept(arguments, tmp_path, capsys, monke
     capsys.readouterr()
     assert bench.main([*arguments, "--rows", "anchor average", *files[:2]]) == 0
     assert {result.row for result in results.read(tmp_path / "rows.json")} == set(found)
+
+
+def test_equal_merges_are_scored_once(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "SCALES", (1.0,))
+    scored, score = [], Scorer.__call__
+    monkeypatch.setattr(Scorer, "__call__", lambda self, model: scored.append(self) or score(self, model))
+    rows = ["--rows", "anchor average", "anchor, scale searched average"]
+    assert bench.main([*arguments, *rows, "--json", str(tmp_path / "rows.json")]) == 0
+    anchor, scaled = results.read(tmp_path / "rows.json")
+    assert scaled.chosen == {"scale": 1.0}
+    assert scaled.scores == anchor.scores
+    assert len(scored) == 2  # one of them on the rows that a search scores by
 
 
 def test_what_the_theory_claims_is_measured(arguments, tmp_path, monkeypatch):
