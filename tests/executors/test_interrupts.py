@@ -13,12 +13,14 @@ import psutil
 import pytest
 
 SCRIPT = """
+import signal
 import sys
 from bmm_engine.executors import open_executor
 from tests.executors import jobs
 
 if __name__ == "__main__":
     folder, how = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C, and so would what it starts
     executor = open_executor(2, folder=folder + "/shared")
     import torch
     shared = executor.share({"a": torch.ones(3)})
@@ -46,26 +48,25 @@ def test_no_process_is_left(tmp_path, how, sent, code):
     script.write_text(SCRIPT)
     pids.mkdir()
     root = str(Path(__file__).parents[2])
-    parent = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script), str(tmp_path), how],
         env={**os.environ, "PYTHONPATH": root},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,  # a group of its own, as a terminal's
-    )
-    try:
-        _until(lambda: len(list(pids.iterdir())) == 2 or parent.poll() is not None)
-        family = psutil.Process(parent.pid).children(recursive=True)
-        assert {int(path.name) for path in pids.iterdir()} <= {process.pid for process in family}
-        assert len(family) >= 2
-        if sent == signal.SIGINT:
-            os.killpg(parent.pid, sent)  # Ctrl-C goes to all of them
-        else:
-            os.kill(parent.pid, sent)
-        _, printed = parent.communicate(timeout=30)
-    finally:
-        parent.kill()
-        parent.wait()
+    ) as parent:
+        try:
+            _until(lambda: len(list(pids.iterdir())) == 2 or parent.poll() is not None)
+            family = psutil.Process(parent.pid).children(recursive=True)
+            assert {int(path.name) for path in pids.iterdir()} <= {process.pid for process in family}
+            assert len(family) >= 2
+            if sent == signal.SIGINT:
+                os.killpg(parent.pid, sent)  # Ctrl-C goes to all of them
+            else:
+                os.kill(parent.pid, sent)
+            _, printed = parent.communicate(timeout=30)
+        finally:
+            parent.kill()
     assert parent.returncode == code
     _until(lambda: not any(_runs(process) for process in family))
     if sent == signal.SIGINT:

@@ -134,10 +134,12 @@ def test_gpus_are_shared_so_that_all_workers_find_room(gpus, workers, each):
 
 
 SCRIPT = """
+import signal
 import sys
 from bmm_engine.executors import open_executor
 from tests.executors import jobs
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore Ctrl-C, and so would what it starts
 with open_executor(2, ray="local") as executor:
     executor.start(jobs.no_state)
     for job in range(2):
