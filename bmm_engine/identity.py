@@ -43,8 +43,8 @@ def path_digest(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def batches_digest(batches: Iterable[Any]) -> str:
-    """Of every value in calibration batches, nested as they may be."""
+def values_digest(values: Iterable[Any]) -> str:
+    """Of every value, whole and nested as they may be: calibration batches, state dicts."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -62,8 +62,8 @@ def batches_digest(batches: Iterable[Any]) -> str:
         else:
             digest.update(repr(value).encode())
 
-    for batch in batches:
-        add(batch)
+    for own in values:
+        add(own)
     return digest.hexdigest()[:16]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from bench.accuracy import results
 from bench.accuracy.experiment import Experiment, load_tensors
@@ -20,6 +18,7 @@ from bench.accuracy.results import Result, normalised
 from bench.harness import peak_mib_of
 from bench.report import commit, hardware, note
 from bmm_engine.errors import BmmError
+from bmm_engine.identity import values_digest
 from bmm_engine.scores import Score
 
 SUITES = ("text8", "vision4")
@@ -130,18 +129,10 @@ class _Table:
         if not merge.tensors:
             return experts[split]
         load_tensors(self.model, merge.tensors)
-        key = split, _digest(self.model)
+        key = split, values_digest([self.model.state_dict()])
         if key not in self.scored:
             self.scored[key] = (self.experiment.test if split == "test" else self.experiment.validation)(self.model)
         return self.scored[key]
-
-
-def _digest(model: nn.Module) -> str:
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(name.encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bmm_engine.errors import ConfigError, SearchError
 from bmm_engine.executors import open_executor
-from bmm_engine.identity import batches_digest
+from bmm_engine.identity import values_digest
 from bmm_engine.measure import Report
 from bmm_engine.pipeline import check_output, run_recipe
 from bmm_engine.plan import MergeSettings, given_task_weights
@@ -215,7 +215,7 @@ def search(
             "sequential": None
             if walking is None
             else [
-                *map(batches_digest, calibration),
+                *map(values_digest, calibration),
                 repr(walking.options),
                 sensitivity_share,
                 *(own.digest() for own in weights),

@@ -20,7 +20,7 @@ from bmm_engine.checkpoint.compose import checkpoints_of
 from bmm_engine.collect import Mask
 from bmm_engine.errors import ConfigError, OutputExistsError
 from bmm_engine.fisher import FisherSet
-from bmm_engine.identity import as_texts, batches_digest, model_digest
+from bmm_engine.identity import as_texts, model_digest, values_digest
 from bmm_engine.locks import LockFile
 from bmm_engine.merging import MergeResult, plan_merge, run_stream, tensors_of
 from bmm_engine.output import Target, inputs_of, output_specs, recipe_of, write_sidecars
@@ -255,7 +255,7 @@ def _identity(
             "version": bmm_engine.__version__,
             "base": model_digest(*checkpoints_of(alignment.base)),
             "experts": [model_digest(*checkpoints_of(e.source)) for e in alignment.experts],
-            "calibration": [batches_digest(own) for own in batches],
+            "calibration": [values_digest(own) for own in batches],
             "anchor": {"name": settings.anchor, "parameters": repr(settings.anchor_parameters)},
             "grams": [own.fingerprints and sorted(own.fingerprints.items()) for own in anchor_plan.gram_sets],
             "alpha": repr(settings.alpha),
