@@ -12,7 +12,8 @@ import pytest
 
 from bmm_engine.errors import StudyBusyError, StudyError
 from bmm_engine.locks import LockFile
-from bmm_engine.searching.study import LOCK, Study
+from bmm_engine.searching.study import Study
+from bmm_engine.searching.study_locks import LOCK
 
 RECORD = {"identity": {}}
 

@@ -7,6 +7,7 @@ import math
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from bmm_engine.scores import Score
@@ -131,6 +132,11 @@ def insert_scores(connection: sqlite3.Connection, number: int, scores: Mapping[s
         for task, score in scores.items()
     ]
     connection.executemany("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def now() -> str:
+    """What columns that end in `_at`, `since` and `ended` hold: UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
 def _score(row: sqlite3.Row) -> Score:

@@ -1,6 +1,6 @@
 """A study on disk: what a search is, its trials, and who works on it. Any process may be killed at any moment; what was returned from is there.
 
-A study is a folder with `trials.sqlite` and `lock`, of which byte 0 is held by the process that drives the search, and byte n by participant n.
+A study is a folder with `trials.sqlite` and `lock` (see `study_locks`).
 """
 
 from __future__ import annotations
@@ -10,54 +10,21 @@ import math
 import os
 import socket
 import sqlite3
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from bmm_engine.errors import ConfigError, StudyBusyError, StudyError, StudyExistsError
-from bmm_engine.locks import LockFile
 from bmm_engine.scores import Score
 from bmm_engine.searching.canonical import digest, dumps, first_difference, plain
-from bmm_engine.searching.database import BUSY_S, Database, create_database
-from bmm_engine.searching.schema import IN_FLIGHT, KINDS, TOLD, Trial, insert_scores, select_trials
+from bmm_engine.searching.database import Database, create_database
+from bmm_engine.searching.participants import Participant, Participants
+from bmm_engine.searching.schema import IN_FLIGHT, KINDS, TOLD, Trial, insert_scores, now, select_trials
+from bmm_engine.searching.study_locks import DRIVER_BYTE, StudyLocks, creating
 
 DATABASE = "trials.sqlite"
-LOCK = "lock"
-DRIVER_BYTE = 0
-CREATION_BYTE = 2**62  # beyond any participant
-
-
-@dataclass(frozen=True)
-class Participant:
-    """A process that takes trials of a study which another drives. A context manager: leaving it gives up what it still has."""
-
-    id: int
-    pid: int
-    host: str
-    since: str  # UTC, ISO 8601
-    _leave: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
-
-    @property
-    def name(self) -> str:
-        """What its trials have as their `worker`."""
-        return f"worker-{self.id}"
-
-    def leave(self) -> None:
-        """What it runs becomes an orphan. Harmless when repeated."""
-        self._leave()
-
-    def __enter__(self) -> Participant:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.leave()
 
 
 class Study:
@@ -70,16 +37,14 @@ class Study:
 
     def __init__(self, folder: Path, *, readonly: bool):
         self.folder, self.readonly = folder, readonly
-        self._database = Database(folder / DATABASE, readonly=readonly)
-        self._taken: set[int] = set()  # bytes of the lock file that are held for this object
-        try:
-            self._locks = _lock_file(folder, create=not readonly)
+        with ExitStack() as undo:
+            self._database = undo.enter_context(closing(Database(folder / DATABASE, readonly=readonly)))
+            self._locks = undo.enter_context(closing(StudyLocks(folder, readonly=readonly)))
+            self._participants = Participants(self._database, self._locks)
             with self._database.reading() as connection:
                 (text,) = connection.execute("SELECT value FROM meta WHERE key = 'record'").fetchone()
             self.record: dict[str, Any] = json.loads(text)
-        except BaseException:
-            self._database.close()
-            raise
+            undo.pop_all()
 
     @classmethod
     def create(cls, folder: Path | str, record: Mapping[str, Any]) -> Study:
@@ -101,9 +66,9 @@ class Study:
             ) from error
 
         def fill(connection: sqlite3.Connection) -> None:
-            connection.executemany("INSERT INTO meta VALUES (?, ?)", [("record", text), ("created_at", dumps(_now()))])
+            connection.executemany("INSERT INTO meta VALUES (?, ?)", [("record", text), ("created_at", dumps(now()))])
 
-        with _creating(folder):
+        with creating(folder):
             create_database(folder / DATABASE, fill)
         return cls(folder, readonly=False)
 
@@ -142,12 +107,7 @@ class Study:
 
     def close(self) -> None:
         """Leaves whatever was joined or driven. Harmless when repeated."""
-        locks, self._locks = self._locks, None
-        if locks is not None:
-            for byte in self._taken:
-                locks.release(byte)
-            self._taken.clear()
-            locks.close()
+        self._locks.close()
         self._database.close()
 
     def __enter__(self) -> Study:
@@ -167,7 +127,7 @@ class Study:
                 f"{self.folder}: a trial of kind {kind!r} that waits: {waiting}, worker {worker!r}; kinds are {', '.join(KINDS)}."
             )
         values = plain(parameters, "parameters", finite=True)
-        now = _now()
+        asked_at = now()
         with self._database.writing() as connection:
             (number,) = connection.execute("SELECT coalesce(max(number) + 1, 0) FROM trials").fetchone()
             connection.execute(
@@ -182,8 +142,8 @@ class Study:
                     "waiting" if waiting else "running",
                     worker,
                     _next_event(connection),
-                    now,
-                    None if waiting else now,
+                    asked_at,
+                    None if waiting else asked_at,
                 ),
             )
             return _one(select_trials(connection, "number = ?", (number,)))
@@ -249,7 +209,7 @@ class Study:
                     None if value is None else float(value),
                     _next_event(connection),
                     _storable(error),
-                    _now(),
+                    now(),
                     number,
                     *from_states,
                 ),
@@ -313,80 +273,52 @@ class Study:
         """Keep JSON values under `key`, in the place of what was there."""
         text = dumps(plain(value, key))
         with self._database.writing() as connection:
-            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (key, text, _now()))
+            connection.execute("INSERT OR REPLACE INTO facts VALUES (?, ?, ?)", (key, text, now()))
 
     # Who works on it
 
     @contextmanager
     def drive(self) -> Iterator[None]:
         """Be the one process that asks and tells. Raises `StudyBusyError` while another is, or another `drive` of this process."""
-        locks = self._writable_locks()
-        if not self._acquire(locks, DRIVER_BYTE):
-            pid = locks.holder(DRIVER_BYTE)
+        if not self._locks.acquire(DRIVER_BYTE):
+            pid = self._locks.holder(DRIVER_BYTE)
             who = "this process" if pid == os.getpid() else f"process {pid}" if pid and pid > 0 else "another process"
             raise StudyBusyError(
                 f"{self.folder}: {who} drives this search already. Wait until it has ended, or work for it with --join."
             )
         try:
             with self._database.writing() as connection:
-                driver = dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()})
+                driver = dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now()})
                 connection.execute("INSERT OR REPLACE INTO meta VALUES ('driver', ?)", (driver,))
-                self._note_the_dead(connection)
+                self._participants.note_the_dead(connection)
             yield
         finally:
-            self._release(DRIVER_BYTE)
+            self._locks.release(DRIVER_BYTE)
 
     def driver_alive(self) -> bool:
-        return self._alive(DRIVER_BYTE)
+        return self._locks.holder(DRIVER_BYTE) is not None
 
     def join(self) -> Participant:
         """Register this process as a worker; it counts as alive until it leaves, closes the study, or dies."""
-        locks = self._writable_locks()
-        host, since = socket.gethostname(), _now()
-        byte = DRIVER_BYTE
-        try:
-            with self._database.writing() as connection:
-                self._note_the_dead(connection)
-                row = connection.execute(
-                    "INSERT INTO participants (pid, host, since) VALUES (?, ?, ?)", (os.getpid(), host, since)
-                )
-                assert row.lastrowid is not None
-                # The lock comes before anyone can see the row: who is registered and holds none is dead.
-                if not self._acquire(locks, row.lastrowid):
-                    raise StudyError(
-                        f"{self.folder}: byte {row.lastrowid} of {LOCK} is locked, but by no participant. End what holds it."
-                    )
-                byte = row.lastrowid
-        except BaseException:
-            if byte != DRIVER_BYTE:
-                self._release(byte)
-            raise
-        return Participant(byte, os.getpid(), host, since, lambda: self._leave(byte))
+        return self._participants.join()
 
     def participants(self) -> list[Participant]:
         """Workers that are alive, in the order of joining."""
-        with self._database.reading() as connection:
-            return self._registered(connection)
+        return self._participants.alive()
 
     def orphans(self) -> list[Trial]:
         """Trials that run with a worker which is no more: a participant that is dead or has left; of any other worker, when no driver is alive.
 
         Trials of an earlier driver are not among them while a new one is alive: it gives them back when it begins.
         """
-        with self._database.reading() as connection:
-            running = select_trials(connection, "state = 'running'")
-            # Asked of the kernel after the trials were read: who has died since is found the next time.
-            known = {f"worker-{row['id']}" for row in connection.execute("SELECT id FROM participants")}
-            alive = {p.name for p in self._registered(connection)} if running else set()
-        driven = self.driver_alive()
-        return [t for t in running if (t.worker not in alive if t.worker in known else not driven)]
+        return self._participants.orphans()
 
     # Within a transaction
 
     def _start(self, connection: sqlite3.Connection, number: int, worker: str) -> bool:
         done = connection.execute(
             "UPDATE trials SET state = 'running', worker = ?, started_at = ? WHERE number = ? AND state = 'waiting'",
-            (worker, _now(), number),
+            (worker, now(), number),
         ).rowcount
         return self._changed(connection, number, done)
 
@@ -403,7 +335,7 @@ class Study:
         done = connection.execute(
             "UPDATE trials SET state = 'evaluated', seconds = ?, evaluation_seconds = ?, pruned_after = ?, error = ?, finished_at = ?"
             " WHERE number = ? AND state = 'running' AND worker IS ?",
-            (seconds, evaluation_seconds, pruned_after, error, _now(), number, worker),
+            (seconds, evaluation_seconds, pruned_after, error, now(), number, worker),
         ).rowcount
         return self._changed(connection, number, done)
 
@@ -418,91 +350,6 @@ class Study:
         if not found:
             raise StudyError(f"{self.folder}: there is no trial {number}.")
         return found[0]
-
-    def _registered(self, connection: sqlite3.Connection) -> list[Participant]:
-        rows = connection.execute(
-            "SELECT id, pid, host, since FROM participants WHERE ended IS NULL ORDER BY id"
-        ).fetchall()
-        return [Participant(*row) for row in rows if self._alive(row["id"])]
-
-    def _note_the_dead(self, connection: sqlite3.Connection) -> None:
-        """So that nobody asks after them again."""
-        alive = {p.id for p in self._registered(connection)}
-        rows = connection.execute("SELECT id FROM participants WHERE ended IS NULL").fetchall()
-        gone = [(_now(), row["id"]) for row in rows if row["id"] not in alive]
-        connection.executemany("UPDATE participants SET ended = ? WHERE id = ?", gone)
-
-    # Locks
-
-    def _leave(self, byte: int) -> None:
-        if byte not in self._taken:
-            return
-        with self._database.writing() as connection:
-            connection.execute("UPDATE participants SET ended = ? WHERE id = ?", (_now(), byte))
-        self._release(byte)
-
-    def _alive(self, byte: int) -> bool:
-        return self._locks is not None and self._locks.holder(byte) is not None
-
-    def _writable_locks(self) -> LockFile:
-        if self.readonly or self._locks is None:
-            raise StudyError(
-                f"{self.folder}: this study is {'open for reading only' if self.readonly else 'closed'}. Open it to work on it."
-            )
-        return self._locks
-
-    def _acquire(self, locks: LockFile, byte: int) -> bool:
-        try:
-            taken = locks.acquire(byte)
-        except OSError as error:
-            raise _no_locks(self.folder, error) from error
-        if taken:
-            self._taken.add(byte)
-        return taken
-
-    def _release(self, byte: int) -> None:
-        if byte in self._taken and self._locks is not None:
-            self._taken.discard(byte)
-            self._locks.release(byte)
-
-
-def _lock_file(folder: Path, *, create: bool) -> LockFile | None:
-    """None where it is absent and not to be created: then nobody works on the study."""
-    try:
-        return LockFile.open(folder / LOCK, create=create)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _no_locks(folder, error) from error
-
-
-def _no_locks(folder: Path, error: OSError) -> StudyError:
-    return StudyError(
-        f"{folder / LOCK}: cannot be locked ({error}). Choose an output on a disk with POSIX locks where files can be written."
-    )
-
-
-@contextmanager
-def _creating(folder: Path) -> Iterator[None]:
-    """One process at a time creates a study in a folder."""
-    locks = _lock_file(folder, create=True)
-    assert locks is not None
-    try:
-        deadline = time.monotonic() + BUSY_S
-        while not locks.acquire(CREATION_BYTE):
-            if time.monotonic() > deadline:
-                raise StudyBusyError(
-                    f"{folder}: process {locks.holder(CREATION_BYTE)} has been creating a study here for {BUSY_S:.0f} s. End it."
-                )
-            time.sleep(0.01)
-        try:
-            yield
-        finally:
-            locks.release(CREATION_BYTE)
-    except OSError as error:
-        raise error if isinstance(error, StudyError) else _no_locks(folder, error) from error
-    finally:
-        locks.close()
 
 
 def _next_event(connection: sqlite3.Connection) -> int:
@@ -524,7 +371,3 @@ def _storable(text: str | None) -> str | None:
 
 def _marks(values: Collection[Any]) -> str:
     return ", ".join("?" * len(values))
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
