@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,29 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.checkpoint.adapter_config import CONFIG_FILENAME, MERGE_REMEDY, LoraSettings
-from bmm_engine.checkpoint.adapter_names import known_names, match_names, sort_keys
+from bmm_engine.checkpoint.adapter_changes import Delta, find_changes, stored_spec
+from bmm_engine.checkpoint.adapter_config import CONFIG_FILENAME, LoraSettings
+from bmm_engine.checkpoint.adapter_names import match_names
 from bmm_engine.checkpoint.layout import contained, full_weights
 from bmm_engine.checkpoint.reader import WeightFile, file_sha256, locate, open_file
 from bmm_engine.checkpoint.source import TensorSource, TensorSpec
-from bmm_engine.errors import CheckpointError, MissingTensorError, ShapeMismatchError
+from bmm_engine.errors import CheckpointError, MissingTensorError
 from bmm_engine.lowrank import LowRank
 
 WEIGHT_FILENAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # Elements of a tensor that are taken at a time where DoRA needs norms over all rows, or two tensors are compared.
 _BLOCK_ELEMENTS = 2**22
-
-
-@dataclass(frozen=True)
-class _Delta:
-    """What changes one weight: the keys of its factors. `transposed`: the base stores the weight as (in, out), so the change is `(B A)^T`."""
-
-    a: str
-    b: str
-    scaling: float
-    magnitude: str | None
-    embedding: bool
-    transposed: bool
 
 
 class AdapterSource(TensorSource):
@@ -70,17 +58,9 @@ class AdapterSource(TensorSource):
         self.settings = LoraSettings.read(path)
         self._file = _open_weights(path)
         self._square_norms: dict[str, Tensor] = {}
-        parts, saved = sort_keys(self._file.specs, self.label)
-        if not parts and not saved:
+        self._changes = find_changes(base, self._file.specs, self.settings, self.label, live_names or {}, transposed)
+        if not self._changes.deltas and not self._changes.saved:
             raise CheckpointError(f"{self._file.path}: holds no tensors; save the adapter again or download it again")
-        known = known_names(base, live_names or {})
-        wanted = [f"{module}.{kind}" for module in parts for kind in ("weight", "bias")]
-        base_names = match_names([*wanted, *saved], known)
-        flipped = None if transposed is None else set(match_names(transposed, known).values())
-        self._saved = self._find_saved(saved, base_names)  # base's name -> key of the tensor in its place
-        self._deltas: dict[str, _Delta] = {}
-        self._biases: dict[str, tuple[str, float]] = {}  # base's name -> key of what is added, times the scaling
-        self._add_modules(parts, base_names, flipped)
         self._check_ties()
 
     @property
@@ -104,28 +84,28 @@ class AdapterSource(TensorSource):
     @property
     def changed(self) -> tuple[str, ...]:
         """The base's names whose tensors the adapter changes."""
-        return tuple(name for name in self.base.names() if self._changes(name))
+        return tuple(name for name in self.base.names() if name in self._changes)
 
     def names(self) -> tuple[str, ...]:
-        return (*self.base.names(), *(name for name in self._saved if name not in self.base))
+        return (*self.base.names(), *(name for name in self._changes.saved if name not in self.base))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._saved or name in self.base
+        return name in self._changes.saved or name in self.base
 
     def spec(self, name: str) -> TensorSpec:
         held = self.aliases.get(name, name)
         spec = self._stored_spec(held)
-        computed = held in self._deltas or held in self._biases
+        computed = held in self._changes.deltas or held in self._changes.biases
         return replace(spec, name=name, dtype=_wide(spec.dtype) if computed else spec.dtype)
 
     def load(self, name: str, rows: slice | None = None) -> Tensor:
         held = self.aliases.get(name, name)
         stored = self._load_stored(held, rows)
         wide = _wide(stored.dtype)
-        if held in self._biases:
-            key, scaling = self._biases[held]
+        if held in self._changes.biases:
+            key, scaling = self._changes.biases[held]
             return (stored.double() + scaling * self._read(key, rows).double()).to(wide)
-        delta = self._deltas.get(held)
+        delta = self._changes.deltas.get(held)
         if delta is None:
             return stored
         if delta.magnitude is not None:
@@ -141,8 +121,8 @@ class AdapterSource(TensorSource):
         the base's tensor is.
         """
         held = self.aliases.get(name, name)
-        delta = self._deltas.get(held)
-        if delta is None or delta.magnitude is not None or held in self._saved:
+        delta = self._changes.deltas.get(held)
+        if delta is None or delta.magnitude is not None or held in self._changes.saved:
             return None
         spec = self.base.spec(held)
         if len(spec.shape) != 2:
@@ -157,7 +137,7 @@ class AdapterSource(TensorSource):
         """
         found = match_names(set(live_names.values()), {name: name for name in (*self.names(), *self.aliases)})
         targets = {live: found[file] for live, file in live_names.items() if file in found}
-        changed = {live: name for live, name in targets.items() if self._changes(self.aliases.get(name, name))}
+        changed = {live: name for live, name in targets.items() if self.aliases.get(name, name) in self._changes}
         if not changed:
             example = next(iter(live_names.values()), "nothing")
             raise MissingTensorError(
@@ -182,17 +162,14 @@ class AdapterSource(TensorSource):
         self._file.release()
         return tensor
 
-    def _changes(self, name: str) -> bool:
-        return name in self._deltas or name in self._saved or name in self._biases
-
     def _stored_spec(self, name: str) -> TensorSpec:
-        """Of the tensor that the factors are added to: the base's, or what the adapter has in its place."""
-        return self._file.specs[self._saved[name]] if name in self._saved else self.base.spec(name)
+        return stored_spec(name, self.base, self._file.specs, self._changes.saved)
 
     def _load_stored(self, name: str, rows: slice | None) -> Tensor:
-        return self._read(self._saved[name], rows) if name in self._saved else self.base.load(name, rows)
+        saved = self._changes.saved.get(name)
+        return self.base.load(name, rows) if saved is None else self._read(saved, rows)
 
-    def _factors(self, delta: _Delta, dtype: torch.dtype, rows: slice | None = None) -> LowRank:
+    def _factors(self, delta: Delta, dtype: torch.dtype, rows: slice | None = None) -> LowRank:
         """The change of the weight (of its `rows`) in the order in which the base stores it, as a matrix."""
         if delta.transposed:
             a = self._read(delta.a)
@@ -201,7 +178,7 @@ class AdapterSource(TensorSource):
             left, right = _matrix(self._read(delta.b, rows)), _matrix(self._read(delta.a))
         return LowRank((left.double() * delta.scaling).to(dtype), right.to(dtype))
 
-    def _dora(self, name: str, delta: _Delta, weight: Tensor, rows: slice | None) -> Tensor:
+    def _dora(self, name: str, delta: Delta, weight: Tensor, rows: slice | None) -> Tensor:
         """`m (W + scaling B A) / ||W + scaling B A||`, the norm over each output's row; `weight`: these rows of W, float64."""
         assert delta.magnitude is not None
         magnitude = self._read(delta.magnitude).reshape(-1).double()
@@ -212,7 +189,7 @@ class AdapterSource(TensorSource):
             matrix *= ((magnitude if rows is None else magnitude[rows]) / matrix.norm(dim=1))[:, None]
         return weight
 
-    def _column_norms(self, name: str, delta: _Delta) -> Tensor:
+    def _column_norms(self, name: str, delta: Delta) -> Tensor:
         if name not in self._square_norms:
             height, width = self._stored_spec(name).shape
             total = torch.zeros(width, dtype=torch.float64)
@@ -222,123 +199,13 @@ class AdapterSource(TensorSource):
             self._square_norms[name] = total
         return self._square_norms[name].sqrt()
 
-    # What the adapter holds
-
-    def _find_saved(self, saved: Mapping[str, str], base_names: Mapping[str, str]) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for name, key in saved.items():
-            target = base_names.get(name)
-            if target is None and not self.settings.saves(name):
-                raise self._missing([name], "trains tensors")
-            if found.setdefault(target or name, key) != key:
-                raise self._twice(found[target or name], key, target or name)
-        return found
-
-    def _add_modules(
-        self, parts: Mapping[str, dict[str, str]], base_names: Mapping[str, str], flipped: set[str] | None
-    ) -> None:
-        missing = [module for module in parts if f"{module}.weight" not in base_names]
-        if missing:
-            raise self._missing([f"{module}.weight" for module in missing], "adapts modules")
-        square: list[str] = []
-        fan_in_fan_out_is_wrong = False
-        for module, keys in parts.items():
-            name = base_names[f"{module}.weight"]
-            delta = self._delta(module, keys)
-            orientations = self._orientations(module, name, delta)
-            transposed = orientations[0]
-            if len(orientations) == 2:
-                transposed = self.settings.fan_in_fan_out
-                square.append(name)
-            elif not delta.embedding and len(self._stored_spec(name).shape) == 2:
-                fan_in_fan_out_is_wrong |= transposed != self.settings.fan_in_fan_out
-            if flipped is not None and not delta.embedding:
-                transposed = name in flipped
-                if transposed not in orientations:
-                    raise self._misfit(module, name, delta)
-            if name in self._deltas:
-                raise self._twice(self._deltas[name].a, delta.a, name)
-            self._deltas[name] = replace(delta, transposed=transposed)
-            if "lora_B.bias" in keys:
-                self._add_bias(module, keys["lora_B.bias"], base_names, delta.scaling)
-        if square and fan_in_fan_out_is_wrong and flipped is None:
-            raise CheckpointError(
-                f"{self.label}: fan_in_fan_out={self.settings.fan_in_fan_out} in {self.settings.path} does not fit all"
-                f" adapted weights, and for the square {square[0]!r} the shape does not tell how it is stored; "
-                f"{MERGE_REMEDY}, or say which weights are stored as (in, out): transposed=[...]"
-            )
-
-    def _delta(self, module: str, keys: Mapping[str, str]) -> _Delta:
-        embedding = "lora_embedding_A" in keys or "lora_embedding_B" in keys
-        pair = [f"lora_{'embedding_' if embedding else ''}{letter}" for letter in "AB"]
-        lacking = [part for part in pair if part not in keys]
-        if self.settings.dora and "lora_magnitude_vector" not in keys:
-            lacking.append("lora_magnitude_vector")
-        if lacking:
-            raise CheckpointError(
-                f"{self.label}: module {module!r} has {', '.join(sorted(keys))}, but no {', '.join(lacking)}; save the adapter"
-                " again or download it again"
-            )
-        if not self.settings.dora and "lora_magnitude_vector" in keys:
-            raise CheckpointError(
-                f"{self.label}: module {module!r} has a lora_magnitude_vector, but use_dora is not set in"
-                f" {self.settings.path}; correct the config or download the adapter again"
-            )
-        scaling = self.settings.scaling(module)
-        return _Delta(keys[pair[0]], keys[pair[1]], scaling, keys.get("lora_magnitude_vector"), embedding, embedding)
-
-    def _orientations(self, module: str, name: str, delta: _Delta) -> tuple[bool, ...]:
-        """The values of `transposed` that fit the shapes: two for a square weight. Raises for none, and for a base that is quantised."""
-        a, b = self._shape(delta.a), self._shape(delta.b)
-        spec = self._stored_spec(name)
-        if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
-            raise CheckpointError(
-                f"{self.label}: {name!r} is {spec.dtype} in {self.base.label}; an adapter cannot be added to quantised weights:"
-                " pass the original floating-point base"
-            )
-        rank = self.settings.rank_of(module)
-        if min(len(a), len(b)) < 2 or (a[0], b[1]) != (rank, rank):
-            raise ShapeMismatchError(
-                f"{self.label}: module {module!r} has A {a} and B {b}, but rank {rank} by {self.settings.path}: A is (r, in), B is"
-                " (out, r). Correct r or rank_pattern, or download the adapter again"
-            )
-        fits = []
-        if delta.embedding:
-            fits = [True] if spec.shape == (a[1], b[0]) and len(a) == len(b) == 2 else []
-        elif len(spec.shape) == 2 == len(a) == len(b):
-            fits = [flip for flip in (False, True) if spec.shape == ((a[1], b[0]) if flip else (b[0], a[1]))]
-        elif len(spec.shape) == len(a) == len(b) and (b[0], *a[1:]) == spec.shape and math.prod(b[2:]) == 1:
-            fits = [False]  # a convolution without groups
-        if not fits:
-            raise self._misfit(module, name, delta)
-        if delta.magnitude is not None and math.prod(self._shape(delta.magnitude)) != b[0]:
-            raise ShapeMismatchError(
-                f"{self.label}: module {module!r} has B {b}, but a magnitude of shape {self._shape(delta.magnitude)}; it needs"
-                f" {b[0]} entries. Download the adapter again"
-            )
-        return tuple(fits)
-
-    def _add_bias(self, module: str, key: str, base_names: Mapping[str, str], scaling: float) -> None:
-        name = base_names.get(f"{module}.bias")
-        if name is None:
-            raise CheckpointError(
-                f"{self.label}: module {module!r} has a lora_B.bias, but the base {self.base.label} has no bias there that it"
-                " could be added to; train it without lora_bias, or give the base zero biases"
-            )
-        if self._shape(key) != self._stored_spec(name).shape:
-            raise ShapeMismatchError(
-                f"{self.label}: {key!r} has shape {self._shape(key)}, {name!r} in {self.base.label}"
-                f" {self._stored_spec(name).shape}; use the base that the adapter was trained on"
-            )
-        self._biases[name] = (key, scaling)
-
     def _check_ties(self) -> None:
         """A tensor that the base holds under several names must change under all of them alike, else it is no longer one."""
         tied: dict[str, list[str]] = {}
         for alias, holder in self.aliases.items():
             tied.setdefault(holder, [holder]).append(alias)
         for holder, names in tied.items():
-            changed = [name for name in names if self._changes(name)]
+            changed = [name for name in names if name in self._changes]
             if not changed:
                 continue
             if len(changed) != len(names) or not all(self._same_change(holder, name) for name in names[1:]):
@@ -351,18 +218,17 @@ class AdapterSource(TensorSource):
                 )
 
     def _same_change(self, first: str, second: str) -> bool:
-        for changes in (self._deltas, self._saved, self._biases):
-            if (first in changes) != (second in changes):
-                return False
-        if first in self._biases:
-            return self._biases[first][1] == self._biases[second][1] and self._same_tensor(
-                self._biases[first][0], self._biases[second][0]
-            )
-        if first in self._saved and not self._same_tensor(self._saved[first], self._saved[second]):
+        deltas, saved, biases = self._changes.deltas, self._changes.saved, self._changes.biases
+        if any((first in changes) != (second in changes) for changes in (deltas, saved, biases)):
             return False
-        if first not in self._deltas:
+        if first in biases:
+            (one_bias, one_scaling), (other_bias, other_scaling) = biases[first], biases[second]
+            return one_scaling == other_scaling and self._same_tensor(one_bias, other_bias)
+        if first in saved and not self._same_tensor(saved[first], saved[second]):
+            return False
+        if first not in deltas:
             return True
-        one, other = self._deltas[first], self._deltas[second]
+        one, other = deltas[first], deltas[second]
         if one.magnitude is not None or other.magnitude is not None:
             return False  # the norms run along different axes
         ours, theirs = self._factors(one, torch.float64), self._factors(other, torch.float64)
@@ -376,32 +242,6 @@ class AdapterSource(TensorSource):
         return all(
             torch.equal(self._read(first, rows), self._read(second, rows))
             for rows in (_blocks(height, size // max(1, height)) if one.shape else [None])
-        )
-
-    # Errors
-
-    def _shape(self, key: str) -> tuple[int, ...]:
-        return self._file.specs[key].shape
-
-    def _missing(self, names: Sequence[str], what: str) -> MissingTensorError:
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-        close = difflib.get_close_matches(names[0], self.base.names(), n=3)
-        hint = f"; the nearest names there are {', '.join(map(repr, close))}" if close else ""
-        trained_on = f", whose config names {self.trained_on!r}" if self.trained_on else ""
-        return MissingTensorError(
-            f"{self.label}: {what} that the base {self.base.label} does not have: {names[0]!r}{more}{hint}. Pass the base of this"
-            f" adapter{trained_on}, or {MERGE_REMEDY}"
-        )
-
-    def _twice(self, first: str, second: str, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.label}: {first!r} and {second!r} both mean {name!r} of {self.base.label}; {MERGE_REMEDY}"
-        )
-
-    def _misfit(self, module: str, name: str, delta: _Delta) -> ShapeMismatchError:
-        return ShapeMismatchError(
-            f"{self.label}: module {module!r} has A {self._shape(delta.a)} and B {self._shape(delta.b)}, which do not fit {name!r} of"
-            f" shape {self._stored_spec(name).shape} in {self.base.label}; use the base that the adapter was trained on, or {MERGE_REMEDY}"
         )
 
 
