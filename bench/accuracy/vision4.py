@@ -9,11 +9,8 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from bench.report import note
 from bmm_engine.demo.classifier import load_head, save_head
 from bmm_engine.demo.data import Sizes
 from bmm_engine.demo.train import has_bfloat16
+from bmm_engine.demo.workers import run_jobs
 from bmm_engine.errors import DataError, TrainingError
 from bmm_engine.progress import quiet_transformers
 
@@ -64,7 +62,7 @@ class Training:
 
 BASE = Training(epochs=6, learning_rate=1e-3)
 EXPERT = Training(epochs=4, learning_rate=3e-4)
-WORKERS = 2  # experts at once, each on one thread
+WORKERS = 2  # experts at once
 
 
 @dataclass(frozen=True)
@@ -174,15 +172,16 @@ def _base(tasks: Sequence[Images], folder: Path, training: Training) -> Path:
 
 
 def _experts(tasks: Sequence[Images], base: Path, folder: Path, training: Training) -> list[Path]:
-    """Those that are missing are trained in `WORKERS` processes of one thread each."""
-    missing = [task for task in tasks if not _is_there(folder / task.name, _origin_of_expert(task, base, training))]
-    if missing:
-        context, alone = get_context("spawn"), partial(torch.set_num_threads, 1)
-        with ProcessPoolExecutor(min(WORKERS, len(missing)), mp_context=context, initializer=alone) as pool:
-            try:
-                list(pool.map(partial(_expert, base=base, folder=folder, training=training), missing))
-            except BrokenProcessPool as error:
-                raise TrainingError("a process that trained an expert died, perhaps for lack of memory") from error
+    """Those that are missing are trained, `WORKERS` at a time."""
+    run_jobs(
+        {
+            task.name: partial(_expert, task, base=base, folder=folder, training=training)
+            for task in tasks
+            if not _is_there(folder / task.name, _origin_of_expert(task, base, training))
+        },
+        WORKERS,
+        lambda _: None,
+    )
     return [folder / task.name for task in tasks]
 
 

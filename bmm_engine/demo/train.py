@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,8 @@ from bmm_engine.demo.classifier import (
 )
 from bmm_engine.demo.data import Task
 from bmm_engine.demo.evaluate import Evaluator
-from bmm_engine.errors import BmmError, OutputWriteError, TrainingError
+from bmm_engine.demo.workers import run_jobs
+from bmm_engine.errors import OutputWriteError, TrainingError
 
 _LOG = logging.getLogger(__name__)
 _FILES = ("config.json", "model.safetensors", "head.safetensors")
@@ -86,8 +85,7 @@ def train_experts(
 
     A folder holds the encoder and tokenizer as a Hugging Face checkpoint, `head.safetensors`, and `expert.json`. An
     expert that is there with the same task data, base weights and settings is reused; `settings` may differ by task. `on_ready` hears of each expert
-    as it becomes ready. Training runs in `workers` spawned processes of one thread each; in this process if `workers`
-    is 0, or if it is a daemon, which may not have children.
+    as it becomes ready. `workers`: as in `run_jobs`.
 
     Raises `TrainingError` when an expert's loss is not finite or its worker fails or dies; `OutputWriteError` when an
     expert cannot be saved. Either way no half-written expert remains, and the finished ones are reused next time.
@@ -107,47 +105,14 @@ def train_experts(
         if (expert := _find(output_dir / task.name, origins[task.name])) is not None:
             ready(expert)
     missing = [task for task in tasks if task.name not in experts]
-    if workers == 0 or multiprocessing.current_process().daemon:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # as in a worker: sums in another order would give another expert
-        try:
-            for task in missing:
-                ready(_train_and_save(task, base_dir, output_dir / task.name, chosen[task.name], origins[task.name]))
-        finally:
-            torch.set_num_threads(threads)
-    elif missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(missing)), mp_context=context, initializer=_prepare_worker) as pool:
-            futures = {
-                pool.submit(
-                    _train_and_save, task, base_dir, output_dir / task.name, chosen[task.name], origins[task.name]
-                ): task.name
-                for task in missing
-            }
-            try:
-                for future in as_completed(futures):
-                    ready(_outcome(futures[future], future.result))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    jobs = {
+        task.name: partial(
+            _train_and_save, task, base_dir, output_dir / task.name, chosen[task.name], origins[task.name]
+        )
+        for task in missing
+    }
+    run_jobs(jobs, workers, ready)
     return [experts[task.name] for task in tasks]
-
-
-def _outcome(task: str, result: Callable[[], Expert]) -> Expert:
-    try:
-        return result()
-    except BmmError:
-        raise
-    except BrokenProcessPool as error:
-        raise TrainingError(
-            f"the process training the expert for {task} died, perhaps for lack of memory; try fewer workers"
-        ) from error
-    except Exception as error:
-        raise TrainingError(f"training the expert for {task} failed: {type(error).__name__}: {error}") from error
-
-
-def _prepare_worker() -> None:
-    torch.set_num_threads(1)
 
 
 def _origin(task: Task, base_sha256: str, settings: Settings) -> dict[str, Any]:

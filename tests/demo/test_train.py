@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,18 +120,6 @@ def test_an_error_in_a_worker_reaches_the_caller_typed(tiny_base: Path, tasks: l
     with pytest.raises(TrainingError, match="the loss of the expert for left is nan"):
         train_experts(tasks[:1], tiny_base, tmp_path, settings=diverging, workers=1)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [(BrokenProcessPool("gone"), "the process training the expert for x died"), (KeyError("k"), "x failed: KeyError")],
-)
-def test_a_worker_that_dies_or_fails_is_a_training_error(error: Exception, message: str) -> None:
-    def result() -> Any:
-        raise error
-
-    with pytest.raises(TrainingError, match=message):
-        train_module._outcome("x", result)
 
 
 @torch.no_grad()
