@@ -33,7 +33,8 @@ class SequentialRecipe(Strict):
     what the stream has drifted before), or "module", what the expert's module gives.
     `mean_weight`: how much more a task's mean error counts in linear modules, which does not average out over its rows.
     `task_vector_samples`: how many calibration samples the task vector's Gram counts as, beside those of a task; 0: the measured Grams alone.
-    `norms`: "anchor" takes gains (and biases) of normalisations from the anchor, "fit" solves them too, feature by feature.
+    `norms`: "anchor" takes gains (and biases) of normalisations from the anchor, "fit" solves them too, feature by feature, every error of a task
+    alike: neither `mean_weight` nor `output_weights` reaches them.
     """
 
     blocks: str | None = Field(None, description="the list of blocks, by name or shell pattern; null: the longest")

@@ -153,21 +153,20 @@ def test_ctrl_c_leaves_no_process(tmp_path):
     script.write_text(SCRIPT)
     pids.mkdir()
     root = str(Path(__file__).parents[2])
-    parent = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script), str(pids)],
         env={**os.environ, "PYTHONPATH": root},
         stderr=subprocess.PIPE,
         start_new_session=True,
-    )
-    try:
-        _until(lambda: len(list(pids.iterdir())) == 2 or parent.poll() is not None)
-        family = psutil.Process(parent.pid).children(recursive=True)
-        assert {int(path.name) for path in pids.iterdir()} <= {process.pid for process in family}
-        os.killpg(parent.pid, signal.SIGINT)  # Ctrl-C goes to all of them
-        parent.communicate(timeout=60)
-    finally:
-        parent.kill()
-        parent.wait()
+    ) as parent:
+        try:
+            _until(lambda: len(list(pids.iterdir())) == 2 or parent.poll() is not None)
+            family = psutil.Process(parent.pid).children(recursive=True)
+            assert {int(path.name) for path in pids.iterdir()} <= {process.pid for process in family}
+            os.killpg(parent.pid, signal.SIGINT)  # Ctrl-C goes to all of them
+            parent.communicate(timeout=60)
+        finally:
+            parent.kill()
     assert parent.returncode == -signal.SIGINT
     _until(lambda: not any(_runs(process) for process in family))
 
