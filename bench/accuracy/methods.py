@@ -20,7 +20,7 @@ from bmm_engine.scores import Score
 PRIORS = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi")
 """The anchors on which every form of BMM is tried."""
 
-SCALES = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Of the anchor's difference from the base."""
 
 HYBRID = 0.5

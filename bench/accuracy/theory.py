@@ -227,9 +227,10 @@ def main() -> None:
     experiment = import_module(f"bench.accuracy.{options.suite}").prepare(options.data, options.cache, options.seed)
     study = Study(experiment, experiment.search)
     known = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {}
-    report: dict[str, Any] = {**known, "suite": options.suite, "seed": options.seed, "commit": commit()}
+    report: dict[str, Any] = {**known, "suite": options.suite, "seed": options.seed}
     for part in options.parts:
         report[part] = []
+        report["commits"] = {**report.get("commits", {}), part: commit()}  # parts may be measured on different days
         for row in PARTS[part](study):
             report[part].append(row)
             if part != "alignment":
