@@ -42,8 +42,13 @@ class Study:
             self._locks = undo.enter_context(closing(StudyLocks(folder, readonly=readonly)))
             self._participants = Participants(self._database, self._locks)
             with self._database.reading() as connection:
-                (text,) = connection.execute("SELECT value FROM meta WHERE key = 'record'").fetchone()
-            self.record: dict[str, Any] = json.loads(text)
+                row = connection.execute("SELECT value FROM meta WHERE key = 'record'").fetchone()
+            if row is None:
+                raise StudyError(
+                    f"{folder / DATABASE}: does not say what the study is; it was changed by something else. Restore it from a copy, or remove"
+                    " the folder to start anew."
+                )
+            self.record: dict[str, Any] = json.loads(row["value"])
             undo.pop_all()
 
     @classmethod

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bmm_engine import locks
 from bmm_engine.errors import ConfigError, StudyBusyError, StudyError, StudyExistsError
 from bmm_engine.scores import Score
 from bmm_engine.searching import database
@@ -288,6 +289,10 @@ def damaged(kind, path):
         with sqlite3.connect(path) as connection:
             connection.execute("PRAGMA user_version = 99")
         connection.close()
+    elif kind == "without a record":
+        with sqlite3.connect(path) as connection:
+            connection.execute("DELETE FROM meta")
+        connection.close()
 
 
 @pytest.mark.parametrize("readonly", [False, True])
@@ -301,6 +306,7 @@ def damaged(kind, path):
         ("overwritten", "is damaged, or no database .* remove the folder"),
         ("foreign", "no study of this engine"),
         ("newer", "has format 99, this version of the engine reads format 1"),
+        ("without a record", "does not say what the study is"),
     ],
 )
 def test_what_is_no_study_is_named(tmp_path, large_study, kind, message, readonly):
@@ -308,6 +314,7 @@ def test_what_is_no_study_is_named(tmp_path, large_study, kind, message, readonl
     damaged(kind, tmp_path / "x.study" / DATABASE)
     with pytest.raises(StudyError, match=rf"trials\.sqlite: .*{message}"):
         Study.open(tmp_path / "x.study", readonly)
+    assert not any(opened.path.is_relative_to(tmp_path) for opened in locks._opened.values())
 
 
 def test_what_a_killed_creation_or_removed_study_left_does_no_harm(tmp_path):
