@@ -85,16 +85,18 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Mean of score / expert's score, a bar for each row with the seeds as points; rows by value."""
+    """Mean of score / expert's score, a bar for each row with the seeds as points; rows by value, methods by colour."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     rows = sorted(by_row(results).items(), key=lambda item: statistics.mean(r.normalised for r in item[1]))
     figure = Figure(figsize=(9, 0.5 + 0.2 * len(rows)), layout="constrained")
     axes = figure.subplots()
     kinds = list(dict.fromkeys(method for method, _ in by_row(results)))
+    colours = colormaps["tab20"]
     for y, ((method, _), own) in enumerate(rows):
         values = [100 * r.normalised for r in own]
-        axes.barh(y, statistics.mean(values), color=f"C{kinds.index(method) % 10}", alpha=0.75)
+        axes.barh(y, statistics.mean(values), color=colours(kinds.index(method) % colours.N), alpha=0.75)
         axes.plot(values, [y] * len(values), "k.", markersize=3)
     axes.set_yticks(range(len(rows)), [f"{method} {anchor}".strip() for (method, anchor), _ in rows], fontsize=7)
     axes.set_ylim(-0.6, len(rows) - 0.4)
