@@ -189,7 +189,8 @@ def plot(report: dict[str, list[Row]], path: Path) -> None:
             own = [row for row in rows if row[key] == name and math.isfinite(float(row[x]))]
             axes.plot([float(row[x]) for row in own], [100 * row["value"] for row in own], ".-", label=name)
         axes.set_ylabel("mean of score / expert's score, %")
-        axes.legend(fontsize=7)
+        if rows:
+            axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
 
     roles: dict[tuple[str, int], list[float]] = {}
@@ -210,6 +211,8 @@ def plot(report: dict[str, list[Row]], path: Path) -> None:
     panels[1, 0].set_xlabel("relative ridge")
     lines(panels[1, 1], report.get("tasks", []), "method", "tasks")
     panels[1, 1].set_xlabel("merged tasks")
+    for axes in panels.flat:
+        axes.set_visible(bool(axes.lines))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
