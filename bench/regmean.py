@@ -18,7 +18,7 @@ from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.cholesky import cholesky_, solve_right
 from bmm_engine.ops.gram import IMPLEMENTATIONS, accumulate_gram
 from bmm_engine.ops.residual import residual
-from bmm_engine.solve import solve_map
+from bmm_engine.solving.solve import solve_map
 
 WIDTH, OUTPUTS, EXPERTS, ROWS, BATCH = 2048, 2048, 4, 4096, 512
 SHRINK = 0.9

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from bmm_engine.cli import main
-from bmm_engine.grams import GramSet
+from bmm_engine.statistics.grams import GramSet
 from tests.tiny import family
 
 WORDS = [
@@ -180,7 +180,7 @@ def test_a_taken_output_is_refused_before_any_model_runs(project, monkeypatch, c
     def never(*args, **kwargs):
         raise AssertionError("a model ran")
 
-    monkeypatch.setattr("bmm_engine.measure.collect_from_checkpoint", never)
+    monkeypatch.setattr("bmm_engine.pipeline.statistics.collect_from_checkpoint", never)
     code, _, err = bmm(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "merged")
     assert code == 2
     assert "merged" in err

@@ -17,9 +17,9 @@ from bench.accuracy.methods import Merge, Merger, Method
 from bench.accuracy.results import Result, normalised
 from bench.harness import peak_mib_of
 from bench.report import commit, hardware, note
+from bmm_engine.checkpoint.identity import values_digest
 from bmm_engine.errors import BmmError
-from bmm_engine.identity import values_digest
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 
 SUITES = ("text8", "vision4")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.report import versions
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from bench.accuracy.command import SUITES
 from bench.accuracy.experiment import Experiment, Scorer, load_tensors
 from bench.accuracy.methods import HYBRID, PRIORS
 from bench.report import commit, note
-from bmm_engine.architecture import linear_modules
-from bmm_engine.moments import DenseMoment
-from bmm_engine.posterior import Posterior
-from bmm_engine.roles import Layers, module_role
-from bmm_engine.scores import classification_score
+from bmm_engine.evaluators.scores import classification_score
+from bmm_engine.models.architecture import linear_modules
+from bmm_engine.models.roles import Layers, module_role
+from bmm_engine.solving.moments import DenseMoment
+from bmm_engine.solving.posterior import Posterior
 
 SAMPLES = (4, 16, 64, 256, 1024)
 RIDGES = tuple(10.0**power for power in range(-5, 4))

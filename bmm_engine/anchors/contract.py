@@ -38,7 +38,7 @@ from bmm_engine.errors import ConfigError
 
 Scope = Literal["tensor", "module", "model"]
 Others = Literal["mean", "scaled", "base"]
-# What a rule reads beside the weights; sequential Grams are measured while the experts are merged (`bmm_engine.sequential_grams`).
+# What a rule reads beside the weights; sequential Grams are measured while the experts are merged (`bmm_engine.statistics.sequential_grams`).
 Needs = Literal["", "grams", "sequential_grams", "fishers"]
 T = TypeVar("T")
 _RESERVED = ("site", "state")

@@ -20,7 +20,7 @@ from bmm_engine.checkpoint.layout import contained, full_weights
 from bmm_engine.checkpoint.reader import WeightFile, file_sha256, locate, open_file
 from bmm_engine.checkpoint.source import TensorSource, TensorSpec
 from bmm_engine.errors import CheckpointError, MissingTensorError
-from bmm_engine.lowrank import LowRank
+from bmm_engine.ops.lowrank import LowRank
 
 WEIGHT_FILENAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # Elements of a tensor that are taken at a time where DoRA needs norms over all rows, or two tensors are compared.

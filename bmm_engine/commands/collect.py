@@ -59,8 +59,7 @@ def collect(
     as_json: Json = False,
 ) -> None:
     """Measure an expert on its calibration data, once for all merges: its Grams, its Fisher information, or its sensitivities."""
-    from bmm_engine.calibration import read_calibration
-    from bmm_engine.measure import (
+    from bmm_engine.pipeline.statistics import (
         Models,
         collect_from_checkpoint,
         fisher_from_checkpoint,
@@ -69,7 +68,8 @@ def collect(
         sensitivity_from_checkpoint,
         sensitivity_sets,
     )
-    from bmm_engine.recipe import Recipe
+    from bmm_engine.recipe.recipe import Recipe
+    from bmm_engine.statistics.calibration import read_calibration
 
     if fisher and sensitivity:
         raise ConfigError("--fisher and --sensitivity are measured one at a time.")
@@ -137,8 +137,8 @@ def _spread(recipe: Any, source: Path, workers: int, ray: str | None, offline: b
 
 def _measured(found: Any, file: str) -> dict[str, Any]:
     """What a file of Grams, Fisher information or sensitivities holds."""
-    from bmm_engine.grams import GramSet
-    from bmm_engine.sensitivity import SensitivitySet
+    from bmm_engine.statistics.grams import GramSet
+    from bmm_engine.statistics.sensitivity import SensitivitySet
 
     if isinstance(found, GramSet):
         grams = len(set(found.modules.values()))

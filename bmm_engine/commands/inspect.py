@@ -17,9 +17,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would merge and what comes from the anchor, or what a checkpoint holds. Computes nothing."""
-    from bmm_engine.inspection import describe_checkpoint, describe_plan, render
-    from bmm_engine.pipeline import plan_recipe
-    from bmm_engine.recipe import Recipe
+    from bmm_engine.pipeline.inspection import describe_checkpoint, describe_plan, render
+    from bmm_engine.pipeline.run import plan_recipe
+    from bmm_engine.recipe.recipe import Recipe
 
     if source.endswith((".yaml", ".yml")):
         loaded = Recipe.load(source, local_files_only=offline)

@@ -32,8 +32,8 @@ def merge(
 
     A sequential merge that was killed goes on where it was when the same command is run again.
     """
-    from bmm_engine.pipeline import run_recipe
-    from bmm_engine.recipe import Recipe
+    from bmm_engine.pipeline.run import run_recipe
+    from bmm_engine.recipe.recipe import Recipe
 
     loaded = Recipe.load(
         recipe,

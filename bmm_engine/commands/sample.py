@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from bmm_engine.commands.common import Json, Offline, make_console, print_json, progress_of, reporter_of
-from bmm_engine.posterior import DEFAULT_TEMPERATURE
+from bmm_engine.solving.posterior import DEFAULT_TEMPERATURE
 
 
 def sample(
@@ -38,8 +38,15 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw models from the posterior of a merge: write them, or judge their average beside the merge itself."""
-    from bmm_engine.recipe import Recipe
-    from bmm_engine.sampling import check_draws, check_evaluation, draw, evaluate_samples, prepare_samples, render
+    from bmm_engine.pipeline.sampling import (
+        check_draws,
+        check_evaluation,
+        draw,
+        evaluate_samples,
+        prepare_samples,
+        render,
+    )
+    from bmm_engine.recipe.recipe import Recipe
 
     loaded = Recipe.load(recipe, local_files_only=offline, defaults={"mode": "plain"}, device=device)
     common: dict[str, Any] = {"local_files_only": offline, "progress": progress_of(as_json)}

@@ -41,7 +41,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Search the ridge of each module group on validation data, and merge with the best. Killed or stopped, the same command goes on."""
-    from bmm_engine.recipe import Recipe
+    from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.searching.join import join_search
     from bmm_engine.searching.run import search_recipe
     from bmm_engine.searching.view import Lines, LiveView

@@ -84,7 +84,7 @@ def number_of_trials(
 
 
 def _load(path: Path, anchors: str, sources: str, seeds: int, offline: bool, trials: int | None) -> tuple[Any, Any]:
-    from bmm_engine.recipe import Recipe
+    from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.searching.studies import Axes
 
     loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"})

@@ -12,16 +12,16 @@ from typing import Any
 import yaml
 from torch import nn
 
-from bmm_engine.collect import collect_grams
 from bmm_engine.demo.classifier import base_package_dir, load_encoder, load_tokenizer, save_base
 from bmm_engine.demo.data import Task, load_tasks
 from bmm_engine.demo.evaluate import Evaluator, calibration_batches
 from bmm_engine.demo.results import Results
 from bmm_engine.demo.train import Expert, train_experts
-from bmm_engine.grams import GramSet
-from bmm_engine.merging import merge
-from bmm_engine.pipeline import run_recipe
-from bmm_engine.recipe import Recipe
+from bmm_engine.merging.merge import merge
+from bmm_engine.pipeline.run import run_recipe
+from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.statistics.collect import collect_grams
+from bmm_engine.statistics.grams import GramSet
 
 ANCHORS = ("average", "task_arithmetic", "ties", "iso_c")
 # Small enough that RegMean's closed form is reached to working precision, large enough for float32 Grams that lack full rank.

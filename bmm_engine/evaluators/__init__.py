@@ -9,7 +9,7 @@ from bmm_engine.evaluators.contract import Evaluator, TaskData
 from bmm_engine.evaluators.function import FunctionEvaluator
 from bmm_engine.evaluators.language_model import LanguageModelEvaluator
 from bmm_engine.evaluators.lm_eval import LmEvalEvaluator
-from bmm_engine.sections import EvaluationRecipe
+from bmm_engine.recipe.sections import EvaluationRecipe
 
 __all__ = [
     "ClassificationEvaluator",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.evaluators.contract import TaskData
 from bmm_engine.evaluators.data import LabelledData, check_labels, read_labelled
-from bmm_engine.scores import Score, classification_score
-from bmm_engine.sections import EvaluationRecipe
+from bmm_engine.evaluators.scores import Score, classification_score
+from bmm_engine.recipe.sections import EvaluationRecipe
 
 Batch = tuple[Tensor, dict[str, Tensor]]  # where its rows stand in the file, and the model's inputs
 

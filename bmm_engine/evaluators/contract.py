@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.calibration import IMAGE_SUFFIXES, CalibrationData, read_inputs, read_rows, spread
 from bmm_engine.errors import ConfigError, DataError, EmptyCalibrationError
 from bmm_engine.evaluators.contract import TaskData
-from bmm_engine.sections import EvaluationRecipe
+from bmm_engine.recipe.sections import EvaluationRecipe
+from bmm_engine.statistics.calibration import IMAGE_SUFFIXES, CalibrationData, read_inputs, read_rows, spread
 
 
 @dataclass(frozen=True)

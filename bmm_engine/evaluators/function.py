@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bmm_engine.errors import ConfigError, DataError
-from bmm_engine.scores import Score, plain_score
+from bmm_engine.evaluators.scores import Score, plain_score
 
 
 class FunctionEvaluator:

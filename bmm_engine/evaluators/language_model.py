@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.calibration import CalibrationData, read_calibration
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators.contract import TaskData
-from bmm_engine.scores import Score, likelihood_score
-from bmm_engine.sections import EvaluationRecipe
+from bmm_engine.evaluators.scores import Score, likelihood_score
+from bmm_engine.recipe.sections import EvaluationRecipe
+from bmm_engine.statistics.calibration import CalibrationData, read_calibration
 
 
 class LanguageModelEvaluator:

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from bmm_engine.calibration import load_tokenizer
 from bmm_engine.errors import ConfigError, DataError
-from bmm_engine.scores import Score, mean_score, plain_score
-from bmm_engine.sections import EvaluationRecipe
+from bmm_engine.evaluators.scores import Score, mean_score, plain_score
+from bmm_engine.recipe.sections import EvaluationRecipe
+from bmm_engine.statistics.calibration import load_tokenizer
 
 
 class LmEvalEvaluator:

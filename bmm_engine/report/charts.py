@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bmm_engine.models.roles import ROLES
 from bmm_engine.report.contents import Contents
 from bmm_engine.report.drift import drift_chart
 from bmm_engine.report.figures import Chart, Look, label, tidy
 from bmm_engine.report.names import ROLE_NAMES
-from bmm_engine.roles import ROLES
 from bmm_engine.searching.schema import Trial
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bmm_engine.checkpoint import RECORD_FILENAME
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective, normalized
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.study import Study

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from bmm_engine.checkpoint import RECORD_FILENAME
 from bmm_engine.errors import ConfigError
+from bmm_engine.models.roles import ROLES, Layers, module_role
 from bmm_engine.report.document import document, save, table
 from bmm_engine.report.figures import Chart, Look, label, picture, tidy
 from bmm_engine.report.names import ROLE_NAMES
-from bmm_engine.roles import ROLES, Layers, module_role
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.report.charts import MOST_BARS, charts
 from bmm_engine.report.contents import Contents
 from bmm_engine.report.document import document, save, table
 from bmm_engine.report.drift import NOTE
 from bmm_engine.report.figures import Chart, picture
-from bmm_engine.scores import Score
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.study import Study
 

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from bmm_engine.errors import OutputWriteError
-from bmm_engine.recipe import Recipe
-from bmm_engine.references import AnchorRecipe
+from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.recipe.references import AnchorRecipe
 from bmm_engine.searching.problem import Problem
 from bmm_engine.searching.space import Candidate
 

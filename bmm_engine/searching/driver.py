@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bmm_engine.errors import BmmError, NumericalWarning, SearchError, SearchExhaustedError
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Completed, Executor
-from bmm_engine.scores import Score
+from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.objective import Objective, normalized
 from bmm_engine.searching.proposer import Proposer
 from bmm_engine.searching.schema import Trial
@@ -18,7 +19,6 @@ from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.study import Study
 from bmm_engine.searching.trial import Bar, Outcome, optimistic
 from bmm_engine.searching.workers import run_trial
-from bmm_engine.sections import SearchRecipe
 
 # So many failed trials in a row mean that something is wrong with more than one candidate.
 MOST_FAILURES = 5

@@ -9,9 +9,9 @@ from typing import Any
 
 import bmm_engine
 from bmm_engine.checkpoint.compose import checkpoints_of
-from bmm_engine.identity import as_texts, model_digest, path_digest
-from bmm_engine.measure import Models
-from bmm_engine.recipe import Recipe
+from bmm_engine.checkpoint.identity import as_texts, model_digest, path_digest
+from bmm_engine.pipeline.statistics import Models
+from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.searching.problem import Problem
 
 # Keys of a recipe that do not change what a trial is.

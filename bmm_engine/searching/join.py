@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bmm_engine.errors import BmmError, ConfigError, SearchError
 from bmm_engine.executors import WorkerInfo, open_executor
-from bmm_engine.measure import Report
-from bmm_engine.recipe import Recipe
+from bmm_engine.pipeline.statistics import Report
+from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.searching.identity import identity_of
 from bmm_engine.searching.run import study_folder
 from bmm_engine.searching.session import prepare

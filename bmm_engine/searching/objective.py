@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators.function import load_function
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 
 Function = Callable[[Mapping[str, float]], float]
 

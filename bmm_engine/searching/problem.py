@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from bmm_engine.anchors import DepthMap, get_anchor
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators import Evaluator, FunctionEvaluator
-from bmm_engine.live import LiveModels, share_parameters
-from bmm_engine.merging import merge, plan_merge
-from bmm_engine.plan import MergePlan, MergeSettings
-from bmm_engine.recipe import Recipe
-from bmm_engine.references import AnchorRecipe
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
+from bmm_engine.merging.merge import merge, plan_merge
+from bmm_engine.merging.plan import MergePlan, MergeSettings
+from bmm_engine.merging.sources import Model
+from bmm_engine.pipeline.live import LiveModels, share_parameters
+from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.recipe.references import AnchorRecipe
+from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.objective import Objective, get_objective
 from bmm_engine.searching.space import Candidate, SearchGroup, Space, common_value, module_groups, weighting_label
-from bmm_engine.sections import SearchRecipe
-from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.run import merge_sequential
-from bmm_engine.sources import Model
+from bmm_engine.statistics.sensitivity import SensitivitySet
 
 DEFAULT_ALPHA = 0.03
 

@@ -12,31 +12,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bmm_engine.checkpoint.identity import values_digest
 from bmm_engine.errors import ConfigError, SearchError
 from bmm_engine.executors import open_executor
-from bmm_engine.identity import values_digest
-from bmm_engine.measure import Report
-from bmm_engine.pipeline import check_output, run_recipe
-from bmm_engine.plan import MergeSettings, given_task_weights
-from bmm_engine.recipe import Recipe, parse_section
-from bmm_engine.roles import Layers, module_role
+from bmm_engine.merging.plan import MergeSettings, given_task_weights
+from bmm_engine.merging.sources import Model
+from bmm_engine.models.roles import Layers, module_role
+from bmm_engine.pipeline.run import check_output, run_recipe
+from bmm_engine.pipeline.statistics import Report
+from bmm_engine.pipeline.tasks import RecipeTasks
+from bmm_engine.recipe.recipe import Recipe, parse_section
+from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.best import best_recipe, write_recipe
 from bmm_engine.searching.driver import Watcher
 from bmm_engine.searching.identity import identity_of, models_of, versions
 from bmm_engine.searching.objective import get_objective, objective_name
 from bmm_engine.searching.problem import FunctionTasks, Problem, Walking
 from bmm_engine.searching.proposer import check_optimizer
-from bmm_engine.searching.recipe_tasks import RecipeTasks
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.session import Session
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.study import Study
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import NO_WEIGHTED_PLAIN_SEARCH, RecipeProblem, with_grams, with_search_weights
-from bmm_engine.sections import SearchRecipe
-from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.options import SequentialOptions
-from bmm_engine.sources import Model
+from bmm_engine.statistics.sensitivity import SensitivitySet
 
 
 @dataclass(frozen=True)

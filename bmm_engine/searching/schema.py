@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching.canonical import dumps, plain
 
 APPLICATION_ID = 0x424D4D53  # "BMMS", in the file's header: `file` and SQLite see whose it is

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from bmm_engine.checkpoint import StateDictSource
-from bmm_engine.factors import Factors
-from bmm_engine.live import LiveModels
+from bmm_engine.merging.factors import Factors
+from bmm_engine.pipeline.live import LiveModels
 from bmm_engine.searching.problem import Problem
 from bmm_engine.searching.space import Candidate
 from bmm_engine.sequential.reads import ExpertReads

@@ -9,10 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, Shared, run_all
-from bmm_engine.factors import FactorGroup, plain_alignment
-from bmm_engine.measure import Report
-from bmm_engine.scores import Score
+from bmm_engine.merging.factors import FactorGroup, plain_alignment
+from bmm_engine.pipeline.statistics import Report
 from bmm_engine.searching.driver import Driver, Watcher, scores_plain
 from bmm_engine.searching.objective import normalized, standard_error
 from bmm_engine.searching.problem import Problem, common_tensors

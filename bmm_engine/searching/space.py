@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from bmm_engine.errors import ConfigError
-from bmm_engine.roles import ROLES, Layers, module_role
-from bmm_engine.sections import SearchRecipe
+from bmm_engine.models.roles import ROLES, Layers, module_role
+from bmm_engine.recipe.sections import SearchRecipe
 
 if TYPE_CHECKING:
     import nevergrad as ng

@@ -17,16 +17,16 @@ from typing import Any
 
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators import Evaluator
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, open_executor
-from bmm_engine.live import LiveModels
-from bmm_engine.measure import Report
-from bmm_engine.plan import MergePlan
-from bmm_engine.recipe import Recipe
-from bmm_engine.references import AnchorRecipe
-from bmm_engine.scores import Score
+from bmm_engine.merging.plan import MergePlan
+from bmm_engine.pipeline.live import LiveModels
+from bmm_engine.pipeline.statistics import Report
+from bmm_engine.pipeline.tasks import RecipeTasks
+from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.recipe.references import AnchorRecipe
 from bmm_engine.searching.identity import identity_of
 from bmm_engine.searching.problem import Problem, Tasks
-from bmm_engine.searching.recipe_tasks import RecipeTasks
 from bmm_engine.searching.run import open_study
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.session import Prepared, Session, prepare

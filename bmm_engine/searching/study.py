@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from bmm_engine.errors import ConfigError, StudyBusyError, StudyError, StudyExistsError
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching.canonical import digest, dumps, first_difference, plain
 from bmm_engine.searching.database import Database, create_database
 from bmm_engine.searching.participants import Participant, Participants

@@ -11,17 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bmm_engine.architecture import LinearModule
 from bmm_engine.evaluators import Evaluator
-from bmm_engine.factors import Factors, modules_of, oriented
-from bmm_engine.groups import OpenGroup
-from bmm_engine.inputs import Inputs
-from bmm_engine.live import LiveModels
-from bmm_engine.plan import MergePlan
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
+from bmm_engine.merging.factors import Factors, modules_of, oriented
+from bmm_engine.merging.groups import OpenGroup
+from bmm_engine.merging.inputs import Inputs
+from bmm_engine.merging.plan import MergePlan
+from bmm_engine.models.architecture import LinearModule
+from bmm_engine.pipeline.live import LiveModels
 from bmm_engine.searching.objective import Objective
 from bmm_engine.searching.space import Candidate, SearchGroup, weighting_label
-from bmm_engine.solve import Factor, factorize, solve_with_factor
+from bmm_engine.solving.solve import Factor, factorize, solve_with_factor
 
 
 @dataclass(frozen=True)

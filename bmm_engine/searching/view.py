@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.schema import Trial
-from bmm_engine.sections import SearchRecipe
 
 LAST_TRIALS = 8
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from bmm_engine.anchors import get_anchor
-from bmm_engine.calibration import read_calibration
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators import Evaluator
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
-from bmm_engine.factors import FactorGroup, FactorMaker, Factors
-from bmm_engine.measure import (
+from bmm_engine.merging.factors import FactorGroup, FactorMaker, Factors
+from bmm_engine.parallel import in_order, share_of_memory
+from bmm_engine.pipeline.run import sequential_options, settings_of
+from bmm_engine.pipeline.statistics import (
     Models,
     Report,
     calibration_batches,
@@ -25,15 +27,13 @@ from bmm_engine.measure import (
     sensitivity_sets,
     with_output_weights,
 )
-from bmm_engine.parallel import in_order, share_of_memory
-from bmm_engine.pipeline import sequential_options, settings_of
-from bmm_engine.recipe import Recipe
-from bmm_engine.scores import Score
+from bmm_engine.pipeline.tasks import RecipeTasks
+from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.searching.problem import Problem, Tasks, Walking, anchor_choices
-from bmm_engine.searching.recipe_tasks import RecipeTasks
 from bmm_engine.searching.sequential_trial import SequentialWriter
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.trial import Bar, CandidateWriter, FreeWriter, Outcome, TrialRunner, Writer
+from bmm_engine.statistics.calibration import read_calibration
 
 Opener = Callable[[], Problem]
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.architecture import LinearModule
 from bmm_engine.checkpoint import TensorSource
-from bmm_engine.collect import kept_rows, row_mask
-from bmm_engine.inputs import Inputs
-from bmm_engine.metrics import OutputMetric
-from bmm_engine.plan import MergePlan
+from bmm_engine.merging.inputs import Inputs
+from bmm_engine.merging.plan import MergePlan
+from bmm_engine.merging.stream import InputRecord, ModuleRecord
+from bmm_engine.models.architecture import LinearModule
+from bmm_engine.models.calling import kept_rows, row_mask
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.reading import Read
@@ -27,7 +27,7 @@ from bmm_engine.sequential.solve import (
     solve_module,
     solve_weighted_module,
 )
-from bmm_engine.stream import InputRecord, ModuleRecord
+from bmm_engine.solving.output_metric import OutputMetric
 
 
 @dataclass(frozen=True)

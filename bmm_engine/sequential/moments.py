@@ -32,11 +32,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bmm_engine.errors import ConfigError, EmptyCalibrationError, NonFiniteGramError, ShapeMismatchError
-from bmm_engine.metrics import OutputMetric
-from bmm_engine.moments import DenseMoment, Moment, SumMoment, TaskVectorMoment
 from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
-from bmm_engine.solve import BLOCK_ROWS
+from bmm_engine.solving.moments import DenseMoment, Moment, SumMoment, TaskVectorMoment
+from bmm_engine.solving.output_metric import OutputMetric
+from bmm_engine.solving.solve import BLOCK_ROWS
 
 M = TypeVar("M", bound="TaskMoments")
 

@@ -19,12 +19,12 @@ from torch.func import functional_call
 
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.errors import CollectionError, EmptyCalibrationError, NonFiniteGramError
-from bmm_engine.inputs import Inputs
-from bmm_engine.plan import MergePlan
+from bmm_engine.merging.inputs import Inputs
+from bmm_engine.merging.plan import MergePlan
+from bmm_engine.merging.stream import InputRecord
 from bmm_engine.sequential.modules import Solved
 from bmm_engine.sequential.solve import drift_task_weights, relative_residuals
-from bmm_engine.solve import relative_ridge
-from bmm_engine.stream import InputRecord
+from bmm_engine.solving.solve import relative_ridge
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bmm_engine.checkpoint import parse_size
-from bmm_engine.collect import Mask, placement
 from bmm_engine.errors import ConfigError
-from bmm_engine.output import parse_dtype
+from bmm_engine.merging.output import parse_dtype
+from bmm_engine.models.calling import Mask, placement
 from bmm_engine.sequential.solve import check_mean_weight
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bmm_engine.blocks import BlockWalk, Weighted
+from bmm_engine.models.blocks import BlockWalk, Weighted
 from bmm_engine.sequential.hidden import HiddenStates
 from bmm_engine.sequential.reading import Run
 from bmm_engine.sequential.replay import Replay

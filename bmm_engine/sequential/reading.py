@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.blocks import Stop, forwarding
 from bmm_engine.errors import CollectionError
+from bmm_engine.models.blocks import Stop, forwarding
 from bmm_engine.sequential.additions import Additions
 
 Run = Callable[[int], Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bmm_engine.blocks import forwarding
+from bmm_engine.models.blocks import forwarding
 from bmm_engine.sequential.hidden import Room
 
 

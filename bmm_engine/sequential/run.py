@@ -14,25 +14,25 @@ from typing import Any
 import torch
 
 import bmm_engine
-from bmm_engine.align import float_dtype
 from bmm_engine.checkpoint import Checkpoint, CheckpointWriter, InputRecords, StateDictSource, TensorSource
 from bmm_engine.checkpoint.compose import checkpoints_of
-from bmm_engine.collect import Mask
+from bmm_engine.checkpoint.identity import as_texts, model_digest, values_digest
 from bmm_engine.errors import ConfigError, OutputExistsError
-from bmm_engine.fisher import FisherSet
-from bmm_engine.identity import as_texts, model_digest, values_digest
 from bmm_engine.locks import LockFile
-from bmm_engine.merging import MergeResult, plan_merge, run_stream, tensors_of
-from bmm_engine.output import Target, inputs_of, output_specs, recipe_of, write_sidecars
-from bmm_engine.plan import MergePlan, MergeSettings, given_task_weights
+from bmm_engine.merging.align import float_dtype
+from bmm_engine.merging.merge import MergeResult, plan_merge, run_stream, tensors_of
+from bmm_engine.merging.output import Target, inputs_of, output_specs, recipe_of, write_sidecars
+from bmm_engine.merging.plan import MergePlan, MergeSettings, given_task_weights
+from bmm_engine.merging.sources import Model
+from bmm_engine.merging.stream import MergeStream, Piece, row_slabs
+from bmm_engine.models.calling import Mask
 from bmm_engine.progress import track
-from bmm_engine.sensitivity import SensitivitySet
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.skeleton import Skeleton
 from bmm_engine.sequential.state import Merged, Sweep, open_folder, writing
 from bmm_engine.sequential.walk import Report, SequentialWalk
-from bmm_engine.sources import Model
-from bmm_engine.stream import MergeStream, Piece, row_slabs
+from bmm_engine.statistics.fisher import FisherSet
+from bmm_engine.statistics.sensitivity import SensitivitySet
 
 
 def merge_sequential(

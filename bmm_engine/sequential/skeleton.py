@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.align import AlignedExpert, Alignment
-from bmm_engine.architecture import weightless_model
-from bmm_engine.blocks import block_list, find_blocks
 from bmm_engine.checkpoint import Checkpoint, TensorSource
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.checkpoint.names import change_prefix
 from bmm_engine.errors import CheckpointError, ConfigError
-from bmm_engine.live import live_names
+from bmm_engine.merging.align import AlignedExpert, Alignment
+from bmm_engine.merging.live_names import live_names
+from bmm_engine.models.architecture import weightless_model
+from bmm_engine.models.blocks import block_list, find_blocks
 from bmm_engine.sequential.options import SequentialOptions
 
 Load = Callable[[str], Tensor]

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
-from bmm_engine.metrics import OutputMetric
 from bmm_engine.sequential.moments import TaskMoments, squared
-from bmm_engine.solve import BLOCK_ROWS, Factor, check_task_weights, check_weights, energy_weights, factorize
-from bmm_engine.weighted import solve_toward
+from bmm_engine.solving.output_metric import OutputMetric
+from bmm_engine.solving.solve import BLOCK_ROWS, Factor, check_task_weights, check_weights, energy_weights, factorize
+from bmm_engine.solving.weighted import solve_toward
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def solve_drift(
     `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
     needs `base`). `mean_weight`: gamma above; `hybrid`: g above, of each task or of all (needs `base`; a bias in it does not count). Computed in
     float64, rounded once.
-    `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`bmm_engine.weighted`; `output_metrics` makes one of
-    a sensitivity); then "energy" is `1 / ||X_t U_t^T S_t^{1/2}||^2`, and the solve is iterative, in the moments' dtype.
+    `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`bmm_engine.solving.weighted`; `output_metrics` makes one
+    of a sensitivity); then "energy" is `1 / ||X_t U_t^T S_t^{1/2}||^2`, and the solve is iterative, in the moments' dtype.
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
     """

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.architecture import LinearModule, is_head
-from bmm_engine.blocks import BlockWalk, Weighted, before_blocks, without_cache
 from bmm_engine.checkpoint import TensorSource
-from bmm_engine.collect import evaluating, mask_of, samples_of, to_device
 from bmm_engine.errors import CollectionError, EmptyCalibrationError
-from bmm_engine.inputs import Inputs
 from bmm_engine.memory import release_free_memory
-from bmm_engine.output import parse_dtype
-from bmm_engine.plan import MergePlan
+from bmm_engine.merging.inputs import Inputs
+from bmm_engine.merging.output import parse_dtype
+from bmm_engine.merging.plan import MergePlan
+from bmm_engine.merging.stream import InputRecord, ModuleRecord
+from bmm_engine.models.architecture import LinearModule, is_head
+from bmm_engine.models.blocks import BlockWalk, Weighted, before_blocks, without_cache
+from bmm_engine.models.calling import evaluating, mask_of, samples_of, to_device
 from bmm_engine.progress import track
 from bmm_engine.sequential.hidden import HiddenStates, Room
 from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting, Written
@@ -32,7 +33,6 @@ from bmm_engine.sequential.reads import ExpertReads
 from bmm_engine.sequential.replay import Replay, finished_parts
 from bmm_engine.sequential.skeleton import Skeleton, reader_of
 from bmm_engine.sequential.state import Sweep
-from bmm_engine.stream import InputRecord, ModuleRecord
 
 Report = Callable[[str], None]
 

@@ -120,7 +120,7 @@ def test_bits_depend_on_nothing_but_the_inputs(name, models, monkeypatch):
     first = models.merge(name)
     torch.set_num_threads(1)
     same(first, models.merge(name))
-    monkeypatch.setattr("bmm_engine.stream.SLAB_ELEMENTS", 37)
+    monkeypatch.setattr("bmm_engine.merging.stream.SLAB_ELEMENTS", 37)
     monkeypatch.setattr("bmm_engine.parallel.IN_FLIGHT_BYTES", 1)
     torch.set_num_threads(2)
     same(first, models.merge(name))

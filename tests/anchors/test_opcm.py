@@ -11,7 +11,6 @@ from torch import nn
 
 from bmm_engine.anchors import get_anchor
 from bmm_engine.checkpoint import Checkpoint
-from bmm_engine.continual import ContinualMerge
 from bmm_engine.errors import (
     CheckpointError,
     ConfigError,
@@ -20,6 +19,7 @@ from bmm_engine.errors import (
     OutputExistsError,
     OutputWriteError,
 )
+from bmm_engine.merging.continual import ContinualMerge
 from tests.anchors.test_subspace import Model
 
 SHAPES = {
@@ -145,7 +145,7 @@ def test_continual_in_slabs_is_the_same_to_the_bit(tmp_path, monkeypatch):
     base, experts = family(2)
     results = []
     for label, size in (("whole", 2**20), ("slabs", 7)):
-        monkeypatch.setattr("bmm_engine.stream.SLAB_ELEMENTS", size)
+        monkeypatch.setattr("bmm_engine.merging.stream.SLAB_ELEMENTS", size)
         merge = start(named(base), tmp_path / label, modules=["*linear"])
         for expert in experts:
             merge.add(named(expert))

@@ -17,7 +17,7 @@ from bmm_engine.errors import (
     NumericalWarning,
     ShapeMismatchError,
 )
-from bmm_engine.moments import DenseMoment, TaskVectorMoment
+from bmm_engine.solving.moments import DenseMoment, TaskVectorMoment
 from tests.numerics import relative_error
 
 

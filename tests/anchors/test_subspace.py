@@ -10,7 +10,7 @@ import torch
 from bmm_engine.anchors import Site, get_anchor
 from bmm_engine.anchors.polar import polar_factor, singular_triples
 from bmm_engine.errors import ConfigError
-from bmm_engine.lowrank import LowRank
+from bmm_engine.ops.lowrank import LowRank
 from tests.numerics import relative_error
 
 SHAPES = [(3, 12, 20), (4, 24, 12), (5, 16, 16), (2, 40, 9), (1, 6, 7), (3, 1, 9), (2, 1, 1)]

@@ -568,7 +568,7 @@ def test_adapter_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bin
 
 
 def test_a_merge_of_adapters_is_the_merge_of_the_models(tmp_path: Path) -> None:
-    from bmm_engine.merging import merge
+    from bmm_engine.merging.merge import merge
 
     names = [f"layer.{i}" for i in range(3)]
     base = {f"{name}.weight": torch.randn(HEIGHT, WIDTH) for name in names}
@@ -638,7 +638,7 @@ PEFT_CASES = [
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_as_peft_merges_it(tmp_path: Path, case: str) -> None:
     peft = pytest.importorskip("peft")
-    from bmm_engine.architecture import checkpoint_names, linear_modules
+    from bmm_engine.models.architecture import checkpoint_names, linear_modules
     from tests import tiny
 
     logging.getLogger("peft").setLevel(logging.ERROR)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from bmm_engine.align import align
 from bmm_engine.checkpoint import Checkpoint, StateDictSource
 from bmm_engine.checkpoint.compose import checkpoints_of
 from bmm_engine.errors import ConfigError, ShapeMismatchError
+from bmm_engine.merging.align import align
 from tests.tiny import make_base, save
 
 EMBED, HEAD, BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"

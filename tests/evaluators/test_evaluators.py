@@ -13,7 +13,7 @@ from bmm_engine.errors import CheckpointError, ConfigError, DataError
 from bmm_engine.evaluators import FunctionEvaluator, TaskData, build_evaluator
 from bmm_engine.evaluators.classification import random_rows
 from bmm_engine.evaluators.heads import with_head
-from bmm_engine.sections import EvaluationRecipe
+from bmm_engine.recipe.sections import EvaluationRecipe
 from tests.tiny import make_base, make_batches, save
 
 WORDS = [

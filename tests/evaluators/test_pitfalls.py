@@ -17,8 +17,8 @@ from torch import nn
 from bmm_engine.errors import CheckpointError, ConfigError, DataError
 from bmm_engine.evaluators import FunctionEvaluator, TaskData, build_evaluator
 from bmm_engine.evaluators.heads import with_head
-from bmm_engine.scores import Score, classification_score, likelihood_score
-from bmm_engine.sections import EvaluationRecipe
+from bmm_engine.evaluators.scores import Score, classification_score, likelihood_score
+from bmm_engine.recipe.sections import EvaluationRecipe
 from tests.tiny import make_base, save
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "it", "rained"]

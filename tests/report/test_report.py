@@ -10,11 +10,11 @@ from html.parser import HTMLParser
 import pytest
 
 from bmm_engine.errors import OutputWriteError, StudyError
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.report import write_report
 from bmm_engine.report.charts import charts
 from bmm_engine.report.contents import Contents
 from bmm_engine.report.figures import Look, render
-from bmm_engine.scores import Score
 from bmm_engine.searching.study import Study
 
 ROLES = {"attention_in": "query", "attention_out": "output", "mlp_in": "up", "mlp_out": "down"}

@@ -167,7 +167,7 @@ def test_language_models_with_tied_embeddings(tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
 
     from bmm_engine.evaluators import TaskData, build_evaluator
-    from bmm_engine.sections import EvaluationRecipe
+    from bmm_engine.recipe.sections import EvaluationRecipe
 
     section = EvaluationRecipe(kind="language_model")
     evaluator = build_evaluator(section, [TaskData("t", tmp_path / "texts-0.txt", tmp_path / "merged")], "validation")

@@ -10,14 +10,14 @@ import torch
 from bmm_engine import collect_grams, merge
 from bmm_engine.evaluators import FunctionEvaluator
 from bmm_engine.executors import open_executor
-from bmm_engine.factors import Factors
-from bmm_engine.plan import MergeSettings
+from bmm_engine.merging.factors import Factors
+from bmm_engine.merging.plan import MergeSettings
+from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.objective import get_objective
 from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.session import prepare
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.trial import FreeWriter, TrialRunner, Writer
-from bmm_engine.sections import SearchRecipe
 from tests.tiny import fine_tune, make_base, make_batches
 
 ARCHITECTURES = ["bert", "gpt2", "vit", "llama"]
@@ -119,7 +119,7 @@ def test_only_what_changed_is_computed(monkeypatch):
 
 
 def test_models_of_all_tasks_share_what_is_merged_and_keep_their_heads():
-    from bmm_engine.live import share_parameters
+    from bmm_engine.pipeline.live import share_parameters
 
     problem = problem_of("bert", anchors=("average",))
     base, experts = problem.base, problem.experts

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from bmm_engine.errors import ConfigError, SearchExhaustedError
+from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.bayesian import maximize
 from bmm_engine.searching.proposer import Proposer
 from bmm_engine.searching.space import SearchGroup, Space
-from bmm_engine.sections import SearchRecipe
 
 GROUPS = tuple(SearchGroup(name, (name,)) for name in ("a", "b", "c"))
 

@@ -9,7 +9,7 @@ import torch
 
 import bmm_engine as bmm
 from bmm_engine.errors import ConfigError, DataError, SearchError
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching.run import search
 from tests.tiny import fine_tune, make_base
 

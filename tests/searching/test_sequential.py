@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from bmm_engine import merge_sequential, search
 from bmm_engine.executors import open_executor
-from bmm_engine.factors import Factors
-from bmm_engine.plan import MergeSettings
-from bmm_engine.recipe import Recipe
+from bmm_engine.merging.factors import Factors
+from bmm_engine.merging.plan import MergeSettings
+from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.problem import FunctionTasks, Problem, Walking
 from bmm_engine.searching.run import search_recipe
 from bmm_engine.searching.sequential_trial import SequentialWriter
 from bmm_engine.searching.session import prepare
 from bmm_engine.searching.space import Candidate
-from bmm_engine.sections import SearchRecipe
 from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.passage import Passage
 from tests.tiny import family, fine_tune, make_base, make_batches

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 
 from bmm_engine.errors import ConfigError
-from bmm_engine.roles import module_role
+from bmm_engine.models.roles import module_role
+from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.objective import get_objective, normalized
 from bmm_engine.searching.space import Candidate, Space, module_groups
-from bmm_engine.sections import SearchRecipe
 
 BERT = ["attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense"]
 MODULES = [f"encoder.layer.{i}.{leaf}" for i in range(4) for leaf in BERT]

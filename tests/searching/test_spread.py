@@ -9,7 +9,7 @@ import psutil
 import pytest
 import yaml
 
-from bmm_engine.recipe import Recipe
+from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.searching.run import search_recipe
 from bmm_engine.searching.study import Study
 from tests.tiny import family

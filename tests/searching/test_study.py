@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from bmm_engine import locks
 from bmm_engine.errors import ConfigError, StudyBusyError, StudyError, StudyExistsError
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching import database
 from bmm_engine.searching.canonical import digest, dumps, plain
 from bmm_engine.searching.study import DATABASE, Study
@@ -485,7 +485,7 @@ def test_the_study_does_without_torch():
 
 WORK = """
 import random, sys
-from bmm_engine.scores import Score
+from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching.study import Study
 rng = random.Random(int(sys.argv[2]))
 with Study.open(sys.argv[1]) as study, study.drive():

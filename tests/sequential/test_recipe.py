@@ -11,13 +11,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bmm_engine import SensitivitySet, collect_sensitivity, measure, merge_sequential
+from bmm_engine import SensitivitySet, collect_sensitivity, merge_sequential
 from bmm_engine.cli import main
 from bmm_engine.errors import ConfigError
-from bmm_engine.pipeline import prepare_recipe, run_recipe
-from bmm_engine.posterior import Posterior
-from bmm_engine.recipe import Recipe
-from bmm_engine.sampling import draw
+from bmm_engine.pipeline import statistics as measure
+from bmm_engine.pipeline.run import prepare_recipe, run_recipe
+from bmm_engine.pipeline.sampling import draw
+from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.solving.posterior import Posterior
 from tests.tiny import family, make_batches
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import bmm_engine as bmm
 from bmm_engine.errors import ConfigError, ShapeMismatchError
-from bmm_engine.moments import DenseMoment, hybrid_moment
+from bmm_engine.solving.moments import DenseMoment, hybrid_moment
 from tests.numerics import relative_error
 
 

@@ -1,0 +1,1 @@
+"""Merges in memory and on disk: inputs lined up, planned, solved module by module, written."""

@@ -1,0 +1,330 @@
+"""Continual merging: one expert after the other joins an already merged model, in memory and time that do not grow with their number.
+
+The rule is OPCM's (arXiv 2501.09522): `S_t = S_{t-1} + (tau_t outside what S_{t-1} uses)`, `W = W_0 + (mean_t ||tau_t|| / ||S_t||) S_t`. What is kept
+is `S_t` and one number for each expert; the experts themselves are not needed again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bmm_engine.anchors.opcm import add_expert, mean_norm_factor
+from bmm_engine.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    TensorSource,
+    TensorSpec,
+    input_record,
+    merge_record,
+    model_card,
+    open_source,
+)
+from bmm_engine.checkpoint.safetensors_io import byte_view
+from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
+from bmm_engine.merging.align import AlignedExpert, align, float_dtype
+from bmm_engine.merging.output import Target, output_specs
+from bmm_engine.merging.plan import find_linear_modules
+from bmm_engine.merging.sources import Model, open_expert
+from bmm_engine.merging.stream import Piece, row_slabs
+from bmm_engine.parallel import in_order
+from bmm_engine.solving.solve import check_finite
+
+T = TypeVar("T")
+
+STATE_FILENAME = "continual.json"
+_FORMAT, _VERSION = "bmm-continual", 1
+
+
+@dataclass(frozen=True)
+class _State:
+    """All that is known beside S_t; `folder` holds S_t under the base's tensor names, `linear` maps a linear module's weight to whether it is stored
+    transposed. `squares`: `||tau_t||^2` of each expert; `merged`: `||S_t||^2`."""
+
+    alpha: float
+    base: str
+    linear: dict[str, bool]
+    keep_base: list[str]
+    folder: str = ""
+    squares: list[float] = field(default_factory=list)
+    merged: float = 0.0
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+
+
+class ContinualMerge:
+    """A merge that experts are added to, kept in the directory `state`; give the same directory to go on with it later.
+
+    `base`: a directory, hub id, state dict, live model or TensorSource, the same each time; experts may also be LoRA adapters of it.
+    `alpha` in [0, 1): the share of the singular values of what is merged already that a new expert is kept out of (0.5). `modules`: shell patterns
+    of the linear modules, as in `merge`; `keep_base`: patterns of tensors that stay the base's. All three are settled when the directory is new;
+    later they may be left out.
+
+    Raises `ConfigError` for settings or a base that differ from the directory's, `OutputExistsError` for a directory of something else,
+    `CheckpointError` for one that is damaged.
+    """
+
+    def __init__(
+        self,
+        base: Model,
+        *,
+        state: str | os.PathLike[str],
+        alpha: float | None = None,
+        modules: Iterable[str] | None = None,
+        keep_base: Iterable[str] | None = None,
+    ):
+        self.path = Path(state).expanduser().resolve()
+        self._base = open_source(os.fspath(base) if isinstance(base, os.PathLike) else base)
+        if alpha is not None and not 0 <= alpha < 1:
+            raise ConfigError(f"alpha must be in [0, 1), not {alpha}.")
+        known = self._read_state()
+        patterns = known.keep_base if known is not None and keep_base is None else _listed(keep_base) or []
+        self._alignment = align(self._base, [], patterns)
+        self._dtype = float_dtype(self._base.spec(n).dtype for n in self._alignment.merged)
+        linear = known.linear if known is not None else {}
+        if known is None or modules is not None:
+            found = find_linear_modules(self._alignment, base, _listed(modules), [])
+            linear = {module.weight: module.transposed for module in found.values()}
+        asked = _State(
+            alpha=known.alpha if known is not None and alpha is None else 0.5 if alpha is None else float(alpha),
+            base=_fingerprint(self._base, self._alignment.merged),
+            linear=linear,
+            keep_base=list(patterns),
+        )
+        self._state = asked if known is None else self._same(known, asked)
+
+    @property
+    def count(self) -> int:
+        """How many experts have been added."""
+        return len(self._state.squares)
+
+    def add(self, expert: Model) -> None:
+        """Merge one more expert in. The directory changes at once when all is written; a run that dies before leaves the old state.
+
+        Raises `MissingTensorError`, `ShapeMismatchError`, `NonFiniteWeightError`, `CheckpointError`, `OutputWriteError`, or `ConfigError` while
+        another process is at work on the directory or has changed it since it was opened.
+        """
+        source = open_expert(expert, self._base, f"expert {self.count + 1}")
+        aligned = align(self._base, [source], self._state.keep_base).experts[0]
+        with self._locked():
+            self._clean()
+            folder = f"step-{self.count + 1:05d}"
+            specs = [TensorSpec(n, self._base.spec(n).shape, self._dtype, folder) for n in self._alignment.merged]
+            previous = Checkpoint.open(self.path / self._state.folder) if self.count else None
+            square = merged = 0.0
+            with CheckpointWriter(self.path / folder, specs) as writer:
+                for piece, own, total in self._at_once(partial(self._step, aligned, previous)):
+                    writer.write(piece.name, piece.tensor, piece.rows)
+                    square += own
+                    merged += total
+                writer.commit()
+            state = replace(
+                self._state,
+                folder=folder,
+                squares=[*self._state.squares, square],
+                merged=merged,
+                inputs=[*self._state.inputs, input_record(f"expert {self.count + 1}", source)],
+            )
+            self._write_state(state)
+            self._state = state
+            self._clean()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The merged model in memory: name -> tensor, in the base's dtypes. Raises `ConfigError` before the first expert."""
+        target = Target(output_specs(self._alignment, None))
+        self._fill(target)
+        ordered = {name: target.tensors[name] for name in target.specs}
+        return ordered | {alias: ordered[name] for alias, name in self._base.aliases.items() if name in ordered}
+
+    def write(
+        self, output: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", overwrite: bool = False
+    ) -> Path:
+        """Write the merged model as a checkpoint with the base's dtypes, configuration and tokenizer, and a record of all inputs.
+
+        Raises `ConfigError` before the first expert, `OutputExistsError`, `OutputWriteError`; then nothing is left on disk.
+        """
+        specs = output_specs(self._alignment, None)
+        with CheckpointWriter(
+            Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite
+        ) as writer:
+            self._fill(Target(specs, writer))
+            state, base = self._state, self._base
+            recipe = {"base": base.label, "continual": {"rule": "opcm", "alpha": state.alpha, "experts": self.count}}
+            record = merge_record(recipe, [input_record("base", base), *state.inputs])
+            if isinstance(base, Checkpoint):
+                writer.copy_sidecars(base)
+            elif base.config is not None:
+                writer.write_json("config.json", base.config)
+            writer.write_json("bmm_merge.json", record)
+            architecture = ((base.config or {}).get("architectures") or [None])[0]
+            writer.write_text(
+                "README.md", model_card(record, name=f"{Path(base.label).name}, merged", architecture=architecture)
+            )
+            return writer.commit()
+
+    # One tensor, or some rows of it
+
+    def _step(
+        self, expert: AlignedExpert, previous: TensorSource | None, name: str, rows: slice | None
+    ) -> tuple[Piece, float, float]:
+        """S_t, and the squared norms of tau_t and S_t."""
+        linear, transposed = name in self._state.linear, self._state.linear.get(name, False)
+        tau = self._load(expert, name, rows) - self._load(self._base, name, rows)
+        total = tau
+        if previous is not None:
+            before = previous.load(name, rows).double()
+            if transposed:
+                total = add_expert(before.mT.contiguous(), tau.mT.contiguous(), self._state.alpha, linear).mT
+            else:
+                total = add_expert(before, tau, self._state.alpha, linear)
+        stored = total.to(self._dtype).contiguous()
+        return Piece(name, stored, rows), float(tau.square().sum()), float(total.square().sum())
+
+    def _fill(self, target: Target) -> None:
+        if not self.count:
+            raise ConfigError(f"{self.path}: no expert has been added yet; add one first.")
+        factor = mean_norm_factor(self._state.squares, self._state.merged)
+        sums = Checkpoint.open(self.path / self._state.folder)
+
+        def merged(name: str, rows: slice | None) -> Piece:
+            if name in self._alignment.kept:
+                return target.finish(Piece(name, self._base.load(name, rows), rows))
+            total = sums.load(name, rows).double()
+            return target.finish(Piece(name, self._load(self._base, name, rows).add_(total, alpha=factor), rows))
+
+        for piece in self._at_once(merged, (*self._alignment.merged, *self._alignment.kept)):
+            target.put(piece)
+
+    def _load(self, source: Any, name: str, rows: slice | None) -> Tensor:
+        tensor = source.load(name, rows).double()
+        check_finite(tensor, f"{source.label}, tensor {name!r}")
+        return tensor
+
+    def _at_once(self, work: Callable[[str, slice | None], T], names: Sequence[str] | None = None) -> Iterator[T]:
+        parts = [(n, rows) for n in names or self._alignment.merged for rows in self._parts(n)]
+        return in_order(((self._bytes(*part), partial(work, *part)) for part in parts), workers=torch.get_num_threads())
+
+    def _parts(self, name: str) -> Iterator[slice | None]:
+        return iter([None]) if name in self._state.linear else row_slabs(self._base.spec(name).shape)
+
+    def _bytes(self, name: str, rows: slice | None) -> int:
+        shape = self._base.spec(name).shape
+        elements = math.prod(shape) if rows is None else math.prod(shape[1:]) * (rows.stop - rows.start)
+        return 8 * elements * (8 if name in self._state.linear else 4)
+
+    # The directory
+
+    def _read_state(self) -> _State | None:
+        """None where the directory is new."""
+        file = self.path / STATE_FILENAME
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content.pop("format") != _FORMAT or content.pop("format_version") != _VERSION:
+                raise ValueError("another format")
+            return _State(**content)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{file}: is no state of a continual merge that can be read ({error}); start another"
+            ) from error
+        if self.path.is_file() or any(not _is_ours(entry.name) for entry in _entries(self.path)):
+            raise OutputExistsError(f"{self.path}: exists and is no state of a continual merge; choose another path.")
+        return None
+
+    def _same(self, known: _State, asked: _State) -> _State:
+        for key in ("alpha", "keep_base", "base", "linear"):
+            theirs, ours = getattr(known, key), getattr(asked, key)
+            if theirs == ours:
+                continue
+            if key == "base":
+                raise ConfigError(
+                    f"{self.path}: was begun with another base than {self._base.label} (hash {theirs}, not {ours}); give the same base, or"
+                    " start in another directory."
+                )
+            if key == "linear":
+                missing = sorted(set(theirs) ^ set(ours))[:3]
+                raise ConfigError(
+                    f"{self.path}: was begun with other linear modules (different: {', '.join(missing)}); leave `modules` out to go on with them."
+                )
+            raise ConfigError(
+                f"{self.path}: was begun with {key} = {theirs}, not {ours}; leave it out to go on with it."
+            )
+        return known
+
+    def _write_state(self, state: _State) -> None:
+        text = json.dumps({"format": _FORMAT, "format_version": _VERSION, **asdict(state)}, indent=2) + "\n"
+        partial = self.path / f".{STATE_FILENAME}.partial"
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path / STATE_FILENAME)
+            directory = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise OutputWriteError(
+                f"{partial}: cannot be written ({error.strerror}); free some space or correct the permissions"
+            ) from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Alone at work on the directory, which is as this object knows it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise OutputWriteError(f"{self.path}: cannot be written ({error.strerror}); choose another path") from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{self.path}: another process is adding an expert; wait for it.") from None
+            found = self._read_state()
+            if (found.folder if found is not None else "") != self._state.folder:
+                raise ConfigError(f"{self.path}: has been changed since it was opened; open it again.")
+            yield
+
+    def _clean(self) -> None:
+        """Remove sums that are no longer, or were never, the state's."""
+        for entry in _entries(self.path):
+            if entry.name.startswith("step-") and entry.name != self._state.folder:
+                shutil.rmtree(entry)
+
+
+def _entries(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else []
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(("step-", ".step-", ".lock", f".{STATE_FILENAME}"))
+
+
+def _listed(patterns: Iterable[str] | None) -> list[str] | None:
+    return [patterns] if isinstance(patterns, str) else None if patterns is None else list(patterns)
+
+
+def _fingerprint(base: TensorSource, names: Sequence[str]) -> str:
+    """Names, shapes, dtypes, and the first row of each tensor."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in names:
+        spec = base.spec(name)
+        digest.update(f"{name}\0{spec.shape}\0{spec.dtype}\0".encode())
+        digest.update(byte_view(base.load(name, slice(0, 1) if spec.shape else None)))
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""What a merge reads: weights in the form that rules and solves want, with what was measured on them, in an order of the experts' contents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bmm_engine.anchors import DepthMap
+from bmm_engine.errors import GramMismatchError, ShapeMismatchError
+from bmm_engine.merging.align import float_dtype
+from bmm_engine.merging.ordering import canonical_order
+from bmm_engine.merging.plan import MergePlan, ModuleGroup, resolve_module
+from bmm_engine.models.architecture import LinearModule
+from bmm_engine.ops.lowrank import LowRank
+from bmm_engine.solving.output_metric import OutputMetric, output_metrics
+from bmm_engine.solving.solve import check_finite
+from bmm_engine.statistics.fisher import FisherSet
+from bmm_engine.statistics.grams import GramAccumulator, GramSet, weight_fingerprint
+from bmm_engine.statistics.sensitivity import SensitivitySet
+
+T = TypeVar("T")
+
+
+class Inputs:
+    """Base and experts of a plan. Everything that belongs to experts comes in `order`."""
+
+    def __init__(self, plan: MergePlan):
+        self.plan = plan
+        self.settings, self.rule = plan.settings, plan.settings.rule
+        self.base = plan.alignment.base
+        self.depth = DepthMap(self.base.names())
+        self.device = torch.device(plan.settings.device)
+        self.dtype = float_dtype(self.base.spec(n).dtype for n in plan.alignment.merged)
+        self.parameters = self.rule.parameters(plan.settings.anchor_parameters)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The experts' indices as the rule gets them: by their contents where it is symmetric, so that not a bit depends on their listing."""
+        experts, names = self.plan.alignment.experts, self.plan.alignment.merged
+        listed = tuple(range(len(experts)))
+        if not self.rule.symmetric or len(experts) == 1 or not names:
+            return listed
+        given = self.settings.task_weights
+        weights = given if isinstance(given, tuple) else (given,) * len(experts)
+        own = self.parameters.at(names[0], self.depth(names[0]), len(experts))
+        per_expert = [own[key] for key, setting in self.parameters.settings.items() if setting.per_expert]
+        return canonical_order(
+            self.base, experts, names, [(weights[t], *(value[t] for value in per_expert)) for t in listed]
+        )
+
+    @cached_property
+    def experts(self) -> tuple[Any, ...]:
+        return self.ordered(self.plan.alignment.experts)
+
+    @cached_property
+    def gram_sets(self) -> tuple[GramSet, ...]:
+        return self.ordered(self.plan.gram_sets)
+
+    @cached_property
+    def fishers(self) -> tuple[FisherSet, ...]:
+        return self.ordered(self.plan.fishers)
+
+    @cached_property
+    def sensitivities(self) -> tuple[SensitivitySet, ...]:
+        return self.ordered(self.plan.sensitivities)
+
+    def ordered(self, values: Sequence[T]) -> tuple[T, ...]:
+        """From the order in which the experts were given to that of the inputs."""
+        return tuple(values[t] for t in self.order) if values else ()
+
+    def listed(self, values: Sequence[T]) -> tuple[T, ...]:
+        """The way back."""
+        listed = dict(zip(self.order, values, strict=True))
+        return tuple(listed[t] for t in range(len(listed)))
+
+    @property
+    def task_weights(self) -> str | tuple[float, ...]:
+        """The settings' rule, or its numbers."""
+        given = self.settings.task_weights
+        return given if isinstance(given, str) else self.ordered(given)
+
+    def at(self, name: str) -> dict[str, Any]:
+        """The rule's parameters for one tensor, those of the experts in their order."""
+        found = self.parameters.at(name, self.depth(name), len(self.experts))
+        settings = self.parameters.settings
+        return {key: self.ordered(value) if settings[key].per_expert else value for key, value in found.items()}
+
+    def load(self, source: Any, name: str, rows: slice | None = None) -> Tensor:
+        tensor = source.load(name, rows).to(self.device, self.dtype)
+        check_finite(tensor, f"{source.label}, tensor {name!r}")
+        return tensor
+
+    def oriented(self, source: Any, module: LinearModule, with_bias: bool) -> Tensor:
+        """The weight as (out, in), or [W | b] as (out, in + 1)."""
+        weight = self.load(source, module.weight)
+        weight = weight.mT.contiguous() if module.transposed else weight
+        return torch.cat([weight, self.load(source, module.bias)[:, None]], 1) if with_bias else weight
+
+    def low_rank(self, expert: Any, module: LinearModule) -> LowRank | None:
+        """The expert's task vector as a product, where its source knows it as one."""
+        known = getattr(expert.source, "low_rank", None)
+        product = known(expert.mapping[module.weight]) if known is not None else None
+        return product if product is None else product.to(self.device, self.dtype)
+
+    def fishers_at(self, name: str, rows: slice | None = None) -> list[Tensor]:
+        """The Fisher information of the experts' tensors, as they are stored; none for a tensor that has none (a buffer)."""
+        found: list[Tensor] = []
+        for fisher, expert in zip(self.fishers, self.experts if self.fishers else (), strict=True):
+            own = next((n for n in (expert.mapping[name], name) if fisher.resolve(n) is not None), expert.mapping[name])
+            if own in fisher.buffers:
+                return []
+            if rows is None:
+                fisher.check(own, expert.load(name), expert.label)
+            found.append(fisher.get(own, rows).to(self.device, self.dtype))
+        return found
+
+    def output_metrics(self, modules: Sequence[LinearModule]) -> list[list[OutputMetric]]:
+        """Of each module, those of the experts, from their sensitivities of modules that are weighed together. Raises `MissingTensorError`,
+        `GramMismatchError`, `ShapeMismatchError`."""
+        found = []
+        for own, expert in zip(self.sensitivities, self.experts, strict=True):
+            tensors = []
+            for module in modules:
+                names = (expert.own_module(module.name), module.name)
+                known = next((name for name in names if own.resolve(name) is not None), names[0])
+                own.check(known, expert.load(module.weight), expert.label)
+                tensor = own.get(known)
+                if tensor.shape != (module.out_features, module.out_features):
+                    raise ShapeMismatchError(
+                        f"{own.where}: the sensitivity of {known!r} has shape {tuple(tensor.shape)}, the module gives {module.out_features} features."
+                        " It was measured on another model; collect it again from this expert."
+                    )
+                tensors.append(tensor.to(self.device))
+            found.append(output_metrics(tensors, self.settings.sensitivity_share, modules[0].name))
+        return [list(own) for own in zip(*found, strict=True)]
+
+    def check_first_grams(self, group: ModuleGroup) -> None:
+        """A Gram of another model shows at its first module: find out before hours of work."""
+        if self.settings.gram_source == "task_vectors":
+            return
+        for t in sorted(range(len(self.order)), key=self.order.__getitem__):
+            for module in group.members:
+                self.check_fingerprint(t, module)
+
+    def check_fingerprint(self, t: int, module: LinearModule) -> None:
+        """Raise `GramMismatchError` unless the Gram set of expert `t` was measured on this very weight."""
+        grams, expert = self.gram_sets[t], self.experts[t]
+        own = resolve_module(grams, expert, module.name)
+        recorded = grams.fingerprints.get(own)
+        if recorded is None:
+            return
+        found = weight_fingerprint(expert.load(module.weight), getattr(torch, grams.weights_dtype))
+        if found != recorded:
+            raise GramMismatchError(
+                f"{grams.where}: measured on another model than {expert.label}: the weight of {module.name!r} has hash {found}, the Gram was"
+                f" measured with {recorded}. Collect it again from this expert, and list Grams in the order of the experts."
+            )
+
+    def total_gram(self, t: int, module: str, with_bias: bool) -> Tensor:
+        """`sum x x^T` (in, in), or of [x, 1] (in + 1, in + 1), of what expert `t`'s Gram set calls `module`; read now."""
+        gram: GramAccumulator = self.gram_sets[t].get(module)
+        if not with_bias:
+            return gram.total.to(self.device)
+        augmented = gram.total.new_empty(gram.width + 1, gram.width + 1)
+        augmented[:-1, :-1] = gram.total
+        augmented[-1, :-1] = augmented[:-1, -1] = gram.row_sum
+        augmented[-1, -1] = gram.rows
+        return augmented.to(self.device)

@@ -1,0 +1,317 @@
+"""What a merge will do, decided from names, shapes and headers alone: which modules are solved, what comes from the anchor, what is copied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from bmm_engine.anchors import Anchor, DepthMap, Setting, get_anchor
+from bmm_engine.checkpoint.compose import root_checkpoint
+from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
+from bmm_engine.merging.align import AlignedExpert, Alignment
+from bmm_engine.models.architecture import (
+    LinearModule,
+    checkpoint_linear_modules,
+    linear_modules,
+    matrix_modules,
+    select_modules,
+)
+from bmm_engine.solving.output_metric import check_share
+from bmm_engine.statistics.fisher import FisherSet
+from bmm_engine.statistics.grams import GramSet
+from bmm_engine.statistics.sensitivity import SensitivitySet
+from bmm_engine.statistics.sequential_grams import check_sequential
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How to merge; every field as in `merge`."""
+
+    anchor: str = "average"
+    anchor_parameters: dict[str, Any] | None = None
+    gram_source: str = "task_vectors"  # "data" | "task_vectors" | "hybrid"
+    hybrid_share: float = 0.5
+    normalization: str = "trace"
+    alpha: Any = 0.03  # a number, or one that varies over the model: see anchors/settings.py
+    scale: Any = 1.0
+    task_weights: str | tuple[float, ...] = "none"
+    sensitivity_share: float = 0.75
+    fit_bias: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.gram_source not in ("data", "task_vectors", "hybrid"):
+            raise ConfigError(f"gram_source must be 'data', 'task_vectors' or 'hybrid', not {self.gram_source!r}.")
+        _ = self.alpha_setting, self.scale_setting  # raise for what is no value
+        check_share(self.sensitivity_share)
+        if isinstance(self.task_weights, str) and self.task_weights not in ("none", "energy"):
+            raise ConfigError(
+                f"task_weights must be 'none', 'energy' or one number per expert, not {self.task_weights!r}."
+            )
+        if self.fit_bias and self.gram_source != "data":
+            raise ConfigError(
+                f"fit_bias needs the mean of the inputs, so gram_source 'data', not {self.gram_source!r}."
+            )
+        self.rule.parameters(self.anchor_parameters)
+
+    @property
+    def rule(self) -> Anchor:
+        return get_anchor(self.anchor)
+
+    @cached_property
+    def alpha_setting(self) -> Setting:
+        return Setting(self.alpha, where="alpha", check=_ridge, default=0.03)
+
+    @cached_property
+    def scale_setting(self) -> Setting:
+        return Setting(self.scale, where="scale", check=_finite, default=1.0)
+
+    @property
+    def solves(self) -> bool:
+        """False where every module comes from the anchor: `alpha` is inf."""
+        return self.alpha != math.inf
+
+    @property
+    def needs_grams(self) -> bool:
+        return self.solves or self.rule.needs_grams
+
+
+def given_task_weights(weights: str | Sequence[float] | None) -> str | tuple[float, ...]:
+    """Task weights as a caller gives them, as settings hold them: None is "none"."""
+    if weights is None:
+        return "none"
+    return weights if isinstance(weights, str) else tuple(weights)
+
+
+def _ridge(value: Any) -> float:
+    number = _number(value)
+    if not number >= 0:
+        raise ValueError("it must be >= 0 (inf for the anchor itself)")
+    return number
+
+
+def _finite(value: Any) -> float:
+    number = _number(value)
+    if not math.isfinite(number):
+        raise ValueError("it must be finite")
+    return number
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except TypeError:
+        raise ValueError("it must be a number") from None
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """Modules that share their input and ridge, so one Gram, one factor. With `fit_bias`, all of them have a bias or none has."""
+
+    members: tuple[LinearModule, ...]
+    width: int
+    alpha: float
+    with_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.members[0].name
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return tuple(t for m in self.members for t in ((m.weight, m.bias) if self.with_bias else (m.weight,)))
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """`groups` are solved; `from_anchor` and `from_base` name the other tensors; `unmeasured` are linear modules that no Gram covers."""
+
+    alignment: Alignment
+    settings: MergeSettings
+    groups: tuple[ModuleGroup, ...]
+    from_anchor: tuple[str, ...]
+    unmeasured: tuple[str, ...]
+    linear: dict[str, LinearModule]
+    gram_sets: tuple[GramSet, ...]
+    fishers: tuple[FisherSet, ...] = ()
+    sensitivities: tuple[SensitivitySet, ...] = ()
+
+    @property
+    def from_base(self) -> tuple[str, ...]:
+        return self.alignment.kept
+
+    def check_statistics(self) -> None:
+        """Raise `ConfigError` or `GramMismatchError` unless what the anchor needs beside the weights is there, and is of its kind."""
+        settings, rule, count = self.settings, self.settings.rule, len(self.alignment.experts)
+        if rule.needs == "fishers" and len(self.fishers) != count:
+            raise ConfigError(
+                f"anchor {rule.name!r} needs the Fisher information of every expert: {len(self.fishers)} given for {count} experts. Measure it"
+                " (`bmm collect --fisher`, or `collect_fisher`) and list one file for each, in the same order."
+            )
+        if rule.needs_grams and settings.gram_source == "task_vectors":
+            raise ConfigError(
+                f"anchor {rule.name!r} needs measured Grams: give `calibration` or `grams` for every expert. (What it would be without data is"
+                " the anchor 'wudi'.)"
+            )
+        if rule.needs == "sequential_grams":
+            check_sequential(self.gram_sets, rule.name, settings.anchor_parameters or {})
+        elif sequential := [g for g in self.gram_sets if g.kind != "expert"]:
+            raise GramMismatchError(
+                f"{sequential[0].where}: its Grams are of the kind {sequential[0].kind!r}, measured while experts were merged; only the anchor"
+                f" {sequential[0].settings.get('rule')!r} takes them. Collect plain ones with `bmm collect`."
+            )
+
+    @property
+    def module_count(self) -> int:
+        return sum(len(g.members) for g in self.groups)
+
+
+def find_linear_modules(
+    alignment: Alignment, model: Any, modules: Iterable[str] | None, gram_sets: Sequence[GramSet]
+) -> dict[str, LinearModule]:
+    """The linear modules among the merged tensors: of a live `model`, of the base checkpoint's architecture, or as the Grams name them."""
+    base = alignment.base
+    merged = set(alignment.merged)
+    stored = {n: base.spec(n).shape for n in alignment.merged}
+    unknown: CheckpointError | None = None
+    if isinstance(model, nn.Module):
+        return _merged(linear_modules(model, modules), merged)
+    root = root_checkpoint(base)
+    if root is not None and base.config is not None:
+        # What a view (stacked layers, another vocabulary) says otherwise than the file.
+        overrides = {key: value for key, value in base.config.items() if value != (root.config or {}).get(key)}
+        try:
+            return _merged(checkpoint_linear_modules(root.path, stored, modules, overrides), merged)
+        except (
+            CheckpointError
+        ) as error:  # not an architecture of transformers: the Grams or the patterns may still name the modules
+            unknown = error
+    if gram_sets:
+        return _merged(select_modules(_modules_of(gram_sets[0], alignment.experts[0], stored), modules), merged)
+    if modules is not None:
+        return _merged(matrix_modules(stored, modules), merged)
+    raise unknown or ConfigError(
+        f"{base.label}: which of its tensors are linear modules cannot be told (no config.json, no Grams). Name them with `modules`, for"
+        " example ['*attention*', '*mlp*'], or pass live models."
+    )
+
+
+def _merged(found: dict[str, LinearModule], merged: set[str]) -> dict[str, LinearModule]:
+    return {name: m for name, m in found.items() if m.weight in merged}
+
+
+def build_plan(
+    alignment: Alignment,
+    linear: dict[str, LinearModule],
+    settings: MergeSettings,
+    gram_sets: Sequence[GramSet],
+    explicit: bool,
+    fishers: Sequence[FisherSet] = (),
+    sensitivities: Sequence[SensitivitySet] = (),
+) -> MergePlan:
+    """Group the modules and check every Gram's width. `explicit`: the user named the modules, so a missing Gram is an error.
+
+    Raises `GramMismatchError`, `ConfigError`.
+    """
+    experts = alignment.experts
+    settings.rule.check_experts(len(experts))
+    uses_data = settings.gram_source in ("data", "hybrid") and settings.needs_grams
+    if not isinstance(settings.task_weights, str) and len(settings.task_weights) != len(experts):
+        raise ConfigError(
+            f"task_weights has {len(settings.task_weights)} numbers for {len(experts)} experts; give one for each."
+        )
+    if uses_data and len(gram_sets) != len(experts):
+        raise ConfigError(
+            f"{len(gram_sets)} Gram sets for {len(experts)} experts; give one for each, in the same order (see `bmm collect`)."
+        )
+    if sensitivities and len(sensitivities) != len(experts):
+        raise ConfigError(
+            f"{len(experts)} experts and {len(sensitivities)} sensitivities; give one for each expert, in the same order, or none."
+        )
+    unmeasured: list[str] = []
+    measured = dict(linear)
+    if uses_data:
+        for name in linear:
+            lacking = [g for g, e in zip(gram_sets, experts, strict=True) if _find(g, e, name) is None]
+            if lacking and explicit:
+                lacking[0].group(name)  # raises, with the names it has
+            if lacking:
+                unmeasured.append(name)
+                del measured[name]
+        if not measured and linear:
+            gram_sets[0].group(next(iter(linear)))
+        for name, module in measured.items():
+            for grams, expert in zip(gram_sets, experts, strict=True):
+                width = grams.width(resolve_module(grams, expert, name))
+                if width != module.in_features:
+                    raise GramMismatchError(
+                        f"{grams.where}: the Gram of {name!r} has width {width}, the module reads {module.in_features} features. It was measured"
+                        " on another model; collect it again from this expert."
+                    )
+    depth = DepthMap(alignment.base.names())
+    alphas = {name: settings.alpha_setting.at(m.weight, depth(m.weight), len(experts)) for name, m in measured.items()}
+    solved = {name: m for name, m in measured.items() if alphas[name] != math.inf}
+    groups = _groups(solved, alphas, settings, gram_sets, experts, set(alignment.merged))
+    taken = {t for g in groups for t in g.tensors}
+    from_anchor = tuple(n for n in alignment.merged if n not in taken)
+    return MergePlan(
+        alignment,
+        settings,
+        groups,
+        from_anchor,
+        tuple(unmeasured),
+        linear,
+        tuple(gram_sets),
+        tuple(fishers),
+        tuple(sensitivities),
+    )
+
+
+def _groups(
+    solved: dict[str, LinearModule],
+    alphas: dict[str, float],
+    settings: MergeSettings,
+    gram_sets: Sequence[GramSet],
+    experts: Sequence[AlignedExpert],
+    merged: set[str],
+) -> tuple[ModuleGroup, ...]:
+    # The data-free Gram is each module's own (U^T U), so only measured Grams are shared, and only where every expert's are.
+    members: dict[tuple[Any, ...], list[LinearModule]] = {}
+    for name, module in solved.items():
+        with_bias = settings.fit_bias and module.bias in merged
+        if settings.gram_source == "data":
+            shared = tuple(g.group(resolve_module(g, e, name)) for g, e in zip(gram_sets, experts, strict=True))
+            members.setdefault((shared, alphas[name], with_bias), []).append(module)
+        else:
+            members[(name, alphas[name], with_bias)] = [module]
+    return tuple(ModuleGroup(tuple(own), own[0].in_features, *key[1:]) for key, own in members.items())
+
+
+def resolve_module(grams: GramSet, expert: AlignedExpert, name: str) -> str:
+    """The name under which `grams` knows the module that the base calls `name`. Raises `GramMismatchError`."""
+    found = _find(grams, expert, name)
+    if found is None:
+        raise grams.unknown(expert.own_module(name))
+    return found
+
+
+def _find(grams: GramSet, expert: AlignedExpert, name: str) -> str | None:
+    """A Gram set goes by its own model's names: the expert's, or, measured on the bare encoder, the base's."""
+    return grams.resolve(expert.own_module(name)) or grams.resolve(name)
+
+
+def _modules_of(grams: GramSet, expert: AlignedExpert, stored: dict[str, tuple[int, ...]]) -> dict[str, LinearModule]:
+    found = {}
+    for weight, shape in stored.items():
+        name = weight.removesuffix(".weight")
+        own = _find(grams, expert, name) if weight.endswith(".weight") and len(shape) == 2 else None
+        if own is not None:
+            transposed = own in grams.transposed
+            out_features, in_features = shape[::-1] if transposed else shape
+            found[name] = LinearModule(name, out_features, in_features, transposed, f"{name}.bias" in stored)
+    return found

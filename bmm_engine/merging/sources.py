@@ -1,0 +1,51 @@
+"""Opening what a merge is given: a full model as it is, an expert that is a LoRA adapter over its base."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from bmm_engine.checkpoint import Checkpoint, TensorSource, is_adapter, open_adapter, open_source
+from bmm_engine.errors import CheckpointError
+from bmm_engine.models.architecture import stored_layout
+
+logger = logging.getLogger(__name__)
+
+# Building the architecture takes a while, and all adapters of a base need the same of it.
+_options: WeakKeyDictionary[Checkpoint, dict[str, Any]] = WeakKeyDictionary()
+
+Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | TensorSource
+
+
+def open_model(model: Model, role: str, local_files_only: bool = False) -> TensorSource:
+    """A full model as a source; `role` names it in messages where it has no path."""
+    if isinstance(model, (str, os.PathLike)):
+        return Checkpoint.open(os.fspath(model), local_files_only=local_files_only)
+    label = f"the {role} ({type(model).__name__})" if isinstance(model, (nn.Module, Mapping)) else None
+    return open_source(model, label)
+
+
+def open_expert(model: Model, base: TensorSource, role: str, local_files_only: bool = False) -> TensorSource:
+    """An expert as a source: a full model, or a PEFT adapter in a directory or on the hub, applied to `base`."""
+    if not isinstance(model, (str, os.PathLike)) or not is_adapter(os.fspath(model), local_files_only=local_files_only):
+        return open_model(model, role, local_files_only)
+    return open_adapter(os.fspath(model), base, local_files_only=local_files_only, **adapter_options(base))
+
+
+def adapter_options(base: TensorSource) -> dict[str, Any]:
+    """What `open_adapter` should know of a base whose architecture is known: where live names differ, which weights are transposed."""
+    if not isinstance(base, Checkpoint) or base.config is None:
+        return {}
+    if base not in _options:
+        try:
+            live_names, transposed = stored_layout(base.path)
+            _options[base] = {"live_names": live_names, "transposed": transposed}
+        except CheckpointError as error:  # an architecture of its own: names and shapes in the files then have to tell
+            logger.info("%s: %s", base.label, error)
+            _options[base] = {}
+    return _options[base]

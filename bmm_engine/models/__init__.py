@@ -1,0 +1,1 @@
+"""What a network is: its linear modules, their roles, its blocks, and how it is called on a batch."""

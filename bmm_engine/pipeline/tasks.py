@@ -1,0 +1,130 @@
+"""The tasks of a recipe: each expert's labelled data and head, texts for language models, the harness's tasks, or a function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bmm_engine.errors import ConfigError
+from bmm_engine.evaluators import Evaluator, TaskData, build_evaluator
+from bmm_engine.evaluators.heads import with_head
+from bmm_engine.evaluators.scores import Score
+from bmm_engine.merging.plan import MergePlan
+from bmm_engine.pipeline.live import LiveModels, share_parameters
+from bmm_engine.pipeline.statistics import Models, live_model, model_folder
+from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.recipe.references import ExpertRecipe
+from bmm_engine.recipe.sections import EvaluationRecipe
+
+# These read each expert's own head; the others run the base's architecture as it is.
+OWN_HEADS = ("text_classification", "image_classification", "function")
+
+
+@dataclass
+class RecipeTasks:
+    """The `Tasks` of a recipe with an `evaluation`."""
+
+    recipe: Recipe
+    local_files_only: bool = False
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what can be told from the recipe alone."""
+        options = self.options
+        labels = [e.label for e in self.recipe.experts]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ConfigError(f"two experts are called {label!r}; give each a `name`, by which its task goes too.")
+        if options.kind not in ("lm_eval", "function"):
+            for expert in self.recipe.experts:
+                if expert.validation is None:
+                    raise ConfigError(
+                        f"expert {expert.label!r} has no `validation`, the data of its task that a merge is scored by; give every expert its file."
+                    )
+
+    @property
+    def options(self) -> EvaluationRecipe:
+        if self.recipe.evaluation is None:
+            raise ConfigError(
+                "the recipe has no `evaluation`, so a merge cannot be scored. Say how: for example `evaluation: {kind: text_classification}` and, for"
+                " each expert, `validation: FILE`."
+            )
+        return self.recipe.evaluation
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.options.tasks) or tuple(e.label for e in self.recipe.experts)
+
+    @cached_property
+    def _models(self) -> Models:
+        return Models(self.local_files_only)
+
+    def live(self, plan: MergePlan, device: str) -> LiveModels:
+        if self._own_heads:
+            makers = [(e.label, i, lambda e=e: self._expert(e, device)) for i, e in enumerate(self.recipe.experts)]
+            return share_parameters(plan.alignment, makers)
+        shared = share_parameters(plan.alignment, [("", None, lambda: self._plain(self.recipe.base, device))])
+        return LiveModels(dict.fromkeys(self.names, shared.models[""]), shared.parameters)
+
+    def evaluator(self, split: str) -> Evaluator | None:
+        """None if no expert has data for the split. Raises `ConfigError` if only some have."""
+        if self.options.kind in ("lm_eval", "function"):
+            if split != "validation":
+                return None
+        else:
+            lacking = [e.label for e in self.recipe.experts if getattr(e, split) is None]
+            if len(lacking) == len(self.recipe.experts):
+                return None
+            if lacking:
+                raise ConfigError(
+                    f"expert {lacking[0]!r} has no `{split}` file, others have one; give it to all experts, or to none."
+                )
+        return build_evaluator(self.options, [self._data(e, split) for e in self.recipe.experts], split)
+
+    def expert_scores(self, expert: int, evaluator: Evaluator, device: str) -> dict[str, Score]:
+        own = self.recipe.experts[expert]
+        model = self._expert(own, device)
+        tasks = self.names if self.options.tasks else (own.label,)
+        return {task: evaluator(model, task) for task in tasks}
+
+    @property
+    def _own_heads(self) -> bool:
+        return self.options.kind in OWN_HEADS and not self.options.tasks
+
+    def _data(self, expert: ExpertRecipe, split: str) -> TaskData:
+        source = self._models.expert(self.recipe, expert)
+        path = getattr(expert, split)
+        return TaskData(
+            name=expert.label,
+            path=None if path is None else Path(path),
+            model_path=model_folder(source),
+            head=None if expert.head is None else Path(expert.head),
+            metric=expert.metric or self.options.metric,
+        )
+
+    def _expert(self, expert: ExpertRecipe, device: str) -> nn.Module:
+        """The expert itself, with its head."""
+        cls: Any = None
+        if expert.head is not None:
+            from transformers import AutoModel
+
+            cls = AutoModel
+        live, _ = live_model(
+            self._models.expert(self.recipe, expert),
+            cls=cls,
+            dtype=self.options.dtype,
+            device=device,
+            reports=expert.head is None,  # a bare encoder has no pooler, and needs none
+        )
+        if expert.head is not None:
+            live = with_head(live, Path(expert.head), self.options.pooling).to(
+                device, getattr(torch, self.options.dtype)
+            )
+        return live.eval()
+
+    def _plain(self, model: Any, device: str) -> nn.Module:
+        return live_model(self._models.source(model), dtype=self.options.dtype, device=device)[0].eval()

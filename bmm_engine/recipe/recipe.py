@@ -1,0 +1,340 @@
+"""The YAML recipe of a merge, as validated types. Unknown keys are errors with a suggestion."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from bmm_engine.anchors import Setting, get_anchor
+from bmm_engine.errors import ConfigError
+from bmm_engine.recipe import mergekit
+from bmm_engine.recipe.expert_parameters import with_own_parameters
+from bmm_engine.recipe.references import (
+    AnchorRecipe,
+    ExpertRecipe,
+    ModelRecipe,
+    ModelReference,
+    SliceRecipe,
+    StackRecipe,
+)
+from bmm_engine.recipe.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, SequentialRecipe, Strict
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], Any]:
+    """Validates a number, or one that varies over the model (the forms of `anchors/settings.py`)."""
+
+    def number(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError("it must be a number")
+        try:
+            found = float(value)
+        except ValueError:
+            raise ValueError("it must be a number") from None
+        if complaint := check(found):
+            raise ValueError(complaint)
+        return found
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: v if k == "filter" else numbers(v) for k, v in value.items()}
+        return [numbers(v) for v in value] if isinstance(value, (list, tuple)) else number(value)
+
+    def validate(value: Any) -> Any:
+        if not isinstance(value, (list, tuple, dict)):
+            return number(value)
+        Setting(value, where=key, check=number, default=0.0)  # raises for what is no value
+        return numbers(value)
+
+    return validate
+
+
+Varying = float | list[Any] | dict[str, Any]
+Ridge = Annotated[
+    Varying,
+    PlainValidator(_over_the_model("alpha", lambda v: "" if v >= 0 else "it must be >= 0 (inf for the anchor itself)")),
+]
+Scale = Annotated[
+    Varying, PlainValidator(_over_the_model("scale", lambda v: "" if math.isfinite(v) else "it must be finite"))
+]
+
+
+class Recipe(Strict):
+    """Everything that decides a merge; paths are relative to the recipe's file.
+
+    `alpha` and `scale` may vary over the model: a gradient over depth, or a list of {filter, value}. `vocabulary`: embeddings of different
+    numbers of rows are an error, or cropped to the fewest, or padded to the most. `same_tokenizer`: refuse models whose tokenizer has
+    another vocabulary than the base's. `mode`: "plain" solves every module on the experts' own inputs; "sequential" walks through the network
+    and solves it on what the merged modules before it give (see `merge_sequential`), by default with biases and energy weights; it is the default
+    where every expert has `calibration`, and none `grams`. `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each
+    expert's predictions depend on them, measured on its calibration data (its checkpoint, or its `head`, must give logits) unless its
+    `sensitivity` file exists; it is the default where every expert is a classifier. `sensitivity_share`: of that metric, the rest weighs all
+    outputs equally.
+    """
+
+    base: ModelReference
+    experts: list[ExpertRecipe] = Field(min_length=1)
+    mode: Literal["plain", "sequential"] | None = Field(
+        None, description="null: sequential where every expert has calibration and none has grams, else plain"
+    )
+    anchor: AnchorRecipe = AnchorRecipe(name="average")
+    gram_source: Literal["data", "task_vectors", "hybrid"] | None = Field(
+        None,
+        description="null: task_vectors without Grams or calibration; data if sequential, with fit_bias, or with alpha inf; else hybrid",
+    )
+    hybrid_share: float = Field(0.5, ge=0, le=1)
+    normalization: Literal["trace", "none"] = "trace"
+    alpha: Ridge = Field(0.03, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
+    scale: Scale = 1.0
+    task_weights: Literal["none", "energy"] | list[float] | None = Field(
+        None, description="null: none, or energy in the mode sequential"
+    )
+    output_weights: Literal["none", "sensitivity"] | None = Field(
+        None, description="null: sensitivity where every expert is a classifier and can be run, else none"
+    )
+    sensitivity_share: float = Field(0.75, ge=0, lt=1)
+    fit_bias: bool | None = Field(None, description="solve biases with the weights; null: in the mode sequential only")
+    modules: list[str] | None = None
+    keep_base: list[str] = Field(default_factory=list)
+    vocabulary: Literal["error", "crop", "pad"] = "error"
+    same_tokenizer: bool = False
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    sequential: SequentialRecipe = SequentialRecipe()
+    evaluation: EvaluationRecipe | None = None
+    search: SearchRecipe = SearchRecipe()
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    max_shard_size: str | int = "5GB"
+    device: str = "cpu"
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _plain_paths(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        return [
+            {"model": item} if isinstance(item, str) or (isinstance(item, dict) and set(item) == {"slices"}) else item
+            for item in value
+        ]
+
+    @field_validator("anchor", mode="before")
+    @classmethod
+    def _plain_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("modules", "keep_base", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _choose_mode(self) -> Recipe:
+        if self.mode is None:
+            runs = all(e.calibration and not e.grams and not isinstance(e.model, StackRecipe) for e in self.experts)
+            solves = self.alpha != math.inf and self.gram_source is None
+            self.mode = "sequential" if runs and solves else "plain"
+        sequential = self.mode == "sequential"
+        if self.task_weights is None:
+            self.task_weights = "energy" if sequential else "none"
+        if self.fit_bias is None:
+            self.fit_bias = sequential
+        if not sequential:
+            return self
+        lacking = [e.label for e in self.experts if e.calibration is None]
+        if lacking:
+            raise ValueError(
+                f"mode 'sequential' runs every expert on its own data; expert {lacking[0]!r} has no `calibration`"
+            )
+        if self.gram_source not in (None, "data"):
+            raise ValueError(
+                f"mode 'sequential' measures what it solves on; gram_source {self.gram_source!r} does not go with it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _choose_gram_source(self) -> Recipe:
+        measured = [e.grams is not None or e.calibration is not None for e in self.experts]
+        if self.gram_source is None:
+            if any(measured) and not all(measured):
+                lacking = self.experts[measured.index(False)].label
+                raise ValueError(
+                    f"expert {lacking!r} has neither `grams` nor `calibration`, others have; give all of them one, or none"
+                )
+            only_data = self.mode == "sequential" or self.fit_bias or self.alpha == math.inf
+            self.gram_source = "task_vectors" if not all(measured) else "data" if only_data else "hybrid"
+        elif self.gram_source != "task_vectors" and not all(measured) and self.alpha != math.inf:
+            lacking = self.experts[measured.index(False)].label
+            raise ValueError(
+                f"gram_source {self.gram_source!r} needs `grams` or `calibration` for every expert; {lacking!r} has none"
+            )
+        for expert in self.experts:
+            if expert.calibration is not None and isinstance(expert.model, StackRecipe):
+                raise ValueError(
+                    f"expert {expert.label!r}: `calibration` runs the model, so it needs a checkpoint of its own; name its Grams with `grams`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_anchor(self) -> Recipe:
+        rule = get_anchor(self.anchor.name)
+        rule.check_experts(len(self.experts))
+        rule.parameters(self.anchor_parameters).at("", 0.0, len(self.experts))
+        lacking = [e.label for e in self.experts if e.fisher is None and e.calibration is None]
+        if lacking and rule.needs == "fishers":
+            raise ConfigError(
+                f"expert {lacking[0]!r} has no `fisher`, which anchor {rule.name!r} needs; give every expert its file, or `calibration` to make it."
+            )
+        return self
+
+    @property
+    def anchor_parameters(self) -> dict[str, Any]:
+        """The anchor's parameters, with the experts' own values in them; raises `ConfigError` for those that are not per expert."""
+        return with_own_parameters(self.anchor, self.experts)
+
+    def expert_name(self, index: int) -> str:
+        return self.experts[index].label
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        local_files_only: bool = False,
+        defaults: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Recipe:
+        """Read a recipe, or a mergekit configuration, which is translated (see `bmm_engine/recipe/mergekit.py`); `overrides` replace top-level keys,
+        `defaults` are for those that it does not give.
+
+        Raises `ConfigError` naming the file and key. `local_files_only`: to translate, never ask the hub.
+        """
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}).") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(raw, dict):
+            raise ConfigError(
+                f"{path}: a recipe is a mapping with at least `base` and `experts`; this file holds a {type(raw).__name__}."
+            )
+        if mergekit.is_configuration(raw):
+            raw = mergekit.translate(raw, path, local_files_only=local_files_only)
+        raw = {**(defaults or {}), **raw, **{key: value for key, value in overrides.items() if value is not None}}
+        recipe = cls.parse(raw, str(path))
+        return recipe._resolved(path.parent)
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Validate plain values. Raises `ConfigError`: which key, its value, what is wrong, and the nearest known key."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+    def with_search(self, **changes: Any) -> Recipe:
+        """With some keys of its search replaced. Raises `ConfigError`."""
+        section = parse_section(SearchRecipe, {**self.search.model_dump(), **changes}, "search")
+        return self.model_copy(update={"search": section})
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as plain values, without what is unset: what `bmm_merge.json` records."""
+        return _without_infinity(self.model_dump(exclude_none=True))
+
+    def _resolved(self, folder: Path) -> Recipe:
+        def local(value: str) -> str:
+            """Relative to the recipe where that exists; a hub id or a path of the working directory stays as it is."""
+            return str(folder / value) if (folder / value).exists() else value
+
+        def beside(value: str | None) -> str | None:
+            return None if value is None else str(folder / value)
+
+        def located(model: Any) -> Any:
+            if isinstance(model, str):
+                return local(model)
+            if isinstance(model, StackRecipe):
+                return StackRecipe(slices=[located(part) for part in model.slices])
+            adapter = None if model.adapter is None else local(model.adapter)
+            return model.model_copy(update={"model": local(model.model), "adapter": adapter})
+
+        experts = [
+            e.model_copy(
+                update={
+                    "model": located(e.model),
+                    "grams": beside(e.grams),
+                    "calibration": beside(e.calibration),
+                    "fisher": beside(e.fisher),
+                    "sensitivity": beside(e.sensitivity),
+                    "validation": beside(e.validation),
+                    "test": beside(e.test),
+                    "head": beside(e.head),
+                }
+            )
+            for e in self.experts
+        ]
+        return self.model_copy(update={"base": located(self.base), "experts": experts})
+
+
+def parse_section(section: type[S], raw: Mapping[str, Any], name: str) -> S:
+    """Plain values as the section `name` of a recipe. Raises `ConfigError` as a recipe does."""
+    try:
+        return section.model_validate(dict(raw))
+    except ValidationError as error:
+        located = [{**e, "loc": (name, *e["loc"])} for e in error.errors()]
+        raise ConfigError("; ".join(_explain(e) for e in located)) from error
+
+
+def _without_infinity(value: Any) -> Any:
+    """As JSON can hold it: infinity as text, which a recipe understands too."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_infinity(item) for item in value]
+    return "inf" if value == math.inf else value
+
+
+def _explain(error: Any) -> str:
+    steps = [str(part) for part in error["loc"] if not str(part).startswith("<")]
+    where = ".".join(steps) or "recipe"
+    if error["type"] == "extra_forbidden":
+        model = _model_at([str(part) for part in error["loc"]])
+        close = difflib.get_close_matches(steps[-1], model.model_fields, 1, 0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(model.model_fields)}."
+        return f"unknown key {where!r}; {hint}"
+    if error["type"] == "missing":
+        return f"the key {where!r} is missing."
+    text = error["msg"].removeprefix("Value error, ").rstrip(".")
+    return f"{where} = {error['input']!r}: {text}." if error["loc"] else f"{text}."
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "calibration": CalibrationRecipe,
+    "sequential": SequentialRecipe,
+    "evaluation": EvaluationRecipe,
+    "search": SearchRecipe,
+}
+
+
+def _model_at(loc: list[str]) -> type[BaseModel]:
+    """The type whose key the last part of a location is."""
+    if "<slices>" in loc:
+        return StackRecipe if loc[-2] == "<slices>" else SliceRecipe
+    if "<model>" in loc:
+        return ModelRecipe
+    if len(loc) > 1 and loc[0] in SECTIONS:
+        return SECTIONS[loc[0]]
+    return ExpertRecipe if len(loc) > 1 and loc[0] == "experts" else Recipe

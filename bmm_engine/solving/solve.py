@@ -1,0 +1,350 @@
+"""Stage 3: the closed-form MAP of one module, or of a batch of them.
+
+    W* = argmin_W sum_t beta_t tr((W - W_t) G_t (W - W_t)^T) + lam ||W - W_a||_F^2
+       = W_a + R A^{-1},   R = sum_t beta_t (W_t - W_a) G_t,   A = sum_t beta_t G_t + lam I       (arXiv 2605.12843)
+
+Always in this residual form, by a Cholesky factor. Grams are stored in float32; the algebra is float64, because a ridge of `alpha` leaves a
+condition number of up to `in / alpha`, which eats all seven digits of float32 at small ridges.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bmm_engine.errors import (
+    ConfigError,
+    NonFiniteWeightError,
+    NotPositiveDefiniteError,
+    NumericalWarning,
+    ShapeMismatchError,
+)
+from bmm_engine.ops._dlpack import accepts_dlpack
+from bmm_engine.ops.assemble import assemble
+from bmm_engine.ops.cholesky import cholesky_, solve_right
+from bmm_engine.ops.residual import residual
+from bmm_engine.solving.moments import DenseMoment, Moment
+
+# Jitter, relative to the mean diagonal of A: tried in this order on the members of a batch that have no factor without it. The last ones
+# cover the rounding of float32 Grams, whose zero eigenvalues come out as small negative ones.
+JITTERS = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5)
+# Rows of W solved at a time: the float64 working set is then a few of these blocks, whatever the module's height.
+BLOCK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`A = L L^T` (in, in) of one group, with the ridge `lam` in it and the jitter that was needed (0 as a rule)."""
+
+    lower: Tensor
+    ridge: float
+    jitter: float
+    task_weights: tuple[float, ...]
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """`rhs A^{-1}` for `rhs` (rows, in)."""
+        return solve_right(self.lower, rhs)
+
+
+@dataclass(frozen=True)
+class MapSolution:
+    """`weight` (..., out, in) in the anchor's dtype; the ridge, jitter and task weights of each member of the batch."""
+
+    weight: Tensor
+    ridge: list[float] = field(default_factory=list)
+    jitter: list[float] = field(default_factory=list)
+    task_weights: list[tuple[float, ...]] = field(default_factory=list)
+
+
+def relative_ridge(alpha: float, trace: float, width: int) -> float:
+    """`lam = alpha * trace(A_0) / in`. Where all Grams are zero any ridge gives the anchor; `alpha` (or 1) itself is taken."""
+    if not alpha >= 0:
+        raise ConfigError(f"alpha must be >= 0 (inf for the anchor itself), not {alpha}.")
+    return alpha * trace / width if trace > 0 else (alpha or 1.0)
+
+
+def energy_weights(energies: Sequence[float]) -> tuple[float, ...]:
+    """`beta_t = 1 / tr(U_t G_t U_t^T)`, scaled to mean 1; a zero energy gets the largest finite weight of the others, or 1."""
+    finite = [1.0 / e for e in energies if e > 0]
+    top = max(finite, default=1.0)
+    raw = [1.0 / e if e > 0 else top for e in energies]
+    mean = sum(raw) / len(raw)
+    return tuple(w / mean for w in raw)
+
+
+def task_energy(moment: Moment, task_vector: Tensor) -> float:
+    """`tr(U G U^T)`: how much fine-tuning changed this module's output, on the task's own inputs. `task_vector` (out, in)."""
+    u = task_vector.double()
+    return float(sum((moment.apply(rows) * rows).sum() for rows in u.split(BLOCK_ROWS)))
+
+
+def factorize(
+    moments: Sequence[Sequence[Moment]],
+    task_weights: Sequence[Sequence[float]],
+    *,
+    alpha: float | None = None,
+    ridge: float | None = None,
+    names: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> list[Factor]:
+    """Assemble and factor `A = sum_t beta_t G_t + lam I` for each member of a batch of groups of one width.
+
+    `moments[i][t]`, `task_weights[i][t]`: member i, task t. Give `alpha` (relative to the mean diagonal) or `ridge` (absolute `lam`).
+    Members without a factor, and only they, are retried with growing jitter, which is reported by a `NumericalWarning` and returned.
+    Raises `NotPositiveDefiniteError` (module, pivot, ridge tried), `ConfigError`.
+    """
+    if (alpha is None) == (ridge is None):
+        raise ConfigError("give alpha (relative ridge) or ridge (absolute), and not both.")
+    names = names or [f"module {i}" for i in range(len(moments))]
+    width = moments[0][0].width
+    for own, betas, name in zip(moments, task_weights, names, strict=True):
+        check_task_weights(betas, len(own), name)
+        for moment in own:
+            if moment.width != width:
+                raise ShapeMismatchError(f"{name}: Grams of width {moment.width} and {width} in one solve.")
+    a = torch.empty(len(moments), width, width, dtype=torch.float64, device=device)
+    ridges, scales = [], []
+    for member, own, betas, name in zip(a, moments, task_weights, names, strict=True):
+        assemble_moments(member, own, betas)
+        trace = float(member.diagonal().sum())
+        lam = relative_ridge(alpha, trace, width) if alpha is not None else float(ridge or 0.0)
+        if not (lam >= 0 and math.isfinite(lam)):
+            raise ConfigError(f"{name}: the ridge must be finite and >= 0, not {lam}.")
+        member.diagonal().add_(lam)
+        ridges.append(lam)
+        scales.append(trace / width + lam)
+    lower, info = cholesky_(a)
+    failed = info.tolist()
+    factors = [Factor(lower[i], ridges[i], 0.0, tuple(map(float, task_weights[i]))) for i in range(len(moments))]
+    for i in (i for i, pivot in enumerate(failed) if pivot):
+        # The factorisation overwrote A; a failure is rare, so it is assembled again.
+        assemble_again = partial(assemble_moments, a[i], moments[i], task_weights[i])
+        again, jitter = _factor_with_jitter(assemble_again, ridges[i], scales[i], names[i])
+        factors[i] = replace(factors[i], lower=again, jitter=jitter)
+    return factors
+
+
+def residual_of(
+    anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], task_weights: Sequence[float]
+) -> Tensor:
+    """`R = sum_t beta_t (W_t - W_a) G_t` (out, in), float64."""
+    resident = [moment.resident if isinstance(moment, DenseMoment) else None for moment in moments]
+    grams = [gram.to(anchor.device) for gram in resident if gram is not None]
+    if len(grams) == len(moments):
+        weights = [beta / m.rows for beta, m in zip(task_weights, moments, strict=True) if isinstance(m, DenseMoment)]
+        return residual(anchor, experts, grams, weights, out_dtype=torch.float64)
+    wide = anchor.double()
+    out = torch.zeros_like(wide)
+    for expert, moment, beta in zip(experts, moments, task_weights, strict=True):
+        if not beta:
+            continue
+        if isinstance(moment, DenseMoment):  # read from disk for each use: one at a time
+            gram = moment.total().to(anchor.device)
+            out.add_(residual(anchor, [expert], [gram], [beta / moment.rows], out_dtype=torch.float64))
+        else:
+            out.add_(moment.apply(expert.double() - wide), alpha=beta)
+    return out
+
+
+def solve_with_factor(anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], factor: Factor) -> Tensor:
+    """`W* = W_a + R A^{-1}` (out, in) in the anchor's dtype, by blocks of rows: the rows of W are independent."""
+    out = torch.empty_like(anchor)
+    for start in range(0, anchor.shape[0], BLOCK_ROWS):
+        rows = slice(start, start + BLOCK_ROWS)
+        r = residual_of(anchor[rows], [e[rows] for e in experts], moments, factor.task_weights)
+        out[rows] = factor.solve(r).add_(anchor[rows])
+    return out
+
+
+@accepts_dlpack
+def solve_map(
+    anchor: Tensor,
+    experts: Sequence[Tensor] | Tensor,
+    grams: Sequence[Tensor] | Sequence[Moment] | Tensor,
+    *,
+    alpha: float | None = None,
+    ridge: float | None = None,
+    task_weights: Sequence[float] | str | None = None,
+    base: Tensor | None = None,
+    name: str = "module",
+) -> MapSolution:
+    """The MAP weight `W* = W_a + R A^{-1}` of one linear module, or of a batch of equal shape.
+
+    `anchor` (out, in) or (batch, out, in); `experts[t]` of the same shape; `grams[t]` (in, in) or (batch, in, in), mean second moments.
+    Modules that share their input are solved as one, stacked along `out`. Any float dtype; computed in float64, rounded once.
+    `alpha` relative ridge (`lam = alpha trace(A_0) / in`; inf gives the anchor; 0 is RegMean, Jin et al. 2023) or `ridge` absolute.
+    `task_weights`: None (all 1), a number per task, or "energy" (`1 / tr(U_t G_t U_t^T)`, needs `base`).
+
+    Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
+    """
+    problem = map_problem(anchor, experts, grams, task_weights=task_weights, base=base, name=name)
+    if alpha == math.inf:
+        count = len(problem.names)
+        return MapSolution(anchor.clone(), [math.inf] * count, [0.0] * count, problem.task_weights)
+    factors = problem.factorize(alpha=alpha, ridge=ridge)
+    solved = [solve_with_factor(*args) for args in zip(*problem.members, factors, strict=True)]
+    weight = torch.stack(solved) if anchor.dim() == 3 else solved[0]
+    return MapSolution(weight, [f.ridge for f in factors], [f.jitter for f in factors], problem.task_weights)
+
+
+@dataclass(frozen=True)
+class MapProblem:
+    """The members of a batch of regressions (one, where the anchor is a matrix), each by itself and checked."""
+
+    names: list[str]
+    anchors: list[Tensor]
+    experts: list[list[Tensor]]
+    moments: list[list[Moment]]
+    task_weights: list[tuple[float, ...]]
+
+    @property
+    def members(self) -> tuple[list[Tensor], list[list[Tensor]], list[list[Moment]]]:
+        return self.anchors, self.experts, self.moments
+
+    def factorize(self, *, alpha: float | None, ridge: float | None) -> list[Factor]:
+        """One factor for each member; raises as `factorize` does."""
+        device = self.anchors[0].device
+        return factorize(self.moments, self.task_weights, alpha=alpha, ridge=ridge, names=self.names, device=device)
+
+
+def map_problem(
+    anchor: Tensor,
+    experts: Sequence[Tensor] | Tensor,
+    grams: Sequence[Tensor] | Sequence[Moment] | Tensor,
+    *,
+    task_weights: Sequence[float] | str | None,
+    base: Tensor | None,
+    name: str,
+) -> MapProblem:
+    """The arguments of `solve_map`, checked and taken apart; raises as it does."""
+    experts, grams = list(experts), list(grams)
+    batched = anchor.dim() == 3
+    if not batched and anchor.dim() != 2:
+        raise ShapeMismatchError(
+            f"{name}: the anchor must be (out, in) or (batch, out, in), not {tuple(anchor.shape)}."
+        )
+    if not experts or len(experts) != len(grams):
+        raise ConfigError(
+            f"{name}: {len(experts)} experts and {len(grams)} Grams; give one Gram for each expert, at least one."
+        )
+    check_weights(anchor, experts, name)
+    anchors = list(anchor) if batched else [anchor]
+    members = [[e[i] if batched else e for e in experts] for i in range(len(anchors))]
+    moments = [
+        [as_moment(g, i if batched else None, anchor.shape[-1], name) for g in grams] for i in range(len(anchors))
+    ]
+    betas = [
+        _resolve_task_weights(task_weights, base, members[i], moments[i], i if batched else None, name)
+        for i in range(len(anchors))
+    ]
+    names = [f"{name}[{i}]" for i in range(len(anchors))] if batched else [name]
+    return MapProblem(names, anchors, members, moments, betas)
+
+
+def check_weights(anchor: Tensor, experts: Sequence[Tensor], name: str) -> None:
+    """Raise `ShapeMismatchError` or `NonFiniteWeightError` unless all are finite and of the anchor's shape."""
+    for t, expert in enumerate(experts):
+        if expert.shape != anchor.shape:
+            raise ShapeMismatchError(
+                f"{name}: expert {t} has shape {tuple(expert.shape)}, the anchor {tuple(anchor.shape)}."
+            )
+    for what, weight in (("the anchor", anchor), *((f"expert {t}", e) for t, e in enumerate(experts))):
+        check_finite(weight, f"{name} ({what})")
+
+
+def check_finite(weight: Tensor, what: str) -> None:
+    """Raise `NonFiniteWeightError` naming `what` and the count if `weight` holds NaN or infinity."""
+    if not torch.isfinite(weight.sum(dtype=torch.float32)):
+        count = int((~torch.isfinite(weight)).sum())
+        if count:
+            raise NonFiniteWeightError(
+                f"{what}: {count} of {weight.numel()} values are NaN or infinite. The checkpoint is damaged or its training diverged; replace it."
+            )
+
+
+def _resolve_task_weights(
+    given: Sequence[float] | str | None,
+    base: Tensor | None,
+    experts: list[Tensor],
+    moments: list[Moment],
+    index: int | None,
+    name: str,
+) -> tuple[float, ...]:
+    if given is None or given == "none":
+        return (1.0,) * len(experts)
+    if given == "energy":
+        if base is None:
+            raise ConfigError(f"{name}: task_weights='energy' needs `base`, to form the task vectors.")
+        own = (base if index is None else base[index]).double()
+        return energy_weights([task_energy(g, e.double() - own) for g, e in zip(moments, experts, strict=True)])
+    if isinstance(given, str):
+        raise ConfigError(f"{name}: task_weights must be None, 'none', 'energy' or one number per task, not {given!r}.")
+    return tuple(float(w) for w in given)
+
+
+def check_task_weights(betas: Sequence[float], tasks: int, name: str) -> None:
+    """Raise `ConfigError` unless there is one finite weight >= 0 for each task, and not all are 0."""
+    if len(betas) != tasks:
+        raise ConfigError(f"{name}: {len(betas)} task weights for {tasks} experts; give one for each.")
+    if not all(math.isfinite(b) and b >= 0 for b in betas) or not any(betas):
+        raise ConfigError(f"{name}: task weights must be finite, >= 0 and not all 0; got {list(betas)}.")
+
+
+def as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) -> Moment:
+    """A Gram (in, in), or member `index` of a batch of them, as a moment of the width asked for. Raises `ShapeMismatchError`."""
+    if not isinstance(gram, Tensor):
+        moment: Moment = gram
+    else:
+        matrix = gram if index is None else gram[index]
+        if matrix.shape != (width, width):
+            raise ShapeMismatchError(
+                f"{name}: a Gram has shape {tuple(matrix.shape)}, the module needs ({width}, {width})."
+            )
+        moment = DenseMoment(matrix, module=name)
+    if moment.width != width:
+        raise ShapeMismatchError(f"{name}: a Gram has width {moment.width}, the module {width}.")
+    return moment
+
+
+def assemble_moments(a: Tensor, moments: Sequence[Moment], task_weights: Sequence[float]) -> Tensor:
+    """`A_0 = sum_t beta_t G_t` into `a` (in, in)."""
+    in_memory = [m.resident if isinstance(m, DenseMoment) else None for m in moments]
+    totals = [t for t in in_memory if t is not None]
+    if len(totals) == len(moments):
+        rows = [m.rows for m in moments if isinstance(m, DenseMoment)]
+        return assemble(totals, [beta / n for beta, n in zip(task_weights, rows, strict=True)], 0.0, out=a)
+    a.zero_()
+    for moment, beta in zip(moments, task_weights, strict=True):
+        moment.add_to(a, beta)
+    return a
+
+
+def _factor_with_jitter(assemble: Callable[[], Tensor], ridge: float, scale: float, name: str) -> tuple[Tensor, float]:
+    """The factor of one member that has none at `ridge`, with the least jitter of the ladder that gives one: (lower, jitter)."""
+    for relative in JITTERS:
+        jitter = relative * scale
+        a = assemble()
+        a.diagonal().add_(ridge + jitter)
+        lower, info = cholesky_(a[None])
+        pivot = int(info[0])
+        if pivot == 0:
+            warnings.warn(
+                f"{name}: A was not positive definite at ridge {ridge:.3g}; jitter {jitter:.3g} was added. Use a larger alpha, or more"
+                " calibration data.",
+                NumericalWarning,
+                stacklevel=3,
+            )
+            return lower[0], jitter
+    raise NotPositiveDefiniteError(
+        f"{name}: A = sum beta_t G_t + lam I has no Cholesky factor (leading minor {pivot}), even with ridge {ridge + jitter:.3g}. Use a larger"
+        " alpha, or more calibration data.",
+        module=name,
+        pivot=pivot,
+        ridge=ridge + jitter,
+    )

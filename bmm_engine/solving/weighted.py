@@ -1,0 +1,161 @@
+"""The solve in which errors of some outputs matter more than others, and for each task other ones.
+
+    W* = argmin_W  sum_t beta_t tr( S_t (W - W_t) G_t (W - W_t)^T ) + lam || S^{1/2} (W - W_a) ||_F^2,
+
+where S_t (out, out) is how much task t's predictions depend on the module's outputs (`bmm_engine.statistics.sensitivity`), and
+S = sum_t beta_t S_t / sum_t beta_t. Its normal equations couple all outputs:
+
+    sum_t beta_t S_t Z G_t + lam S Z = sum_t beta_t S_t R_t,    Z = W* - W_a,    R_t = (W_t - W_a) G_t
+
+(the sequential merge has other R_t: see `bmm_engine.sequential.solve`). Where all S_t are equal it is the solve without metrics. They are solved by
+conjugate gradients from that solution on, preconditioned by S Z (sum_t beta_t G_t + lam I), whose inverse is cheap. S_t comes as
+level_t I + V_t V_t^T: a step multiplies by one matrix for what all outputs have in common, and by each G_t for the few directions V_t alone.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from bmm_engine.errors import NotPositiveDefiniteError, NumericalWarning
+from bmm_engine.solving.moments import Moment
+from bmm_engine.solving.output_metric import OutputMetric
+from bmm_engine.solving.solve import Factor, task_energy
+
+TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-11}
+"""Of the residual's norm, in the preconditioner's metric, beside that of the right-hand side. The objective's error goes with its square."""
+
+STEPS = 300
+
+
+def solve_weighted(
+    anchor: Tensor,
+    experts: Sequence[Tensor],
+    moments: Sequence[Moment],
+    factor: Factor,
+    metrics: Sequence[OutputMetric],
+    name: str,
+) -> Tensor:
+    """`W*` (out, in) in the anchor's dtype, of one module whose factor of `sum_t beta_t G_t + lam I` is there. Computed in float32, or float64 for
+    such an anchor, but for the right-hand side, in float64. Raises and warns as `solve_toward`."""
+    wide = anchor.double()
+    toward = (moment.apply(expert.double() - wide) for expert, moment in zip(experts, moments, strict=True))
+    dtype = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+    return solve_toward(toward, moments, factor, metrics, dtype, name).double().add_(wide).to(anchor.dtype)
+
+
+def solve_toward(
+    toward: Iterable[Tensor],
+    moments: Sequence[Moment],
+    factor: Factor,
+    metrics: Sequence[OutputMetric],
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """Z (out, in) for the tasks' R_t (out, in), float64, taken one by one. Computed in `dtype`.
+
+    Warns (`NumericalWarning`) where the tolerance is not reached. Raises `NotPositiveDefiniteError`.
+    """
+    like = torch.empty((), dtype=dtype, device=factor.lower.device)
+    system = _System(moments, factor, [metric.to(like) for metric in metrics], dtype, name)
+    change, left = system.solve(*system.sides(toward))
+    if not left <= TOLERANCE[dtype]:
+        warnings.warn(
+            f"{name}: the weighted solve stopped at a relative residual of {left:.1e} after {STEPS} steps; raise `alpha` or lower"
+            " `sensitivity_share`.",
+            NumericalWarning,
+            stacklevel=2,
+        )
+    return change
+
+
+def weighted_task_energy(moment: Moment, task_vector: Tensor, metric: OutputMetric) -> float:
+    """`tr(S U G U^T)`: how much fine-tuning changed this module's output, in its metric. `task_vector` (out, in)."""
+    seen = metric.directions.to(task_vector).mT @ task_vector
+    return metric.level * task_energy(moment, task_vector) + task_energy(moment, seen)
+
+
+class _System:
+    """The normal equations of one module, as `sum_t beta_t S_t Z (G_t + ridge I) = ...` with `ridge = lam / sum_t beta_t`."""
+
+    def __init__(
+        self,
+        moments: Sequence[Moment],
+        factor: Factor,
+        metrics: Sequence[OutputMetric],
+        dtype: torch.dtype,
+        name: str,
+    ):
+        self.moments, self.factor, self.metrics = moments, factor, metrics
+        self.dtype, self.betas = dtype, factor.task_weights
+        total = sum(self.betas)
+        self._ridge = (factor.ridge + factor.jitter) / total
+        mean_metric = sum(
+            (m.dense().mul_(b / total) for m, b in zip(metrics, self.betas, strict=True)), torch.zeros(())
+        )
+        lower, failed = torch.linalg.cholesky_ex(mean_metric)
+        if failed:
+            raise NotPositiveDefiniteError(
+                f"{name}: the mean of its output metrics is not positive definite (minor {int(failed)}). Give symmetric metrics with positive"
+                " eigenvalues; `output_metrics` makes them of sensitivities.",
+                module=name,
+                pivot=int(failed),
+                ridge=0.0,
+            )
+        self._level = self._levels()
+        # To precondition with, inverses are exact enough, and faster than triangular solves.
+        self._outer = torch.cholesky_inverse(lower)
+        self._inner = torch.cholesky_inverse(factor.lower).to(dtype)
+
+    def _levels(self) -> Tensor:
+        """`sum_t beta_t level_t (G_t + ridge I)` (in, in): what of the left-hand side all outputs have in common."""
+        total = torch.zeros_like(self.factor.lower)
+        for moment, beta, metric in zip(self.moments, self.betas, self.metrics, strict=True):
+            moment.add_to(total, beta * metric.level)
+            total.diagonal().add_(beta * metric.level * self._ridge)
+        return total.to(self.dtype)
+
+    def sides(self, toward: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """The right-hand side, and the solution for equal metrics."""
+        total = alike = torch.zeros((), dtype=torch.float64, device=self._level.device)
+        for own, beta, metric in zip(toward, self.betas, self.metrics, strict=True):
+            alike = own.mul(beta).add_(alike)
+            total = metric.times(own.to(self.dtype)).mul_(beta).add_(total)
+        return total, self.factor.solve(alike).to(self.dtype)
+
+    def apply(self, z: Tensor) -> Tensor:
+        """The left-hand side."""
+        result = z @ self._level
+        for moment, beta, metric in zip(self.moments, self.betas, self.metrics, strict=True):
+            seen = metric.directions.mT @ z
+            result.addmm_(metric.directions, moment.apply(seen).add_(seen, alpha=self._ridge), alpha=beta)
+        return result
+
+    def precondition(self, residual: Tensor) -> Tensor:
+        return self._outer @ residual @ self._inner
+
+    def solve(self, rhs: Tensor, z: Tensor) -> tuple[Tensor, float]:
+        """The solution, found from `z` on, and the relative residual that is left."""
+        whole = _dot(rhs, self.precondition(rhs))
+        residual = rhs - self.apply(z)
+        direction = ahead = self.precondition(residual)
+        size = _dot(residual, ahead)
+        for _ in range(STEPS):
+            if size <= TOLERANCE[self.dtype] ** 2 * whole:
+                break
+            image = self.apply(direction)
+            step = size / _dot(direction, image)
+            z = z.add(direction, alpha=step)
+            residual.sub_(image, alpha=step)
+            ahead = self.precondition(residual)
+            previous, size = size, _dot(residual, ahead)
+            direction = ahead.add(direction, alpha=size / previous)
+        return z, math.sqrt(max(0.0, size) / whole) if whole > 0 else 0.0
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(dtype=torch.float64))

@@ -1,0 +1,1 @@
+"""What is measured on calibration data: Grams, Fisher information, sensitivities."""

@@ -1,0 +1,120 @@
+"""What was measured on one expert: a tensor for each of its modules or parameters, in memory or in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from bmm_engine.errors import GramMismatchError, MissingTensorError
+from bmm_engine.statistics.grams import weight_fingerprint
+from bmm_engine.statistics.records import read_record, write_record
+
+Self = TypeVar("Self", bound="MeasuredSet")
+
+
+@dataclass
+class MeasuredSet:
+    """Name of a module or parameter -> what was measured there.
+
+    `fingerprints`: name -> hash of its weight in `weights_dtype`, by which a measurement of another model is told. `aliases`: other names (in the
+    checkpoint's files, of tied weights). Fields that a subclass adds are saved as JSON.
+    """
+
+    tensors: dict[str, Tensor]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    weights_dtype: str = "float32"
+    calibration: str = ""
+    aliases: dict[str, str] = field(default_factory=dict)
+    _path: Path | None = None
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of those still on disk
+
+    KEY: ClassVar[str]  # its tensors are KEY.NAME in a file of the format bmm-KEY, made by `bmm collect --KEY`
+    VERSION: ClassVar[int] = 1
+    TITLE: ClassVar[str]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.tensors) + list(self._shapes)
+
+    @property
+    def where(self) -> str:
+        return str(self._path) if self._path else f"{self.TITLE} of {self.calibration or 'a live model'}"
+
+    def resolve(self, name: str) -> str | None:
+        """What `name` (a live name or a name in the checkpoint) is called here, or None."""
+        own = self.aliases.get(name, name)
+        return own if own in self.tensors or own in self._shapes else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises `MissingTensorError`."""
+        own = self._known(name)
+        return self._shapes[own] if own in self._shapes else tuple(self.tensors[own].shape)
+
+    def get(self, name: str, rows: slice | None = None) -> Tensor:
+        """What was measured at `name`, or some rows of it, read from disk if the set was loaded. Raises `MissingTensorError`."""
+        own = self._known(name)
+        if own not in self._shapes:
+            return self.tensors[own] if rows is None else self.tensors[own][rows]
+        from safetensors import safe_open
+
+        with safe_open(str(self._path), framework="pt") as file:
+            key = f"{self.KEY}.{own}"
+            found: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+        return found
+
+    def check(self, name: str, weight: Tensor, label: str) -> None:
+        """Raise `GramMismatchError` unless it was measured on this very `weight` (as stored) of the expert called `label`."""
+        recorded = self.fingerprints.get(self._known(name))
+        found = weight_fingerprint(weight, getattr(torch, self.weights_dtype))
+        if recorded is not None and found != recorded:
+            raise GramMismatchError(
+                f"{self.where}: measured on another model than {label}: the weight of {name!r} has hash {found}, the {self.TITLE} was measured with"
+                f" {recorded}. Collect it again from this expert, and list such files in the order of the experts."
+            )
+
+    def _known(self, name: str) -> str:
+        own = self.resolve(name)
+        if own is None:
+            raise MissingTensorError(
+                f"{self.where}: holds no {self.TITLE} of {name!r}; it has {len(self.names)}, such as {', '.join(self.names[:3])}. Collect it"
+                " from this expert."
+            )
+        return own
+
+    def digest(self) -> str:
+        """SHA-256 of the tensors and of the weights that they were measured on."""
+        digest = hashlib.sha256()
+        for name in sorted(self.names):
+            digest.update(f"{name} {self.fingerprints.get(name, '')}\0".encode())
+            digest.update(self.get(name).cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file: a tensor for each name, the rest as metadata. Raises `OutputWriteError`."""
+        tensors = {f"{self.KEY}.{name}": self.get(name).detach().cpu().contiguous() for name in self.names}
+        record = {name: getattr(self, name) for name in self._recorded()}
+        record = {"format": self._format(), "version": self.VERSION, **record}
+        return write_record(Path(path), tensors, self._format(), record, self.TITLE)
+
+    @classmethod
+    def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
+        """Open a saved set: names and shapes now, each tensor when it is asked for. Raises `CheckpointError`."""
+        path = Path(path)
+        record, shapes = read_record(path, cls._format(), cls.VERSION, cls.TITLE, f"`bmm collect --{cls.KEY}`")
+        known = {name: record[name] for name in cls._recorded()}
+        shapes = {name.removeprefix(f"{cls.KEY}."): shape for name, shape in shapes.items()}
+        return cls(tensors={}, **known, _path=path, _shapes=shapes)
+
+    @classmethod
+    def _format(cls) -> str:
+        return f"bmm-{cls.KEY}"
+
+    @classmethod
+    def _recorded(cls) -> list[str]:
+        return [own.name for own in fields(cls) if own.name not in ("tensors", "_path", "_shapes")]
