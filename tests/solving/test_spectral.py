@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.solving.test_solve import make
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.solving.moments import DenseMoment, TaskVectorMoment
 from bmm_engine.solving.solve import solve_map
 from bmm_engine.solving.spectral import spectral_path
 from tests.numerics import relative_error
+from tests.solving.test_solve import make
 
 ALPHAS = [1e-4, 1e-2, 1.0, 1e3]
 
