@@ -59,15 +59,9 @@ def collect(
     as_json: Json = False,
 ) -> None:
     """Measure an expert on its calibration data, once for all merges: its Grams, its Fisher information, or its sensitivities."""
-    from bmm_engine.pipeline.statistics import (
-        Models,
-        collect_from_checkpoint,
-        fisher_from_checkpoint,
-        fisher_sets,
-        gram_sets,
-        sensitivity_from_checkpoint,
-        sensitivity_sets,
-    )
+    from bmm_engine.pipeline.measure import collect_from_checkpoint, fisher_from_checkpoint, sensitivity_from_checkpoint
+    from bmm_engine.pipeline.models import ModelOpener, open_models
+    from bmm_engine.pipeline.statistics import fisher_sets, gram_sets, sensitivity_sets
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.statistics.calibration import read_calibration
 
@@ -89,16 +83,16 @@ def collect(
             label = loaded.experts[paths.index(None)].label
             raise ConfigError(f"{source}: expert {label!r} has no `{what}` to save to; give every expert a path there.")
         if fisher:
-            sets = fisher_sets(loaded, Models(offline), report=report, progress=progress)
+            sets = fisher_sets(loaded, open_models(loaded, offline), report=report, progress=progress)
         elif sensitivity:
-            sets = sensitivity_sets(loaded, Models(offline), report=report, progress=progress)
+            sets = sensitivity_sets(loaded, open_models(loaded, offline), report=report, progress=progress)
         else:
             from bmm_engine.anchors import get_anchor
 
             walk = get_anchor(loaded.anchor.name).needs == "sequential_grams"
             if (workers > 1 or ray is not None) and not walk:
                 _spread(loaded, Path(source), workers, ray, offline, report)
-            sets = gram_sets(loaded, Models(offline), report=report, sequential=walk, progress=progress)
+            sets = gram_sets(loaded, open_models(loaded, offline), report=report, sequential=walk, progress=progress)
         files = [str(path) for path in paths]
     else:
         if data is None or output is None:
@@ -108,8 +102,9 @@ def collect(
         raw = {"samples": samples, "batch_size": batch_size, "max_length": max_length, "field": field}
         raw |= {"dtype": dtype, "fisher_labels": labels}
         recipe = Recipe.parse({"base": base or source, "experts": [source], "calibration": raw}, "bmm collect")
-        models, own = Models(offline), read_calibration(data, samples=samples, field=field)
-        model = models.source(source) if base is None else models.expert(recipe, recipe.experts[0])
+        opener, own = ModelOpener(offline), read_calibration(data, samples=samples, field=field)
+        root = opener.source(recipe.base)
+        model = root if base is None else opener.expert(root, recipe.experts[0])
         options: dict[str, Any] = {"device": device, "progress": progress}
         if fisher:
             sets = [fisher_from_checkpoint(model, own, recipe.calibration, **options)]

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource, TensorSpec
@@ -176,8 +175,3 @@ def _common_pattern(missing: Sequence[str], merged: Sequence[str]) -> str:
     top = missing[0].split(".")[0] + "."
     whole = [n for n in merged if n.startswith(top)]
     return f"{top}*" if len(missing) > 1 and list(missing) == whole else missing[0]
-
-
-def float_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """The dtype to compute in: float64 if any tensor is, else float32."""
-    return torch.float64 if torch.float64 in set(dtypes) else torch.float32

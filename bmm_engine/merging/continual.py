@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmm_engine.anchors.opcm import add_expert, mean_norm_factor
 from bmm_engine.checkpoint import (
@@ -33,9 +33,10 @@ from bmm_engine.checkpoint import (
     model_card,
     open_source,
 )
+from bmm_engine.checkpoint.dtypes import float_dtype
 from bmm_engine.checkpoint.safetensors_io import byte_view
 from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
-from bmm_engine.merging.align import AlignedExpert, align, float_dtype
+from bmm_engine.merging.align import AlignedExpert, align
 from bmm_engine.merging.output import Target, output_specs
 from bmm_engine.merging.plan import find_linear_modules
 from bmm_engine.merging.sources import Model, open_expert
@@ -95,7 +96,9 @@ class ContinualMerge:
         self._dtype = float_dtype(self._base.spec(n).dtype for n in self._alignment.merged)
         linear = known.linear if known is not None else {}
         if known is None or modules is not None:
-            found = find_linear_modules(self._alignment, base, _listed(modules), [])
+            found = find_linear_modules(
+                self._alignment, base if isinstance(base, nn.Module) else None, _listed(modules)
+            )
             linear = {module.weight: module.transposed for module in found.values()}
         asked = _State(
             alpha=known.alpha if known is not None and alpha is None else 0.5 if alpha is None else float(alpha),

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bmm_engine.anchors import DepthMap
+from bmm_engine.checkpoint.dtypes import float_dtype
 from bmm_engine.errors import GramMismatchError, ShapeMismatchError
-from bmm_engine.merging.align import float_dtype
 from bmm_engine.merging.ordering import canonical_order
 from bmm_engine.merging.plan import MergePlan, ModuleGroup, resolve_module
 from bmm_engine.models.architecture import LinearModule
@@ -58,15 +58,15 @@ class Inputs:
 
     @cached_property
     def gram_sets(self) -> tuple[GramSet, ...]:
-        return self.ordered(self.plan.gram_sets)
+        return self.ordered(self.plan.statistics.grams)
 
     @cached_property
     def fishers(self) -> tuple[FisherSet, ...]:
-        return self.ordered(self.plan.fishers)
+        return self.ordered(self.plan.statistics.fishers)
 
     @cached_property
     def sensitivities(self) -> tuple[SensitivitySet, ...]:
-        return self.ordered(self.plan.sensitivities)
+        return self.ordered(self.plan.statistics.sensitivities)
 
     def ordered(self, values: Sequence[T]) -> tuple[T, ...]:
         """From the order in which the experts were given to that of the inputs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.checkpoint import CheckpointWriter, InputRecords
+from bmm_engine.checkpoint import InputRecords
 from bmm_engine.errors import ConfigError
-from bmm_engine.merging.align import align
-from bmm_engine.merging.output import Target, inputs_of, output_specs, write_sidecars
-from bmm_engine.merging.plan import MergePlan, MergeSettings, build_plan, find_linear_modules, given_task_weights
-from bmm_engine.merging.sources import Model, open_expert, open_model
+from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, write_sidecars
+from bmm_engine.merging.plan import MergePlan, make_plan
+from bmm_engine.merging.sources import Model, Models
 from bmm_engine.merging.stream import InputRecord, MergeStream, ModuleRecord
 from bmm_engine.progress import track
+from bmm_engine.recipe.keywords import settings_of, takes_settings
+from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.solving.posterior import Posterior
-from bmm_engine.statistics.fisher import FisherSet
-from bmm_engine.statistics.grams import GramSet, as_gram_sets
-from bmm_engine.statistics.sensitivity import SensitivitySet
+from bmm_engine.statistics.sets import Fishers, Grams, Sensitivities, Statistics
 
 
 @dataclass(frozen=True)
@@ -54,131 +53,106 @@ class MergeResult:
         }
 
 
+@takes_settings("plain")
 def plan_merge(
     base: Model,
     experts: Sequence[Model],
     *,
-    grams: Any = "task_vectors",
+    grams: Grams = "task_vectors",
     settings: MergeSettings | None = None,
-    modules: Iterable[str] | None = None,
-    keep_base: Iterable[str] = (),
-    vocabulary: str = "error",
-    fishers: Sequence[FisherSet | str | os.PathLike[str]] = (),
-    sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
+    fishers: Fishers = (),
+    sensitivities: Sensitivities = (),
     local_files_only: bool = False,
+    **options: Any,
 ) -> MergePlan:
-    """What `merge` would do, from headers alone; nothing is computed or written. Raises as `merge` does."""
-    settings = settings or MergeSettings()
-    if not experts:
-        raise ConfigError("no experts: give at least one fine-tuned model.")
-    modules = [modules] if isinstance(modules, str) else list(modules) if modules is not None else None
-    root = open_model(base, "base", local_files_only)
-    sources = [open_expert(e, root, f"expert {i}", local_files_only) for i, e in enumerate(experts)]
-    alignment = align(root, sources, keep_base, vocabulary)
-    gram_sets = [] if isinstance(grams, str) or grams is None else as_gram_sets(grams)
-    # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
-    needs_modules = settings.solves or settings.rule.linear
-    linear = find_linear_modules(alignment, base, modules, gram_sets) if needs_modules else {}
-    fisher_sets = [f if isinstance(f, FisherSet) else FisherSet.load(f) for f in fishers]
-    sensitivity_sets = [s if isinstance(s, SensitivitySet) else SensitivitySet.load(s) for s in sensitivities]
-    return build_plan(alignment, linear, settings, gram_sets, modules is not None, fisher_sets, sensitivity_sets)
+    """What `merge` would do, from headers alone; nothing is computed or written. `settings`: those that the keywords change.
+
+    Raises as `merge` does.
+    """
+    statistics = Statistics.open(grams, fishers, sensitivities)
+    models = Models.open(base, experts, local_files_only)
+    chosen = settings_of("plain", options) if settings is None else settings.but(**options)
+    return make_plan(chosen, models, statistics)
 
 
+@takes_settings("plain")
 def merge(
     base: Model,
     experts: Sequence[Model],
     *,
-    anchor: str = "average",
-    anchor_parameters: Mapping[str, Any] | None = None,
-    grams: Sequence[GramSet | str | os.PathLike[str]] | str = "task_vectors",
+    grams: Grams = "task_vectors",
     hybrid: float | None = None,
-    alpha: Any = 0.03,
-    scale: Any = 1.0,
-    task_weights: str | Sequence[float] | None = None,
-    fit_bias: bool = False,
-    normalization: str = "trace",
-    modules: Iterable[str] | None = None,
-    keep_base: Iterable[str] = (),
-    vocabulary: str = "error",
-    fishers: Sequence[FisherSet | str | os.PathLike[str]] = (),
-    sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
-    sensitivity_share: float = 0.75,
+    fishers: Fishers = (),
+    sensitivities: Sensitivities = (),
     posterior: Posterior | None = None,
     output: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
-    device: str = "cpu",
     recipe: Mapping[str, Any] | None = None,
     local_files_only: bool = False,
     progress: bool | None = None,
+    **options: Any,
 ) -> MergeResult:
     """Bayesian Model Merging (arXiv 2605.12843): per linear module `W* = W_a + R A^{-1}`, then `W_0 + scale (W* - W_0)`.
 
     `base`, `experts`: Hugging Face directories or hub ids, state dicts, or live models, in any mix; all fine-tunes of one architecture. An
     expert may be a PEFT LoRA adapter of the base, in a directory or on the hub.
-    `anchor`: a rule by name, with `anchor_parameters`; it also gives every tensor that is not a linear module (norms, embeddings, heads).
-    With `alpha=math.inf` the result is the rule's own merge.
     `grams`: one GramSet or path per expert (data), or "task_vectors" (data-free). `hybrid`: share g in [0, 1] of the task-vector Gram beside
-    the data's (recipes take 0.5, which is better than either on all that was measured). `alpha`: ridge relative to the mean diagonal (inf: the
-    anchor itself; 0: RegMean). `task_weights`: None, "energy", or a number per expert. `fit_bias`: solve biases with the weights (data only).
-    `modules`: shell patterns of the linear modules to solve (default: all but heads). `keep_base`: patterns of tensors to copy from the base.
-    `vocabulary`: where embeddings differ in rows, "error", "crop" or "pad".
-    `fishers`: one FisherSet or path per expert, for the rules that need them. Parameters of the anchor, `alpha` and `scale` may vary over the
-    model (a gradient over depth, filters by name: see `bmm_engine.anchors.settings`).
-    `sensitivities`: one SensitivitySet or path per expert (`collect_sensitivity`): an error of a module's outputs then counts by how much the
-    expert's predictions depend on it, `sensitivity_share` of the weight, and evenly, the rest (`bmm_engine.solving.weighted`); not with `posterior`.
+    the data's (recipes take 0.5, which is better than either on all that was measured). `fishers`: one FisherSet or path per expert, for the
+    rules that need them. `sensitivities`: one SensitivitySet or path per expert (`collect_sensitivity`): an error of a module's outputs then
+    counts by how much the expert's predictions depend on it (`bmm_engine.solving.weighted`); not with `posterior`.
     `posterior`: a draw from the posterior instead of its mean, the MAP: `W* + tau Z L^{-1}` in every solved module, before `scale`; what comes
     from the anchor (all modules at `alpha=math.inf`) has no posterior and stays as it is. Noise below half a unit in the last place of the
     output's dtype is lost in it.
     `output`: a directory to write (staged, then renamed; never half); without it the tensors come back in memory, on the CPU.
     `dtype`: of the output's float tensors (default: as in the base). Arithmetic is float32 (float64 for the solves), rounded once.
+    The settings below are the same in a recipe. `anchor_parameters`, `alpha` and `scale` may vary over the model (a gradient over depth, filters by
+    name: see `bmm_engine.anchors.settings`). `alpha` 0 is RegMean; inf is the anchor's own merge, of all tensors. `fit_bias` needs `grams`.
 
     Raises `ConfigError`, `MissingTensorError`, `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `GramMismatchError`,
     `NotPositiveDefiniteError`, `CheckpointError`, `OutputExistsError`, `OutputWriteError`; then nothing is left on disk.
     """
-    settings = MergeSettings(
-        anchor=anchor,
-        anchor_parameters=dict(anchor_parameters or {}),
-        gram_source=_gram_source(grams, hybrid),
-        hybrid_share=0.5 if hybrid is None else hybrid,
-        normalization=normalization,
-        alpha=alpha,
-        scale=scale,
-        task_weights=given_task_weights(task_weights),
-        sensitivity_share=sensitivity_share,
-        fit_bias=fit_bias,
-        device=device,
+    measured = grams is not None and not isinstance(grams, str)
+    if hybrid is not None and not measured:
+        raise ConfigError("hybrid mixes measured Grams with task vectors: give the Grams too (grams=[...]).")
+    mixed = {} if hybrid is None else {"gram_source": "hybrid", "hybrid_share": hybrid}
+    settings = settings_of("plain", options, **{"gram_source": "data" if measured else "task_vectors", **mixed})
+    return merge_models(
+        settings,
+        Models.open(base, experts, local_files_only),
+        Statistics.open(grams, fishers, sensitivities),
+        Destination(None if output is None else Path(output), dtype, max_shard_size, overwrite, recipe),
+        posterior=posterior,
+        progress=progress,
     )
-    plan = plan_merge(
-        base,
-        experts,
-        grams=grams,
-        settings=settings,
-        modules=modules,
-        keep_base=keep_base,
-        vocabulary=vocabulary,
-        fishers=fishers,
-        sensitivities=sensitivities,
-        local_files_only=local_files_only,
-    )
+
+
+def merge_models(
+    settings: MergeSettings,
+    models: Models,
+    statistics: Statistics,
+    destination: Destination = IN_MEMORY,
+    *,
+    posterior: Posterior | None = None,
+    progress: bool | None = None,
+) -> MergeResult:
+    """`merge` of what is open and checked: what keywords and recipes come to. Raises as it does."""
+    plan = make_plan(settings, models, statistics)
     plan.check_statistics()
-    if posterior is not None and plan.sensitivities:
+    if posterior is not None and statistics.sensitivities:
         raise ConfigError("draws from the posterior are for outputs that count alike: leave out `sensitivities`.")
-    specs = output_specs(plan.alignment, dtype)
-    if output is None:
-        target = Target(specs)
-        stream = MergeStream(plan, target.finish, posterior)
+    specs = destination.specs(plan.alignment)
+    writer = destination.writer(specs)
+    target = Target(specs, writer)
+    stream = MergeStream(plan, target.finish, posterior)
+    if writer is None:
         run_stream(stream, target, progress)
         return MergeResult(plan, stream.records, tensors=tensors_of(target, plan), posterior=posterior)
-    # Sharding and the output path are refused before any work.
-    writer = CheckpointWriter(Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite)
     with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
-        target = Target(specs, writer)
-        stream = MergeStream(plan, target.finish, posterior)
         run_stream(stream, target, progress)
         result = MergeResult(plan, stream.records, posterior=posterior)
-        write_sidecars(writer, plan, inputs.result(), result.summary(), recipe, dtype)
+        write_sidecars(writer, plan, inputs.result(), result.summary(), destination)
         path = writer.commit()
     return replace(result, path=path)
 
@@ -195,15 +169,3 @@ def tensors_of(target: Target, plan: MergePlan) -> dict[str, Tensor]:
     ordered = {name: target.tensors[name] for name in target.specs}
     ordered.update({alias: ordered[name] for alias, name in plan.alignment.base.aliases.items() if name in ordered})
     return ordered
-
-
-def _gram_source(grams: Any, hybrid: float | None) -> str:
-    if isinstance(grams, str):
-        if grams != "task_vectors":
-            raise ConfigError(
-                f"grams must be 'task_vectors' or a list with one GramSet or path per expert, not {grams!r}."
-            )
-        if hybrid is not None:
-            raise ConfigError("hybrid mixes measured Grams with task vectors: give the Grams too (grams=[...]).")
-        return "task_vectors"
-    return "data" if hybrid is None else "hybrid"

@@ -12,10 +12,37 @@ from torch import Tensor
 
 from bmm_engine.checkpoint import CheckpointWriter, TensorSource, TensorSpec, merge_record, model_card
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
-from bmm_engine.errors import ConfigError, NonFiniteWeightError
+from bmm_engine.checkpoint.dtypes import parse_dtype
+from bmm_engine.errors import NonFiniteWeightError
 from bmm_engine.merging.align import Alignment
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import Piece
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a merge goes, and in what form. `path` None: it stays in memory. `recipe`: what its record says was asked for (None: the plan)."""
+
+    path: Path | None = None
+    dtype: torch.dtype | str | None = None
+    max_shard_size: int | str = "5GB"
+    overwrite: bool = False
+    recipe: Mapping[str, Any] | None = None
+
+    def specs(self, alignment: Alignment) -> dict[str, TensorSpec]:
+        """The tensors that are to be written. Raises `ConfigError`."""
+        return output_specs(alignment, self.dtype)
+
+    def writer(self, specs: Mapping[str, TensorSpec]) -> CheckpointWriter | None:
+        """Of the checkpoint; None for a merge in memory. Refuses sharding and the path before any work."""
+        if self.path is None:
+            return None
+        return CheckpointWriter(
+            self.path, list(specs.values()), max_shard_bytes=self.max_shard_size, overwrite=self.overwrite
+        )
+
+
+IN_MEMORY = Destination()
 
 
 @dataclass
@@ -62,16 +89,6 @@ def output_specs(alignment: Alignment, dtype: torch.dtype | str | None) -> dict[
     return specs
 
 
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """float32, float16, bfloat16 or float64, by name or as torch's object; None stays None. Raises `ConfigError`."""
-    if dtype is None:
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ConfigError(f"dtype must be float32, bfloat16, float16 or float64, not {dtype!r}.")
-    return found
-
-
 def inputs_of(plan: MergePlan) -> list[tuple[str, TensorSource]]:
     """(role, source) of all files that a merge reads."""
     alignment = plan.alignment
@@ -84,17 +101,16 @@ def write_sidecars(
     plan: MergePlan,
     inputs: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
-    recipe: Mapping[str, Any] | None,
-    dtype: torch.dtype | str | None,
+    destination: Destination,
 ) -> None:
     """Config, tokenizer and generation files of the base, `bmm_merge.json` with the hashes of all inputs, and the model card."""
     base = plan.alignment.base
     config = base.config
     if config is not None:
-        writer.write_json("config.json", _with_dtype(config, parse_dtype(dtype)))
+        writer.write_json("config.json", _with_dtype(config, parse_dtype(destination.dtype)))
     if (files := root_checkpoint(base)) is not None:
         writer.copy_sidecars(files)
-    record = merge_record(recipe if recipe is not None else recipe_of(plan), inputs, summary)
+    record = merge_record(recipe_of(plan) if destination.recipe is None else destination.recipe, inputs, summary)
     writer.write_json("bmm_merge.json", record)
     architecture = ((config or {}).get("architectures") or [None])[0]
     writer.write_text(
@@ -105,20 +121,15 @@ def write_sidecars(
 def recipe_of(plan: MergePlan) -> dict[str, Any]:
     """A plan as a recipe, for the record of a merge that was called from Python."""
     settings = plan.settings
+    algebra = settings.plain()
+    if settings.mode == "sequential":
+        algebra.pop("gram_source")
     return {
         "base": plan.alignment.base.label,
         "experts": [{"model": e.label} for e in plan.alignment.experts],
-        "anchor": {"name": settings.anchor, **(settings.anchor_parameters or {})},
-        "gram_source": settings.gram_source,
-        "hybrid_share": settings.hybrid_share if settings.gram_source == "hybrid" else None,
-        "alpha": settings.alpha,
-        "scale": settings.scale,
-        "task_weights": settings.task_weights
-        if isinstance(settings.task_weights, str)
-        else list(settings.task_weights),
-        "output_weights": "sensitivity" if plan.sensitivities else "none",
-        "sensitivity_share": settings.sensitivity_share if plan.sensitivities else None,
-        "fit_bias": settings.fit_bias,
+        "anchor": {"name": settings.anchor, **settings.anchor_parameters},
+        **algebra,
+        "output_weights": "sensitivity" if plan.statistics.sensitivities else "none",
     }
 
 

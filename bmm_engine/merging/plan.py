@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from bmm_engine.anchors import Anchor, DepthMap, Setting, get_anchor
+from bmm_engine.anchors import DepthMap
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
-from bmm_engine.merging.align import AlignedExpert, Alignment
+from bmm_engine.merging.align import AlignedExpert, Alignment, align
+from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import (
     LinearModule,
     checkpoint_linear_modules,
@@ -21,92 +21,10 @@ from bmm_engine.models.architecture import (
     matrix_modules,
     select_modules,
 )
-from bmm_engine.solving.output_metric import check_share
-from bmm_engine.statistics.fisher import FisherSet
+from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.statistics.grams import GramSet
-from bmm_engine.statistics.sensitivity import SensitivitySet
 from bmm_engine.statistics.sequential_grams import check_sequential
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """How to merge; every field as in `merge`."""
-
-    anchor: str = "average"
-    anchor_parameters: dict[str, Any] | None = None
-    gram_source: str = "task_vectors"  # "data" | "task_vectors" | "hybrid"
-    hybrid_share: float = 0.5
-    normalization: str = "trace"
-    alpha: Any = 0.03  # a number, or one that varies over the model: see anchors/settings.py
-    scale: Any = 1.0
-    task_weights: str | tuple[float, ...] = "none"
-    sensitivity_share: float = 0.75
-    fit_bias: bool = False
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.gram_source not in ("data", "task_vectors", "hybrid"):
-            raise ConfigError(f"gram_source must be 'data', 'task_vectors' or 'hybrid', not {self.gram_source!r}.")
-        _ = self.alpha_setting, self.scale_setting  # raise for what is no value
-        check_share(self.sensitivity_share)
-        if isinstance(self.task_weights, str) and self.task_weights not in ("none", "energy"):
-            raise ConfigError(
-                f"task_weights must be 'none', 'energy' or one number per expert, not {self.task_weights!r}."
-            )
-        if self.fit_bias and self.gram_source != "data":
-            raise ConfigError(
-                f"fit_bias needs the mean of the inputs, so gram_source 'data', not {self.gram_source!r}."
-            )
-        self.rule.parameters(self.anchor_parameters)
-
-    @property
-    def rule(self) -> Anchor:
-        return get_anchor(self.anchor)
-
-    @cached_property
-    def alpha_setting(self) -> Setting:
-        return Setting(self.alpha, where="alpha", check=_ridge, default=0.03)
-
-    @cached_property
-    def scale_setting(self) -> Setting:
-        return Setting(self.scale, where="scale", check=_finite, default=1.0)
-
-    @property
-    def solves(self) -> bool:
-        """False where every module comes from the anchor: `alpha` is inf."""
-        return self.alpha != math.inf
-
-    @property
-    def needs_grams(self) -> bool:
-        return self.solves or self.rule.needs_grams
-
-
-def given_task_weights(weights: str | Sequence[float] | None) -> str | tuple[float, ...]:
-    """Task weights as a caller gives them, as settings hold them: None is "none"."""
-    if weights is None:
-        return "none"
-    return weights if isinstance(weights, str) else tuple(weights)
-
-
-def _ridge(value: Any) -> float:
-    number = _number(value)
-    if not number >= 0:
-        raise ValueError("it must be >= 0 (inf for the anchor itself)")
-    return number
-
-
-def _finite(value: Any) -> float:
-    number = _number(value)
-    if not math.isfinite(number):
-        raise ValueError("it must be finite")
-    return number
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except TypeError:
-        raise ValueError("it must be a number") from None
+from bmm_engine.statistics.sets import Statistics
 
 
 @dataclass(frozen=True)
@@ -137,9 +55,7 @@ class MergePlan:
     from_anchor: tuple[str, ...]
     unmeasured: tuple[str, ...]
     linear: dict[str, LinearModule]
-    gram_sets: tuple[GramSet, ...]
-    fishers: tuple[FisherSet, ...] = ()
-    sensitivities: tuple[SensitivitySet, ...] = ()
+    statistics: Statistics
 
     @property
     def from_base(self) -> tuple[str, ...]:
@@ -148,9 +64,10 @@ class MergePlan:
     def check_statistics(self) -> None:
         """Raise `ConfigError` or `GramMismatchError` unless what the anchor needs beside the weights is there, and is of its kind."""
         settings, rule, count = self.settings, self.settings.rule, len(self.alignment.experts)
-        if rule.needs == "fishers" and len(self.fishers) != count:
+        fishers, gram_sets = self.statistics.fishers, self.statistics.grams
+        if rule.needs == "fishers" and len(fishers) != count:
             raise ConfigError(
-                f"anchor {rule.name!r} needs the Fisher information of every expert: {len(self.fishers)} given for {count} experts. Measure it"
+                f"anchor {rule.name!r} needs the Fisher information of every expert: {len(fishers)} given for {count} experts. Measure it"
                 " (`bmm collect --fisher`, or `collect_fisher`) and list one file for each, in the same order."
             )
         if rule.needs_grams and settings.gram_source == "task_vectors":
@@ -159,8 +76,8 @@ class MergePlan:
                 " the anchor 'wudi'.)"
             )
         if rule.needs == "sequential_grams":
-            check_sequential(self.gram_sets, rule.name, settings.anchor_parameters or {})
-        elif sequential := [g for g in self.gram_sets if g.kind != "expert"]:
+            check_sequential(gram_sets, rule.name, settings.anchor_parameters)
+        elif sequential := [g for g in gram_sets if g.kind != "expert"]:
             raise GramMismatchError(
                 f"{sequential[0].where}: its Grams are of the kind {sequential[0].kind!r}, measured while experts were merged; only the anchor"
                 f" {sequential[0].settings.get('rule')!r} takes them. Collect plain ones with `bmm collect`."
@@ -171,15 +88,25 @@ class MergePlan:
         return sum(len(g.members) for g in self.groups)
 
 
+def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -> MergePlan:
+    """Line up the models, find their linear modules, and group them; from headers alone. Raises as `merge` does."""
+    alignment = align(models.base, models.experts, settings.keep_base, settings.vocabulary)
+    # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
+    linear = {}
+    if settings.solves or settings.rule.linear:
+        linear = find_linear_modules(alignment, models.live, settings.modules, statistics.grams)
+    return _build_plan(alignment, linear, settings, statistics)
+
+
 def find_linear_modules(
-    alignment: Alignment, model: Any, modules: Iterable[str] | None, gram_sets: Sequence[GramSet]
+    alignment: Alignment, model: nn.Module | None, modules: Sequence[str] | None, gram_sets: Sequence[GramSet] = ()
 ) -> dict[str, LinearModule]:
     """The linear modules among the merged tensors: of a live `model`, of the base checkpoint's architecture, or as the Grams name them."""
     base = alignment.base
     merged = set(alignment.merged)
     stored = {n: base.spec(n).shape for n in alignment.merged}
     unknown: CheckpointError | None = None
-    if isinstance(model, nn.Module):
+    if model is not None:
         return _merged(linear_modules(model, modules), merged)
     root = root_checkpoint(base)
     if root is not None and base.config is not None:
@@ -205,20 +132,11 @@ def _merged(found: dict[str, LinearModule], merged: set[str]) -> dict[str, Linea
     return {name: m for name, m in found.items() if m.weight in merged}
 
 
-def build_plan(
-    alignment: Alignment,
-    linear: dict[str, LinearModule],
-    settings: MergeSettings,
-    gram_sets: Sequence[GramSet],
-    explicit: bool,
-    fishers: Sequence[FisherSet] = (),
-    sensitivities: Sequence[SensitivitySet] = (),
+def _build_plan(
+    alignment: Alignment, linear: dict[str, LinearModule], settings: MergeSettings, statistics: Statistics
 ) -> MergePlan:
-    """Group the modules and check every Gram's width. `explicit`: the user named the modules, so a missing Gram is an error.
-
-    Raises `GramMismatchError`, `ConfigError`.
-    """
-    experts = alignment.experts
+    """Group the modules and check every Gram's width. Raises `GramMismatchError`, `ConfigError`."""
+    experts, gram_sets, sensitivities = alignment.experts, statistics.grams, statistics.sensitivities
     settings.rule.check_experts(len(experts))
     uses_data = settings.gram_source in ("data", "hybrid") and settings.needs_grams
     if not isinstance(settings.task_weights, str) and len(settings.task_weights) != len(experts):
@@ -238,7 +156,7 @@ def build_plan(
     if uses_data:
         for name in linear:
             lacking = [g for g, e in zip(gram_sets, experts, strict=True) if _find(g, e, name) is None]
-            if lacking and explicit:
+            if lacking and settings.modules is not None:  # named, so it is missed
                 lacking[0].group(name)  # raises, with the names it has
             if lacking:
                 unmeasured.append(name)
@@ -259,17 +177,7 @@ def build_plan(
     groups = _groups(solved, alphas, settings, gram_sets, experts, set(alignment.merged))
     taken = {t for g in groups for t in g.tensors}
     from_anchor = tuple(n for n in alignment.merged if n not in taken)
-    return MergePlan(
-        alignment,
-        settings,
-        groups,
-        from_anchor,
-        tuple(unmeasured),
-        linear,
-        tuple(gram_sets),
-        tuple(fishers),
-        tuple(sensitivities),
-    )
+    return MergePlan(alignment, settings, groups, from_anchor, tuple(unmeasured), linear, statistics)
 
 
 def _groups(
@@ -283,7 +191,7 @@ def _groups(
     # The data-free Gram is each module's own (U^T U), so only measured Grams are shared, and only where every expert's are.
     members: dict[tuple[Any, ...], list[LinearModule]] = {}
     for name, module in solved.items():
-        with_bias = settings.fit_bias and module.bias in merged
+        with_bias = settings.fit_bias and settings.gram_source == "data" and module.bias in merged
         if settings.gram_source == "data":
             shared = tuple(g.group(resolve_module(g, e, name)) for g, e in zip(gram_sets, experts, strict=True))
             members.setdefault((shared, alphas[name], with_bias), []).append(module)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from bmm_engine.checkpoint import Checkpoint, TensorSource, is_adapter, open_adapter, open_source
-from bmm_engine.errors import CheckpointError
+from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.models.architecture import stored_layout
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,24 @@ logger = logging.getLogger(__name__)
 _options: WeakKeyDictionary[Checkpoint, dict[str, Any]] = WeakKeyDictionary()
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | TensorSource
+
+
+@dataclass(frozen=True)
+class Models:
+    """Base and experts of a merge, each opened once. `live`: the base itself, where it was given as a live model."""
+
+    base: TensorSource
+    experts: tuple[TensorSource, ...]
+    live: nn.Module | None = None
+
+    @classmethod
+    def open(cls, base: Model, experts: Sequence[Model], local_files_only: bool = False) -> Models:
+        """Raises `ConfigError` where there are no experts, and what opening them raises."""
+        if not experts:
+            raise ConfigError("no experts: give at least one fine-tuned model.")
+        root = open_model(base, "base", local_files_only)
+        sources = tuple(open_expert(e, root, f"expert {i}", local_files_only) for i, e in enumerate(experts))
+        return cls(root, sources, base if isinstance(base, nn.Module) else None)
 
 
 def open_model(model: Model, role: str, local_files_only: bool = False) -> TensorSource:

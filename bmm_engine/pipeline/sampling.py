@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from bmm_engine.checkpoint.provenance import is_merge_directory
 from bmm_engine.errors import ConfigError, OutputExistsError
-from bmm_engine.pipeline.run import PreparedMerge, check_output, prepare_recipe, settings_of
-from bmm_engine.pipeline.statistics import Report
+from bmm_engine.pipeline.models import open_models
+from bmm_engine.pipeline.run import PreparedMerge, check_output, prepare_recipe
+from bmm_engine.pipeline.tasks import RecipeTasks, evaluation_of, task_names
+from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.solving.posterior import DEFAULT_TEMPERATURE, Posterior
 
@@ -146,13 +148,12 @@ def evaluate_samples(
     `split`: "validation" or "test"; by default "test" where every expert has such a file. Draws are those that `draw` would write, in memory one
     after another. Raises `ConfigError` unless the recipe has an `evaluation` of classification and data for the split.
     """
-    from bmm_engine.pipeline.tasks import RecipeTasks  # evaluators are heavy, and nothing else here needs them
-
     draws = _series(recipe, count, seed, temperature)
     split = check_evaluation(recipe, split)
-    tasks = RecipeTasks(recipe, local_files_only)
+    models = prepared.models if prepared is not None else open_models(recipe, local_files_only)
+    tasks = RecipeTasks(recipe, models)
     evaluator: Any = tasks.evaluator(split)
-    prepared = prepared or prepare_samples(recipe, local_files_only=local_files_only, progress=progress, report=report)
+    prepared = prepared or prepare_samples(recipe, models=models, progress=progress, report=report)
     best = prepared.merge()
     live = tasks.live(best.plan, recipe.device)
     compared = compare(evaluator, live, best.tensors or {}, (prepared.merge(posterior=p).tensors or {} for p in draws))
@@ -161,16 +162,14 @@ def evaluate_samples(
 
 def check_evaluation(recipe: Recipe, split: str | None) -> str:
     """The split that `evaluate_samples` would judge on. Raises `ConfigError` as it does, for all that the recipe tells."""
-    from bmm_engine.pipeline.tasks import RecipeTasks
-
-    experts, tasks = recipe.experts, RecipeTasks(recipe)
-    if tasks.options.kind not in CLASSIFICATION:
+    experts, names, kind = recipe.experts, task_names(recipe), evaluation_of(recipe).kind
+    if kind not in CLASSIFICATION:
         raise ConfigError(
-            f"draws are averaged by their class probabilities, which an evaluation of kind {tasks.options.kind!r} does not have; they can be judged"
+            f"draws are averaged by their class probabilities, which an evaluation of kind {kind!r} does not have; they can be judged"
             f" with {' or '.join(CLASSIFICATION)}."
         )
-    if len(set(tasks.names)) != len(experts):
-        raise ConfigError(f"the experts' names are not all different ({', '.join(tasks.names)}); give each a `name`.")
+    if len(set(names)) != len(experts):
+        raise ConfigError(f"the experts' names are not all different ({', '.join(names)}); give each a `name`.")
     split = split or ("test" if all(e.test is not None for e in experts) else "validation")
     if split not in ("validation", "test"):
         raise ConfigError(f"split must be 'validation' or 'test', not {split!r}.")
@@ -244,6 +243,6 @@ def _series(recipe: Recipe, count: int, seed: int, temperature: float, first: in
         )
     if recipe.output_weights == "sensitivity":
         raise ConfigError("draws from the posterior are for outputs that count alike: set output_weights: none.")
-    if not settings_of(recipe).solves:
+    if not recipe.settings.solves:
         raise ConfigError("alpha is inf, so every module is the anchor's and has no posterior; give a finite alpha.")
     return [Posterior(seed, index, temperature) for index in range(first, first + count)]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    Field,
-    PlainValidator,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from bmm_engine.anchors import Setting, get_anchor
+from bmm_engine.anchors import get_anchor
 from bmm_engine.errors import ConfigError
 from bmm_engine.recipe import mergekit
 from bmm_engine.recipe.expert_parameters import with_own_parameters
+from bmm_engine.recipe.explain import explain, parse_section
 from bmm_engine.recipe.references import (
     AnchorRecipe,
     ExpertRecipe,
@@ -31,60 +24,11 @@ from bmm_engine.recipe.references import (
     StackRecipe,
 )
 from bmm_engine.recipe.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, SequentialRecipe, Strict
-
-S = TypeVar("S", bound=BaseModel)
-
-
-def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], Any]:
-    """Validates a number, or one that varies over the model (the forms of `anchors/settings.py`)."""
-
-    def number(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError("it must be a number")
-        try:
-            found = float(value)
-        except ValueError:
-            raise ValueError("it must be a number") from None
-        if complaint := check(found):
-            raise ValueError(complaint)
-        return found
-
-    def numbers(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: v if k == "filter" else numbers(v) for k, v in value.items()}
-        return [numbers(v) for v in value] if isinstance(value, (list, tuple)) else number(value)
-
-    def validate(value: Any) -> Any:
-        if not isinstance(value, (list, tuple, dict)):
-            return number(value)
-        Setting(value, where=key, check=number, default=0.0)  # raises for what is no value
-        return numbers(value)
-
-    return validate
+from bmm_engine.recipe.settings import Algebra, MergeSettings, SequentialOptions, defaults_of, plain_values
 
 
-Varying = float | list[Any] | dict[str, Any]
-Ridge = Annotated[
-    Varying,
-    PlainValidator(_over_the_model("alpha", lambda v: "" if v >= 0 else "it must be >= 0 (inf for the anchor itself)")),
-]
-Scale = Annotated[
-    Varying, PlainValidator(_over_the_model("scale", lambda v: "" if math.isfinite(v) else "it must be finite"))
-]
-
-
-class Recipe(Strict):
-    """Everything that decides a merge; paths are relative to the recipe's file.
-
-    `alpha` and `scale` may vary over the model: a gradient over depth, or a list of {filter, value}. `vocabulary`: embeddings of different
-    numbers of rows are an error, or cropped to the fewest, or padded to the most. `same_tokenizer`: refuse models whose tokenizer has
-    another vocabulary than the base's. `mode`: "plain" solves every module on the experts' own inputs; "sequential" walks through the network
-    and solves it on what the merged modules before it give (see `merge_sequential`), by default with biases and energy weights; it is the default
-    where every expert has `calibration`, and none `grams`. `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each
-    expert's predictions depend on them, measured on its calibration data (its checkpoint, or its `head`, must give logits) unless its
-    `sensitivity` file exists; it is the default where every expert is a classifier. `sensitivity_share`: of that metric, the rest weighs all
-    outputs equally.
-    """
+class Named(Strict):
+    """What is merged, and by which mode and anchor."""
 
     base: ModelReference
     experts: list[ExpertRecipe] = Field(min_length=1)
@@ -92,25 +36,21 @@ class Recipe(Strict):
         None, description="null: sequential where every expert has calibration and none has grams, else plain"
     )
     anchor: AnchorRecipe = AnchorRecipe(name="average")
-    gram_source: Literal["data", "task_vectors", "hybrid"] | None = Field(
-        None,
-        description="null: task_vectors without Grams or calibration; data if sequential, with fit_bias, or with alpha inf; else hybrid",
-    )
-    hybrid_share: float = Field(0.5, ge=0, le=1)
-    normalization: Literal["trace", "none"] = "trace"
-    alpha: Ridge = Field(0.03, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
-    scale: Scale = 1.0
-    task_weights: Literal["none", "energy"] | list[float] | None = Field(
-        None, description="null: none, or energy in the mode sequential"
-    )
+
+
+class Recipe(Algebra, Named):
+    """Everything that decides a merge; paths are relative to the recipe's file.
+
+    `mode`: "plain" solves every module on the experts' own inputs; "sequential" walks through the network and solves it on what the merged
+    modules before it give (see `merge_sequential`), by default with biases and energy weights; it is the default where every expert has
+    `calibration`, and none `grams`. `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each expert's predictions
+    depend on them, measured on its calibration data (its checkpoint, or its `head`, must give logits) unless its `sensitivity` file exists; it
+    is the default where every expert is a classifier. `same_tokenizer`: refuse models whose tokenizer has another vocabulary than the base's.
+    """
+
     output_weights: Literal["none", "sensitivity"] | None = Field(
         None, description="null: sensitivity where every expert is a classifier and can be run, else none"
     )
-    sensitivity_share: float = Field(0.75, ge=0, lt=1)
-    fit_bias: bool | None = Field(None, description="solve biases with the weights; null: in the mode sequential only")
-    modules: list[str] | None = None
-    keep_base: list[str] = Field(default_factory=list)
-    vocabulary: Literal["error", "crop", "pad"] = "error"
     same_tokenizer: bool = False
     calibration: CalibrationRecipe = CalibrationRecipe()
     sequential: SequentialRecipe = SequentialRecipe()
@@ -118,7 +58,6 @@ class Recipe(Strict):
     search: SearchRecipe = SearchRecipe()
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     max_shard_size: str | int = "5GB"
-    device: str = "cpu"
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -135,23 +74,16 @@ class Recipe(Strict):
     def _plain_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("modules", "keep_base", mode="before")
-    @classmethod
-    def _one_pattern(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _choose_mode(self) -> Recipe:
         if self.mode is None:
             runs = all(e.calibration and not e.grams and not isinstance(e.model, StackRecipe) for e in self.experts)
             solves = self.alpha != math.inf and self.gram_source is None
             self.mode = "sequential" if runs and solves else "plain"
-        sequential = self.mode == "sequential"
-        if self.task_weights is None:
-            self.task_weights = "energy" if sequential else "none"
-        if self.fit_bias is None:
-            self.fit_bias = sequential
-        if not sequential:
+        for key, value in defaults_of(self.mode).items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        if self.mode != "sequential":
             return self
         lacking = [e.label for e in self.experts if e.calibration is None]
         if lacking:
@@ -204,6 +136,19 @@ class Recipe(Strict):
         """The anchor's parameters, with the experts' own values in them; raises `ConfigError` for those that are not per expert."""
         return with_own_parameters(self.anchor, self.experts)
 
+    @property
+    def settings(self) -> MergeSettings:
+        """The part that decides the algebra. Raises `ConfigError`."""
+        walk = SequentialOptions(walk_dtype=self.calibration.dtype, **dict(self.sequential))
+        algebra = {key: getattr(self, key) for key in Algebra.model_fields}
+        return MergeSettings(
+            **algebra,
+            mode=self.mode,
+            anchor=self.anchor.name,
+            anchor_parameters=self.anchor_parameters,
+            sequential=walk,
+        )
+
     def expert_name(self, index: int) -> str:
         return self.experts[index].label
 
@@ -244,7 +189,7 @@ class Recipe(Strict):
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
-            raise ConfigError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from error
+            raise ConfigError(f"{where}: {explain(error, _owner)}") from error
 
     def with_search(self, **changes: Any) -> Recipe:
         """With some keys of its search replaced. Raises `ConfigError`."""
@@ -253,7 +198,7 @@ class Recipe(Strict):
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values, without what is unset: what `bmm_merge.json` records."""
-        return _without_infinity(self.model_dump(exclude_none=True))
+        return plain_values(self.model_dump(exclude_none=True))
 
     def _resolved(self, folder: Path) -> Recipe:
         def local(value: str) -> str:
@@ -289,38 +234,6 @@ class Recipe(Strict):
         return self.model_copy(update={"base": located(self.base), "experts": experts})
 
 
-def parse_section(section: type[S], raw: Mapping[str, Any], name: str) -> S:
-    """Plain values as the section `name` of a recipe. Raises `ConfigError` as a recipe does."""
-    try:
-        return section.model_validate(dict(raw))
-    except ValidationError as error:
-        located = [{**e, "loc": (name, *e["loc"])} for e in error.errors()]
-        raise ConfigError("; ".join(_explain(e) for e in located)) from error
-
-
-def _without_infinity(value: Any) -> Any:
-    """As JSON can hold it: infinity as text, which a recipe understands too."""
-    if isinstance(value, dict):
-        return {key: _without_infinity(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_infinity(item) for item in value]
-    return "inf" if value == math.inf else value
-
-
-def _explain(error: Any) -> str:
-    steps = [str(part) for part in error["loc"] if not str(part).startswith("<")]
-    where = ".".join(steps) or "recipe"
-    if error["type"] == "extra_forbidden":
-        model = _model_at([str(part) for part in error["loc"]])
-        close = difflib.get_close_matches(steps[-1], model.model_fields, 1, 0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(model.model_fields)}."
-        return f"unknown key {where!r}; {hint}"
-    if error["type"] == "missing":
-        return f"the key {where!r} is missing."
-    text = error["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{where} = {error['input']!r}: {text}." if error["loc"] else f"{text}."
-
-
 SECTIONS: dict[str, type[BaseModel]] = {
     "calibration": CalibrationRecipe,
     "sequential": SequentialRecipe,
@@ -329,7 +242,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
-def _model_at(loc: list[str]) -> type[BaseModel]:
+def _owner(loc: Sequence[str]) -> type[BaseModel]:
     """The type whose key the last part of a location is."""
     if "<slices>" in loc:
         return StackRecipe if loc[-2] == "<slices>" else SliceRecipe

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from bmm_engine.checkpoint import parse_size
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -27,31 +29,43 @@ class CalibrationRecipe(Strict):
 
 
 class SequentialRecipe(Strict):
-    """How a merge in the mode "sequential" walks through the network; the models run in the dtype of `calibration`.
-
-    `target`: what a module that writes to the residual stream aims at: "stream", what the expert's stream holds after it (so that it makes up for
-    what the stream has drifted before), or "module", what the expert's module gives.
-    `mean_weight`: how much more a task's mean error counts in linear modules, which does not average out over its rows.
-    `task_vector_samples`: how many calibration samples the task vector's Gram counts as, beside those of a task; 0: the measured Grams alone.
-    `norms`: "anchor" takes gains (and biases) of normalisations from the anchor, "fit" solves them too, feature by feature, every error of a task
-    alike: neither `mean_weight` nor `output_weights` reaches them.
-    """
+    """How a merge in the mode "sequential" walks through the network; the models run in the dtype of `calibration`."""
 
     blocks: str | None = Field(None, description="the list of blocks, by name or shell pattern; null: the longest")
-    target: Literal["stream", "module"] = "stream"
-    mean_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    target: Literal["stream", "module"] = Field(
+        "stream",
+        description="what a module that writes to the residual stream aims at: what the expert's stream holds after it, so that it makes up for what"
+        " the stream has drifted before, or what the expert's module gives",
+    )
+    mean_weight: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="how much more a task's mean error counts in linear modules, which does not average out over its rows",
+    )
     task_vector_samples: float = Field(
         100.0,
         ge=0,
         allow_inf_nan=False,
-        description="as which the task vector's Gram counts beside a task's calibration",
+        description="as how many calibration samples the task vector's Gram counts beside a task's own; 0: the measured Grams alone",
     )
-    norms: Literal["anchor", "fit"] = "anchor"
+    norms: Literal["anchor", "fit"] = Field(
+        "anchor",
+        description="gains (and biases) of normalisations: the anchor's, or solved too, feature by feature, every error of a task alike: neither"
+        " mean_weight nor sensitivities reach them",
+    )
     sweeps: int = Field(1, ge=1, description="walks, each with the result of the one before as its anchor")
     hidden_memory: str | int = Field("4GB", description="hidden states kept in memory, in all; the rest in files")
     hidden_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="how hidden states are kept; null: as the models run"
     )
+
+    @field_validator("hidden_memory")
+    @classmethod
+    def _size(cls, value: str | int) -> str | int:
+        if value:
+            parse_size(value)
+        return value
 
 
 class EvaluationRecipe(Strict):

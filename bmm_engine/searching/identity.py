@@ -10,7 +10,7 @@ from typing import Any
 import bmm_engine
 from bmm_engine.checkpoint.compose import checkpoints_of
 from bmm_engine.checkpoint.identity import as_texts, model_digest, path_digest
-from bmm_engine.pipeline.statistics import Models
+from bmm_engine.merging.sources import Models
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.searching.problem import Problem
 
@@ -23,19 +23,17 @@ _BESIDE: dict[str, Any] = {
 }
 
 
-def identity_of(recipe: Recipe, workers: int, local_files_only: bool) -> dict[str, Any]:
+def identity_of(recipe: Recipe, models: Models, workers: int) -> dict[str, Any]:
     """Plain values; equal for searches that may go on from one another's trials. Paths are not among them, contents are."""
     plain = recipe.model_copy(update={"base": "", "experts": []}).model_dump(
         exclude=_BESIDE | {"base": True, "experts": True}
     )
-    models = Models(local_files_only)
     identity: dict[str, Any] = {
         "recipe": as_texts(plain),
-        "base": model_digest(*checkpoints_of(models.source(recipe.base))),
+        "base": model_digest(*checkpoints_of(models.base)),
         "experts": [],
     }
-    for expert in recipe.experts:
-        source = models.expert(recipe, expert)
+    for expert, source in zip(recipe.experts, models.experts, strict=True):
         # A Gram file that comes of calibration may not be there yet; the calibration stands for it.
         grams = expert.grams if expert.calibration is None else None
         files = [

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from bmm_engine.errors import BmmError, ConfigError, SearchError
 from bmm_engine.executors import WorkerInfo, open_executor
-from bmm_engine.pipeline.statistics import Report
+from bmm_engine.pipeline.models import open_models
+from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.searching.identity import identity_of
 from bmm_engine.searching.run import study_folder
@@ -30,15 +31,16 @@ def join_search(
             "a synchronous search takes no joined workers: its batches are as large as its own workers are many."
         )
     folder = study_folder(output.resolve())
-    recipe = with_search_weights(recipe, local_files_only, report)
+    models = open_models(recipe, local_files_only)
+    recipe = with_search_weights(recipe, models, report)
     with Study.open(folder) as study, open_executor(0) as executor:
-        study.check_identity(identity_of(recipe, 1, local_files_only))
+        study.check_identity(identity_of(recipe, models, 1))
         if not study.driver_alive():
             raise SearchError(
                 f"{folder}: no process drives this study, so there is nothing to join. Start the same command without --join."
             )
         measured = with_grams(recipe, folder, executor, local_files_only, report)
-        opener = RecipeProblem(measured, local_files_only)
+        opener = RecipeProblem(measured, local_files_only, models)
         problem = opener()
         prepared = prepare(problem, opener, executor)
         runner = open_runner(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -14,20 +14,22 @@ from torch import Tensor, nn
 
 from bmm_engine.anchors import DepthMap, get_anchor
 from bmm_engine.errors import ConfigError
-from bmm_engine.evaluators import Evaluator, FunctionEvaluator
+from bmm_engine.evaluators.contract import Evaluator
+from bmm_engine.evaluators.function import FunctionEvaluator
 from bmm_engine.evaluators.scores import Score
-from bmm_engine.merging.merge import merge, plan_merge
-from bmm_engine.merging.plan import MergePlan, MergeSettings
-from bmm_engine.merging.sources import Model
+from bmm_engine.merging.merge import merge_models
+from bmm_engine.merging.output import Destination
+from bmm_engine.merging.plan import MergePlan, make_plan
+from bmm_engine.merging.sources import Models
 from bmm_engine.pipeline.live import LiveModels, share_parameters
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import AnchorRecipe
 from bmm_engine.recipe.sections import SearchRecipe
+from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.searching.objective import Objective, get_objective
 from bmm_engine.searching.space import Candidate, SearchGroup, Space, common_value, module_groups, weighting_label
-from bmm_engine.sequential.options import SequentialOptions
-from bmm_engine.sequential.run import merge_sequential
-from bmm_engine.statistics.sensitivity import SensitivitySet
+from bmm_engine.sequential.run import walk_models
+from bmm_engine.statistics.sets import Statistics
 
 DEFAULT_ALPHA = 0.03
 
@@ -52,39 +54,30 @@ class Tasks(Protocol):
 
 
 @dataclass(frozen=True)
-class Walking:
-    """How trials walk through the network, in the mode sequential; `batches` makes every expert's calibration data where a trial runs,
-    `sensitivities` what it weighs outputs by (none: all alike)."""
-
-    batches: Callable[[], Sequence[Sequence[Any]]]
-    options: SequentialOptions
-    sensitivities: Callable[[], Sequence[SensitivitySet]] = tuple
-
-
-@dataclass(frozen=True)
 class Problem:
-    """Everything that a search needs to know of the models. `anchors`: label -> (rule, parameters), the default first; `grams` as in `merge`.
+    """Everything that a search needs to know of the models. `statistics`: Grams and Fisher information, where they are measured. `anchors`: label ->
+    (rule, parameters), the default first.
 
-    `walking`: in the mode sequential, where the settings' `gram_source` is "task_vectors", so that modules are planned one by one.
+    `walk`: in the mode sequential, what a walk needs beside: calibration batches, and sensitivities unless all outputs count alike. It is called
+    where a trial runs.
     """
 
-    base: Model
-    experts: tuple[Model, ...]
+    models: Models
     settings: MergeSettings
+    statistics: Statistics
     tasks: Tasks
     search: SearchRecipe
     anchors: dict[str, tuple[str, dict[str, Any]]]
-    grams: Any = "task_vectors"
-    options: dict[str, Any] = field(default_factory=dict)  # of `merge`: modules, keep_base, vocabulary, ...
     objective: Objective | None = None  # where it is a callable that no recipe names
-    walking: Walking | None = None
+    walk: Callable[[], Statistics] | None = None
 
     @cached_property
     def plan(self) -> MergePlan:
-        """All modules that a candidate may solve: the recipe's own, at any finite ridge."""
-        finite = replace(self.settings, alpha=DEFAULT_ALPHA)
-        grams = self.grams if self.walking is None else "task_vectors"
-        plan = plan_merge(self.base, self.experts, grams=grams, settings=finite, **self.options)
+        """All modules that a candidate may solve: the recipe's own, at any finite ridge; one by one for walks, which measure their own inputs."""
+        finite, statistics = self.settings.but(alpha=DEFAULT_ALPHA), self.statistics
+        if self.walk is not None:
+            finite, statistics = finite.but(gram_source="task_vectors"), replace(statistics, grams=())
+        plan = make_plan(finite, self.models, statistics)
         if not plan.groups:
             raise ConfigError("a search needs linear modules to solve, and the recipe leaves none. See `bmm inspect`.")
         return plan
@@ -110,7 +103,7 @@ class Problem:
         def default(setting: Any, key: str) -> dict[str, float]:
             def at(module: str) -> float:
                 weight = linear[module].weight
-                return float(setting.at(weight, depth(weight), len(self.experts)))
+                return float(setting.at(weight, depth(weight), len(self.models.experts)))
 
             return {g.name: common_value(map(at, g.modules), g.name, key) for g in self.groups}
 
@@ -126,7 +119,7 @@ class Problem:
         weightings = () if self.search.weightings == "free" else tuple(self.search.weightings)
         default_weights = self.settings.task_weights
         if self.search.weightings == "free":
-            default_weights = (1.0,) * len(self.experts)
+            default_weights = (1.0,) * len(self.models.experts)
         elif weightings:
             default_weights = weightings[0]
         return Space(
@@ -137,7 +130,7 @@ class Problem:
             default_weights,
             self.search,
             weightings,
-            len(self.experts) if self.search.weightings == "free" else 0,
+            len(self.models.experts) if self.search.weightings == "free" else 0,
         )
 
     @property
@@ -151,31 +144,23 @@ class Problem:
     def anchor_tensors(self, label: str) -> dict[str, Tensor]:
         """The anchor's own merge, by the base's names, float tensors in float32."""
         rule, parameters = self.anchors[label]
-        found = merge(
-            self.base,
-            self.experts,
-            anchor=rule,
-            anchor_parameters=parameters,
-            grams=self.grams if get_anchor(rule).needs_grams else "task_vectors",
-            alpha=math.inf,
-            dtype=torch.float32,
-            device=self.settings.device,
+        source = "data" if get_anchor(rule).needs_grams and self.statistics.grams else "task_vectors"
+        found = merge_models(
+            self.settings.but(anchor=rule, anchor_parameters=parameters).anchor_alone(source),
+            self.models,
+            self.statistics if source == "data" else replace(self.statistics, grams=()),
+            Destination(dtype=torch.float32),
             progress=False,
-            **self.options,
         )
         return found.tensors or {}
 
     def merge(self, candidate: Candidate) -> dict[str, Tensor]:
         """The merge that the candidate stands for, in memory. Raises as `merge` and `merge_sequential`."""
-        arguments = {**self.settings_of(candidate), **self.options, "device": self.settings.device, "progress": False}
-        if self.walking is None:
-            return merge(self.base, self.experts, grams=self.grams, **arguments).tensors or {}
-        batches, options = self.walking.batches(), self.walking.options
-        walked = {f.name: getattr(options, f.name) for f in fields(options)}
-        walked["sensitivities"] = self.walking.sensitivities()
-        walked["sensitivity_share"] = self.settings.sensitivity_share
-        result = merge_sequential(self.base, self.experts, batches, grams=self.grams, **walked, **arguments)
-        return result.tensors or {}
+        settings = self.settings.but(**self.settings_of(candidate))
+        if self.walk is None:
+            return merge_models(settings, self.models, self.statistics, progress=False).tensors or {}
+        walked = replace(self.walk(), grams=self.statistics.grams, fishers=self.statistics.fishers)
+        return walk_models(settings, self.models, walked, progress=False).tensors or {}
 
     def settings_of(self, candidate: Candidate) -> dict[str, Any]:
         """A candidate as the arguments of `merge` that it stands for: anchor, its parameters, alpha, scale, task weights."""
@@ -260,9 +245,6 @@ def common_tensors(problem: Problem, anchors: Mapping[str, Mapping[str, Tensor]]
     tensors = {f"a {label} {name}": tensor for label, own in anchors.items() for name, tensor in own.items()}
     space = problem.space
     if space.options.scales != "fixed" or any(value != 1 for value in space.default_scale.values()):
-        for module in problem.modules:
-            linear = problem.plan.linear[module]
-            for name in (linear.weight, linear.bias) if problem.settings.fit_bias else (linear.weight,):
-                if name in problem.plan.alignment.merged:
-                    tensors[f"w {name}"] = problem.plan.alignment.base.load(name).float()
+        for name in (name for group in problem.plan.groups for name in group.tensors):
+            tensors[f"w {name}"] = problem.plan.alignment.base.load(name).float()
     return tensors

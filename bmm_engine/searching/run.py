@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,21 @@ from torch import Tensor, nn
 from bmm_engine.checkpoint.identity import values_digest
 from bmm_engine.errors import ConfigError, SearchError
 from bmm_engine.executors import open_executor
-from bmm_engine.merging.plan import MergeSettings, given_task_weights
-from bmm_engine.merging.sources import Model
+from bmm_engine.merging.sources import Model, Models
 from bmm_engine.models.roles import Layers, module_role
+from bmm_engine.pipeline.models import open_models
 from bmm_engine.pipeline.run import check_output, run_recipe
-from bmm_engine.pipeline.statistics import Report
-from bmm_engine.pipeline.tasks import RecipeTasks
-from bmm_engine.recipe.recipe import Recipe, parse_section
+from bmm_engine.pipeline.tasks import check_tasks
+from bmm_engine.progress import Report
+from bmm_engine.recipe.explain import parse_section
+from bmm_engine.recipe.keywords import keywords_of, settings_of
+from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.searching.best import best_recipe, write_recipe
 from bmm_engine.searching.driver import Watcher
 from bmm_engine.searching.identity import identity_of, models_of, versions
 from bmm_engine.searching.objective import get_objective, objective_name
-from bmm_engine.searching.problem import FunctionTasks, Problem, Walking
+from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.proposer import check_optimizer
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.session import Session
@@ -35,8 +36,7 @@ from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.study import Study
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import NO_WEIGHTED_PLAIN_SEARCH, RecipeProblem, with_grams, with_search_weights
-from bmm_engine.sequential.options import SequentialOptions
-from bmm_engine.statistics.sensitivity import SensitivitySet
+from bmm_engine.statistics.sets import Fishers, Grams, Sensitivities, Statistics
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,15 @@ def search_recipe(
     taken = _own_result(folder, output)
     if write_merge:
         check_output(output, overwrite or taken)
-    recipe = with_search_weights(recipe, local_files_only, report)
-    RecipeTasks(recipe, local_files_only).check()
+    check_tasks(recipe)
+    models = open_models(recipe, local_files_only)
+    recipe = with_search_weights(recipe, models, report)
     with ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         executor = stack.enter_context(open_executor(workers, ray, folder=folder))
-        identity = identity_of(recipe, executor.workers, local_files_only)
+        identity = identity_of(recipe, models, executor.workers)
         measured = with_grams(recipe, folder, executor, local_files_only, report)
-        opener = RecipeProblem(measured, local_files_only)
+        opener = RecipeProblem(measured, local_files_only, models)
         problem = opener()
         study = stack.enter_context(open_study(folder, problem, identity, recipe))
         stack.enter_context(study.drive())
@@ -107,9 +108,7 @@ def search_recipe(
         path = write_recipe(chosen, folder / "best.yaml")
         written = None
         if write_merge:
-            written = run_recipe(
-                chosen, output, overwrite=overwrite or taken, local_files_only=local_files_only, report=report
-            ).path
+            written = run_recipe(chosen, output, overwrite=overwrite or taken, models=models, report=report).path
         session.finish(best, output if write_merge else None)
         return SearchResult(
             best,
@@ -131,22 +130,14 @@ def search(
     *,
     tasks: Sequence[str] | None = None,
     expert_scores: Mapping[str, float] | None = None,
-    grams: Any = "task_vectors",
-    batches: Sequence[Sequence[Any]] | None = None,
+    grams: Grams = "task_vectors",
+    fishers: Fishers = (),
+    batches: Sequence[Iterable[Any]] | None = None,
     sequential: Mapping[str, Any] | None = None,
-    sensitivities: Sequence[SensitivitySet | str | os.PathLike[str]] = (),
-    sensitivity_share: float = 0.75,
-    anchor: str = "average",
-    anchor_parameters: Mapping[str, Any] | None = None,
+    sensitivities: Sensitivities = (),
     anchors: Sequence[str] = (),
-    alpha: float = 0.03,
-    scale: float = 1.0,
-    task_weights: str | Sequence[float] | None = None,
-    modules: Sequence[str] | None = None,
-    keep_base: Sequence[str] = (),
     objective: str | Callable[[Mapping[str, float]], float] = "mean",
     study: Path | str | None = None,
-    device: str = "cpu",
     watcher: Watcher | None = None,
     **options: Any,
 ) -> SearchResult:
@@ -155,48 +146,42 @@ def search(
     `base`: a live model; `experts`: live models (or state dicts or paths, with `expert_scores`). `evaluate(model, task)` returns a number, higher is
     better, or a `Score`; it gets a live copy of the base with a candidate's weights. `tasks`: names, by default one for each expert, and task i
     is then expert i's. `batches`: each expert's calibration data, for the mode sequential, in which every trial walks through the network (see
-    `merge_sequential`; `sequential`: its `fit_bias`, `target`, `mean_weight`, `norms`, `sweeps`, `blocks`, ...; `sensitivities` and their share as
-    there). The objective is over score / expert's score. `anchors`: rules to choose from. `options`: of the recipe's section `search`
-    (trials, minutes, seed, optimizer, groups, depth_bins, ...). `study`: a folder to keep and resume the trials in.
+    `merge_sequential`; `sequential`: its `fit_bias`, `target`, `mean_weight`, `norms`, `sweeps`, `blocks`, ...; `sensitivities` as there). The
+    objective is over score / expert's score. `anchors`: rules to choose from. `options`: settings of `merge` (anchor, alpha, scale, task_weights,
+    modules, keep_base, device, ...), and of the recipe's section `search` (trials, minutes, seed, optimizer, groups, depth_bins, ...). `study`: a
+    folder to keep and resume the trials in.
     Raises `ConfigError`, `SearchError`, and what `merge` raises.
     """
     if not isinstance(base, nn.Module):
         raise ConfigError(
             "search needs the base as a live model to evaluate; for checkpoints write a recipe and call search_recipe."
         )
-    names = tuple(tasks) if tasks is not None else tuple(f"task {i}" for i in range(len(experts)))
-    function = get_objective(objective)
-    section = parse_section(SearchRecipe, {"anchors": list(anchors), "objective": "mean", **options}, "search")
-    check_optimizer(section.optimizer)
-    settings = MergeSettings(
-        anchor=anchor,
-        anchor_parameters=dict(anchor_parameters or {}),
-        gram_source="task_vectors" if isinstance(grams, str) else "data",
-        alpha=alpha,
-        scale=scale,
-        task_weights=given_task_weights(task_weights),
-        sensitivity_share=sensitivity_share,
-        device=device,
-    )
-    walking = None
     if sensitivities and batches is None:
         raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
-    if batches is not None:
-        calibration = [list(own) for own in batches]
-        weights = [own if isinstance(own, SensitivitySet) else SensitivitySet.load(own) for own in sensitivities]
-        walking = Walking(lambda: calibration, SequentialOptions(**(sequential or {})), lambda: weights)
-    chosen = {name: (name, dict(anchor_parameters or {}) if name == anchor else {}) for name in (anchors or [anchor])}
+    names = tuple(tasks) if tasks is not None else tuple(f"task {i}" for i in range(len(experts)))
+    function = get_objective(objective)
+    known = keywords_of("plain")
+    raw = {key: value for key, value in options.items() if key not in known}
+    section = parse_section(SearchRecipe, {"anchors": list(anchors), "objective": "mean", **raw}, "search")
+    check_optimizer(section.optimizer)
+    algebra = {"task_weights": None, **{key: value for key, value in options.items() if key in known}}
+    statistics = Statistics.open(grams, fishers)
+    if batches is None:
+        source = "data" if statistics.grams else "task_vectors"
+        settings, walk = settings_of("plain", algebra, gram_source=source), None
+    else:
+        measured = Statistics.open(None, (), sensitivities, batches)
+        settings, walk = settings_of("sequential", {**algebra, **(sequential or {})}), lambda: measured
+    parameters = {settings.anchor: settings.anchor_parameters}
     problem = Problem(
-        base,
-        tuple(experts),
+        Models.open(base, experts),
         settings,
+        statistics,
         FunctionTasks(base, [e if isinstance(e, nn.Module) else None for e in experts], names, evaluate, expert_scores),
         section,
-        chosen,
-        grams,
-        {"modules": modules, "keep_base": keep_base},
+        {name: (name, parameters.get(name, {})) for name in (anchors or [settings.anchor])},
         function,
-        walking,
+        walk,
     )
     with ExitStack() as stack:
         folder = study if study is not None else stack.enter_context(tempfile.TemporaryDirectory(prefix="bmm-search-"))
@@ -208,22 +193,18 @@ def search(
                 "objective": objective_name(objective),
             },
             "tasks": list(names),
-            "anchors": {label: [rule, repr(own)] for label, (rule, own) in chosen.items()},
-            "settings": {"alpha": repr(alpha), "scale": repr(scale), "task_weights": repr(settings.task_weights)},
-            "grams": settings.gram_source,
+            "anchors": {label: [rule, repr(own)] for label, (rule, own) in problem.anchors.items()},
+            "settings": settings.plain(),
             "models": models_of(problem),
             "sequential": None
-            if walking is None
-            else [
-                *map(values_digest, calibration),
-                repr(walking.options),
-                sensitivity_share,
-                *(own.digest() for own in weights),
-            ],
+            if walk is None
+            else [*map(values_digest, measured.batches), *(own.digest() for own in measured.sensitivities)],
         }
         kept = stack.enter_context(open_study(study_path, problem, identity, None))
         stack.enter_context(kept.drive())
-        session = Session(problem, lambda: problem, kept, executor, device, watcher or Silent(), lambda line: None)
+        session = Session(
+            problem, lambda: problem, kept, executor, settings.device, watcher or Silent(), lambda line: None
+        )
         best = session.run()
         candidate = Candidate.from_plain(best.parameters)
         arguments = problem.settings_of(candidate)

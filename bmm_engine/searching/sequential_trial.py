@@ -28,17 +28,10 @@ class SequentialWriter:
     """Writes candidates into live tensors, each by a walk of its own. What the experts read is kept in a folder for temporary files."""
 
     def __init__(self, problem: Problem, live: LiveModels, factors: Factors, device: str):
-        assert problem.walking is not None
-        self.problem, self.walking, self.live, self.factors, self.device = (
-            problem,
-            problem.walking,
-            live,
-            factors,
-            device,
-        )
-        self.batches = self.walking.batches()
-        self.sensitivities = tuple(self.walking.sensitivities())
-        self.skeleton = Skeleton.of(problem.base, problem.plan.alignment, self.walking.options, device)
+        assert problem.walk is not None
+        self.problem, self.live, self.factors, self.device = problem, live, factors, device
+        self.statistics = problem.walk()
+        self.skeleton = Skeleton.of(problem.models, problem.plan, device)
         folder = tempfile.mkdtemp(prefix="bmm-expert-reads-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.reads = ExpertReads(Path(folder))
@@ -54,19 +47,12 @@ class SequentialWriter:
         chosen = {
             k: v for k, v in self.problem.settings_of(candidate).items() if k in ("alpha", "scale", "task_weights")
         }
-        settings = replace(self.problem.settings, **chosen, device=self.device)
-        plan = replace(self.problem.plan, settings=settings, sensitivities=self.sensitivities)
+        settings = self.problem.plan.settings.but(**chosen, device=self.device)
+        plan = replace(self.problem.plan, settings=settings, statistics=self.statistics)
         with ExitStack() as stack:
             walks = [
-                SequentialWalk(
-                    plan,
-                    self.skeleton,
-                    self.batches,
-                    self.walking.options,
-                    Sweep(None),
-                    reads=self.reads,
-                )
-                for _ in range(self.walking.options.sweeps)
+                SequentialWalk(plan, self.skeleton, self.statistics.batches, Sweep(None), reads=self.reads)
+                for _ in range(settings.sequential.sweeps)
             ]
             source = walk_all(walks, anchor, stack, False)
             self.live.load({name: source.load(name) for name in tensors if name in source.solved})

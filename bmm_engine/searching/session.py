@@ -12,7 +12,7 @@ from typing import Any
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, Shared, run_all
 from bmm_engine.merging.factors import FactorGroup, plain_alignment
-from bmm_engine.pipeline.statistics import Report
+from bmm_engine.progress import Report
 from bmm_engine.searching.driver import Driver, Watcher, scores_plain
 from bmm_engine.searching.objective import normalized, standard_error
 from bmm_engine.searching.problem import Problem, common_tensors
@@ -37,7 +37,7 @@ def prepare(problem: Problem, opener: Opener, executor: Executor) -> Prepared:
     started = time.perf_counter()
     anchors = {label: problem.anchor_tensors(label) for label in problem.anchors}
     tensors, groups = common_tensors(problem, anchors), []
-    if problem.walking is None and not problem.space.free_tasks:
+    if problem.walk is None and not problem.space.free_tasks:
         shared = executor.share({name: t for name, t in tensors.items() if name.startswith("a ")})
         for group, own in make_factors(executor, opener, problem, shared):
             groups.append(group)
@@ -101,7 +101,7 @@ class Session:
         """What was prepared, and what a trial costs."""
         assert self._prepared is not None
         seconds, modules, groups = self._prepared.seconds, len(self.problem.modules), len(self.problem.groups)
-        if self.problem.walking is not None:
+        if self.problem.walk is not None:
             return (
                 f"mode sequential: {groups} search groups; every trial walks through the network and solves {modules} modules anew, which takes"
                 " about as long as the merge itself (only the experts' passes are kept after the first)"
@@ -122,7 +122,7 @@ class Session:
 
     def _expert_labels(self) -> list[str]:
         names = self.problem.tasks.names
-        count = len(self.problem.experts)
+        count = len(self.problem.models.experts)
         return list(names) if len(names) == count else [f"expert {i}" for i in range(count)]
 
     def _start(self, split: str, tick: Callable[[], None] | None = None) -> None:
@@ -134,7 +134,7 @@ class Session:
         """Each task's score by its own expert (of several, the best); measured once in a study."""
         known = self.study.fact("experts") or {}
         if split not in known:
-            calls = [(index,) for index in range(len(self.problem.experts))]
+            calls = [(index,) for index in range(len(self.problem.models.experts))]
             self.executor.start(open_judge, self.opener, split, self.device)
             found: dict[str, Score] = {}
             for scores in run_all(self.executor, score_expert, calls, label=f"scoring the experts ({split})"):

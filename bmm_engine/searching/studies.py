@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from bmm_engine.errors import ConfigError
-from bmm_engine.evaluators import Evaluator
+from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, open_executor
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.pipeline.live import LiveModels
-from bmm_engine.pipeline.statistics import Report
-from bmm_engine.pipeline.tasks import RecipeTasks
+from bmm_engine.pipeline.models import open_models
+from bmm_engine.pipeline.tasks import check_tasks
+from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import AnchorRecipe
 from bmm_engine.searching.identity import identity_of
@@ -90,13 +91,12 @@ class SubsetTasks:
 class CellProblem:
     """Opens the problem of one cell, wherever it is called."""
 
-    recipe: Recipe
+    whole: RecipeProblem
     share: float
     seed: int
-    local_files_only: bool
 
     def __call__(self) -> Problem:
-        problem = RecipeProblem(self.recipe, self.local_files_only)()
+        problem = self.whole()
         return replace(problem, tasks=SubsetTasks(problem.tasks, self.share, self.seed))
 
 
@@ -172,25 +172,26 @@ def _run(
     local_files_only: bool,
     report: Report,
 ) -> list[Point]:
-    RecipeTasks(recipe, local_files_only).check()
+    check_tasks(recipe)
     if any(e.test is None for e in recipe.experts) and recipe.evaluation is not None and not recipe.evaluation.tasks:
         raise ConfigError("a study is judged on test data: give every expert a `test` file.")
     cells = output / "cells"
     cells.mkdir(parents=True, exist_ok=True)
     found: list[Point] = []
+    models = open_models(recipe, local_files_only)
     with ExitStack() as stack:
         executor = stack.enter_context(open_executor(workers, None, folder=output))
         for anchor in axes.anchors:
             for source in axes.sources:
-                chosen = with_search_weights(_with_choice(recipe, anchor, source), local_files_only, report)
+                chosen = with_search_weights(_with_choice(recipe, anchor, source), models, report)
                 measured = with_grams(chosen, output, executor, local_files_only, report)
-                identity = identity_of(chosen, executor.workers, local_files_only)
+                identity = identity_of(chosen, models, executor.workers)
                 prepared: Prepared | None = None
                 for share in shares:
                     for seed in range(axes.seeds):
                         cell = Cell(anchor, source, seed, share)
                         own = measured.with_search(seed=seed)
-                        opener = CellProblem(own, share, seed, local_files_only)
+                        opener = CellProblem(RecipeProblem(own, local_files_only, models), share, seed)
                         if prepared is None:
                             prepared = prepare(opener(), opener, executor)
                         own_identity = {

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bmm_engine.evaluators import Evaluator
+from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.merging.factors import Factors, modules_of, oriented
 from bmm_engine.merging.groups import OpenGroup

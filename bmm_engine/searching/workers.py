@@ -13,65 +13,62 @@ from torch import Tensor
 
 from bmm_engine.anchors import get_anchor
 from bmm_engine.errors import ConfigError
-from bmm_engine.evaluators import Evaluator
+from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, Shared, WorkerInfo, run_all
 from bmm_engine.merging.factors import FactorGroup, FactorMaker, Factors
+from bmm_engine.merging.sources import Models
 from bmm_engine.parallel import in_order, share_of_memory
-from bmm_engine.pipeline.run import sequential_options, settings_of
-from bmm_engine.pipeline.statistics import (
-    Models,
-    Report,
-    calibration_batches,
-    collect_from_checkpoint,
-    sensitivity_sets,
-    with_output_weights,
-)
+from bmm_engine.pipeline.measure import collect_from_checkpoint
+from bmm_engine.pipeline.models import open_models
+from bmm_engine.pipeline.statistics import calibration_batches, sensitivity_sets, with_output_weights
 from bmm_engine.pipeline.tasks import RecipeTasks
+from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
-from bmm_engine.searching.problem import Problem, Tasks, Walking, anchor_choices
+from bmm_engine.searching.problem import Problem, Tasks, anchor_choices
 from bmm_engine.searching.sequential_trial import SequentialWriter
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.trial import Bar, CandidateWriter, FreeWriter, Outcome, TrialRunner, Writer
 from bmm_engine.statistics.calibration import read_calibration
+from bmm_engine.statistics.sets import Statistics
 
 Opener = Callable[[], Problem]
 
 
 @dataclass(frozen=True)
 class RecipeProblem:
-    """Opens a recipe's problem, wherever it is called; all Grams must be measured."""
+    """Opens a recipe's problem, wherever it is called; all Grams must be measured. `models`: the recipe's, where they are open; they stay in this
+    process."""
 
     recipe: Recipe
     local_files_only: bool = False
+    models: Models | None = None
 
     def __call__(self) -> Problem:
-        recipe, models = self.recipe, Models(self.local_files_only)
-        measured = wants_grams(recipe)
-        settings, walking = settings_of(recipe), None
-        if recipe.mode == "sequential":
-            settings = replace(settings, gram_source="task_vectors", fit_bias=False)
-            walking = Walking(partial(calibration_batches, recipe, models), sequential_options(recipe))
-            if recipe.output_weights == "sensitivity":
-                measure = partial(sensitivity_sets, recipe, models, report=lambda line: None, progress=False)
-                walking = replace(walking, sensitivities=measure)
+        recipe = self.recipe
+        models = self.models or open_models(recipe, self.local_files_only)
         return Problem(
-            base=models.get(recipe.base),
-            experts=tuple(models.get(e.model) for e in recipe.experts),
-            settings=settings,
-            tasks=RecipeTasks(recipe, self.local_files_only),
+            models=models,
+            settings=recipe.settings,
+            statistics=Statistics.open(
+                [str(e.grams) for e in recipe.experts] if wants_grams(recipe) else None,
+                [e.fisher for e in recipe.experts if e.fisher is not None],
+            ),
+            tasks=RecipeTasks(recipe, models),
             search=recipe.search,
             anchors=anchor_choices(recipe),
-            grams=[str(e.grams) for e in recipe.experts] if measured else "task_vectors",
-            options={
-                "modules": recipe.modules,
-                "keep_base": recipe.keep_base,
-                "vocabulary": recipe.vocabulary,
-                "fishers": [e.fisher for e in recipe.experts if e.fisher is not None],
-                "local_files_only": self.local_files_only,
-            },
-            walking=walking,
+            walk=partial(measure_walk, recipe, models) if recipe.mode == "sequential" else None,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecipeProblem, (self.recipe, self.local_files_only)
+
+
+def measure_walk(recipe: Recipe, models: Models) -> Statistics:
+    """What the trials of a search need to walk: calibration batches, and sensitivities unless all outputs count alike."""
+    weighted = recipe.output_weights == "sensitivity"
+    weights = sensitivity_sets(recipe, models, report=lambda line: None, progress=False) if weighted else []
+    return Statistics(sensitivities=tuple(weights), batches=tuple(calibration_batches(recipe, models)))
 
 
 def wants_grams(recipe: Recipe) -> bool:
@@ -85,10 +82,10 @@ def wants_grams(recipe: Recipe) -> bool:
 NO_WEIGHTED_PLAIN_SEARCH = "a search in the mode plain weighs all outputs alike: leave out the sensitivities, or search in the mode sequential."
 
 
-def with_search_weights(recipe: Recipe, local_files_only: bool, report: Report) -> Recipe:
+def with_search_weights(recipe: Recipe, models: Models, report: Report) -> Recipe:
     """The recipe with `output_weights` chosen, where it leaves them open. Raises `ConfigError` for those that a search cannot have."""
     if recipe.mode == "sequential":
-        return with_output_weights(recipe, Models(local_files_only), report)
+        return with_output_weights(recipe, models, report)
     if recipe.output_weights == "sensitivity":
         raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
     return recipe.model_copy(update={"output_weights": "none"})
@@ -101,7 +98,7 @@ def collect_grams_of(state: Any, recipe: Recipe, index: int, path: str, local_fi
     """Measure one expert's Grams and save them at `path`; returns what they were measured on."""
     expert, options = recipe.experts[index], recipe.calibration
     data = read_calibration(Path(str(expert.calibration)), samples=options.samples, field=options.field)
-    source = Models(local_files_only).expert(recipe, expert)
+    (source,) = open_models(recipe.model_copy(update={"experts": [expert]}), local_files_only).experts
     grams = collect_from_checkpoint(source, data, options, modules=recipe.modules, device=device, progress=False)
     grams.save(path)
     return data.describe()
@@ -136,7 +133,7 @@ def with_grams(recipe: Recipe, folder: Path, executor: Executor, local_files_onl
 def open_maker(info: WorkerInfo, opener: Opener, anchors: Shared) -> FactorMaker:
     problem = opener()
     settings = problem.plan.settings
-    plan = replace(problem.plan, settings=replace(settings, device=info.device(settings.device)))
+    plan = replace(problem.plan, settings=settings.but(device=info.device(settings.device)))
     found: dict[str, dict[str, Tensor]] = {label: {} for label in problem.anchors}
     for name, tensor in anchors.tensors().items():
         _, label, own = name.split(" ", 2)
@@ -185,12 +182,12 @@ def open_runner(
     if evaluator is None:
         raise AssertionError(f"no data for {split}")
     writer: CandidateWriter
-    if problem.walking is not None:
+    if problem.walk is not None:
         writer = SequentialWriter(problem, live, factors, device)
     elif not problem.space.free_tasks:
         writer = Writer(live, factors, problem.groups)
     else:
-        plan = replace(problem.plan, settings=replace(problem.plan.settings, device=device))
+        plan = replace(problem.plan, settings=problem.plan.settings.but(device=device))
         writer = FreeWriter(plan, live, factors, problem.groups)
     runner = TrialRunner(live, writer, evaluator, problem.goal)
     if tick is not None:

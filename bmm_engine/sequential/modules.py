@@ -18,7 +18,6 @@ from bmm_engine.merging.stream import InputRecord, ModuleRecord
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.models.calling import kept_rows, row_mask
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
-from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.reading import Read
 from bmm_engine.sequential.solve import (
     drift_factor,
@@ -78,12 +77,11 @@ class ModuleSolver:
         plan: MergePlan,
         inputs: Inputs,
         anchor: TensorSource,
-        options: SequentialOptions,
         samples: Sequence[int],
     ):
         """`samples`: of each expert's calibration, in the inputs' order."""
-        self.settings, self.inputs, self.anchor, self.options = plan.settings, inputs, anchor, options
-        self._shares = [options.hybrid_share(own) for own in samples]
+        self.settings, self.inputs, self.anchor = plan.settings, inputs, anchor
+        self._shares = [self.settings.sequential.hybrid_share(own) for own in samples]
         self._merged = set(plan.alignment.merged)
 
     def parts(self, modules: Sequence[LinearModule]) -> list[Part]:
@@ -92,7 +90,7 @@ class ModuleSolver:
         for module in modules:
             depth, count = self.inputs.depth(module.weight), len(self.inputs.experts)
             alpha = self.settings.alpha_setting.at(module.weight, depth, count)
-            with_bias = self.options.fit_bias and module.has_bias and module.bias in self._merged
+            with_bias = self.settings.fit_bias and module.has_bias and module.bias in self._merged
             if alpha != math.inf:
                 found.setdefault((alpha, with_bias), []).append(module)
         return [Part(tuple(members), *key) for key, members in found.items()]
@@ -160,7 +158,7 @@ class ModuleSolver:
                 for now, earlier in ((change, written.change), (energy, written.energy))
             )
         betas = drift_task_weights(inputs.task_weights, energies, len(moments), name)
-        mean_weight = self.options.mean_weight
+        mean_weight = self.settings.sequential.mean_weight
         moments = [self._hybrid(t, part, own) for t, own in enumerate(moments)]
         factor = drift_factor(moments, betas, alpha=part.alpha, mean_weight=mean_weight, name=name)
         assert factor is not None, "no part is at an infinite ridge"

@@ -15,9 +15,11 @@ from bmm_engine.checkpoint.names import change_prefix
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.merging.align import AlignedExpert, Alignment
 from bmm_engine.merging.live_names import live_names
+from bmm_engine.merging.plan import MergePlan
+from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import weightless_model
 from bmm_engine.models.blocks import block_list, find_blocks
-from bmm_engine.sequential.options import SequentialOptions
+from bmm_engine.models.calling import placement
 
 Load = Callable[[str], Tensor]
 
@@ -53,11 +55,13 @@ class Skeleton:
             )
 
     @classmethod
-    def of(cls, base: Any, alignment: Alignment, options: SequentialOptions, device: str) -> Skeleton:
-        """That of a base as `merge_sequential` takes it. Raises `ConfigError`, `CheckpointError`."""
-        dtype = options.run_dtype(base)
-        model = architecture(base, alignment, dtype)
-        return cls(alignment, model, blocks=options.blocks, dtype=dtype, device=torch.device(device))
+    def of(cls, models: Models, plan: MergePlan, device: str | None = None) -> Skeleton:
+        """That of a plan's base, on the settings' device or another. Raises `ConfigError`, `CheckpointError`."""
+        options = plan.settings.sequential
+        dtype = options.walk_dtype or (torch.float32 if models.live is None else placement(models.live)[1])
+        model = architecture(models.live, plan.alignment, dtype)
+        own = torch.device(device or plan.settings.device)
+        return cls(plan.alignment, model, blocks=options.blocks, dtype=dtype, device=own)
 
     @property
     def count(self) -> int:
@@ -106,10 +110,10 @@ class Skeleton:
         return int(live.removeprefix(f"{self.blocks}.").split(".", 1)[0])
 
 
-def architecture(model: Any, alignment: Alignment, dtype: torch.dtype) -> nn.Module:
+def architecture(live: nn.Module | None, alignment: Alignment, dtype: torch.dtype) -> nn.Module:
     """What a walk runs: a live base itself, or the architecture that the base's config names. Raises `ConfigError`, `CheckpointError`."""
-    if isinstance(model, nn.Module):
-        return model
+    if live is not None:
+        return live
     root = root_checkpoint(alignment.base)
     if not isinstance(root, Checkpoint) or root.config is None or not Path(root.path).is_dir():
         raise ConfigError(

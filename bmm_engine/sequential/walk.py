@@ -15,26 +15,22 @@ from bmm_engine.checkpoint import TensorSource
 from bmm_engine.errors import CollectionError, EmptyCalibrationError
 from bmm_engine.memory import release_free_memory
 from bmm_engine.merging.inputs import Inputs
-from bmm_engine.merging.output import parse_dtype
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import InputRecord, ModuleRecord
 from bmm_engine.models.architecture import LinearModule, is_head
 from bmm_engine.models.blocks import BlockWalk, Weighted, before_blocks, without_cache
 from bmm_engine.models.calling import evaluating, mask_of, samples_of, to_device
-from bmm_engine.progress import track
+from bmm_engine.progress import Report, track
 from bmm_engine.sequential.hidden import HiddenStates, Room
 from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting, Written
 from bmm_engine.sequential.moments import Accumulator
 from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
-from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.passage import Passage
 from bmm_engine.sequential.reading import Read, Reader, Run, SharedInput, shared_inputs
 from bmm_engine.sequential.reads import ExpertReads
 from bmm_engine.sequential.replay import Replay, finished_parts
 from bmm_engine.sequential.skeleton import Skeleton, reader_of
 from bmm_engine.sequential.state import Sweep
-
-Report = Callable[[str], None]
 
 
 class SequentialWalk:
@@ -45,7 +41,6 @@ class SequentialWalk:
         plan: MergePlan,
         skeleton: Skeleton,
         batches: Sequence[Sequence[Any]],
-        options: SequentialOptions,
         sweep: Sweep,
         report: Report = lambda line: None,
         reads: ExpertReads | None = None,
@@ -58,6 +53,7 @@ class SequentialWalk:
         for t, own in enumerate(batches):
             if not own:
                 raise EmptyCalibrationError(f"expert {t}: its calibration set is empty: no batches.")
+        options = plan.settings.sequential
         self.skeleton, self.sweep, self.options, self.report = skeleton, sweep, options, report
         self.plan, self.model, self.reads = plan, skeleton.model, reads
         self.expert_inputs = Inputs(plan)
@@ -69,7 +65,7 @@ class SequentialWalk:
                     f"{module.name}: is no module of the live {type(self.model).__name__}; leave it out with `modules`."
                 )
             self._modules[live] = module
-        self._room, dtype = Room(options.hidden_bytes), parse_dtype(options.hidden_dtype) or skeleton.dtype
+        self._room, dtype = Room(options.hidden_bytes), options.hidden_dtype or skeleton.dtype
         ordered = self.expert_inputs.ordered(batches)
         readers = [reader_of(plan.alignment, expert) for expert in self.expert_inputs.experts]
         self.experts, self.merged = (
@@ -112,7 +108,7 @@ class SequentialWalk:
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
         samples = [sum(map(samples_of, passage.batches)) for passage in self.experts]
-        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, self.options, samples)
+        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, samples)
         self.norms = NormSolver(self.plan, self.expert_inputs, anchor)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))

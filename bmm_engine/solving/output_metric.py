@@ -96,4 +96,4 @@ def output_metrics(sensitivities: Sequence[Tensor], share: float, name: str) -> 
 def check_share(value: float) -> None:
     """Raise `ConfigError` unless it is in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(f"sensitivity_share must be a number >= 0 and < 1, not {value!r}.")
+        raise ConfigError(f"the share of a sensitivity must be a number >= 0 and < 1, not {value!r}.")

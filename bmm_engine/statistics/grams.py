@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -236,13 +235,6 @@ class GramSet:
             _path=path,
             _headers=headers,
         )
-
-
-def as_gram_sets(grams: Any) -> list[GramSet]:
-    """A list of GramSets from GramSets and paths, one per expert."""
-    if isinstance(grams, (GramSet, str, os.PathLike, Mapping)):
-        raise ConfigError("grams: give a list with one GramSet (or path) per expert, 'task_vectors' or None.")
-    return [g if isinstance(g, GramSet) else GramSet.load(g) for g in grams]
 
 
 def weight_fingerprint(weight: Tensor, dtype: torch.dtype) -> str:

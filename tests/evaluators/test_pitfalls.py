@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bmm_engine.errors import CheckpointError, ConfigError, DataError
-from bmm_engine.evaluators import FunctionEvaluator, TaskData, build_evaluator
+from bmm_engine.evaluators.build import build_evaluator
+from bmm_engine.evaluators.contract import TaskData
+from bmm_engine.evaluators.function import FunctionEvaluator
 from bmm_engine.evaluators.heads import with_head
 from bmm_engine.evaluators.scores import Score, classification_score, likelihood_score
 from bmm_engine.recipe.sections import EvaluationRecipe

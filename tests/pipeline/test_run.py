@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 
 from bmm_engine import FisherSet, collect_fisher, collect_grams, collect_sequential, merge
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
+from bmm_engine.pipeline.measure import collect_from_checkpoint
+from bmm_engine.pipeline.models import open_models
 from bmm_engine.pipeline.run import run_recipe
-from bmm_engine.pipeline.statistics import Models, collect_from_checkpoint, with_output_weights
+from bmm_engine.pipeline.statistics import with_output_weights
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.sections import CalibrationRecipe
 from bmm_engine.statistics.calibration import read_calibration
@@ -225,7 +227,7 @@ def test_what_a_recipe_leaves_open_follows_from_what_it_has(tmp_path):
 
     def weights(recipe):
         lines = []
-        chosen = with_output_weights(recipe, Models(), lines.append).output_weights
+        chosen = with_output_weights(recipe, open_models(recipe), lines.append).output_weights
         return chosen, "".join(lines)
 
     assert parsed().mode == "sequential"

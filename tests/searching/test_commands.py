@@ -166,7 +166,8 @@ def test_language_models_with_tied_embeddings(tmp_path, monkeypatch, capsys):
     # The checkpoint on disk, read by transformers, gives the texts the likelihood that the trial had.
     from transformers import AutoModelForCausalLM
 
-    from bmm_engine.evaluators import TaskData, build_evaluator
+    from bmm_engine.evaluators.build import build_evaluator
+    from bmm_engine.evaluators.contract import TaskData
     from bmm_engine.recipe.sections import EvaluationRecipe
 
     section = EvaluationRecipe(kind="language_model")

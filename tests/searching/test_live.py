@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bmm_engine import collect_grams, merge
-from bmm_engine.evaluators import FunctionEvaluator
+from bmm_engine.evaluators.function import FunctionEvaluator
 from bmm_engine.executors import open_executor
 from bmm_engine.merging.factors import Factors
-from bmm_engine.merging.plan import MergeSettings
+from bmm_engine.merging.sources import Models
 from bmm_engine.recipe.sections import SearchRecipe
+from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.searching.objective import get_objective
 from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.session import prepare
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.trial import FreeWriter, TrialRunner, Writer
+from bmm_engine.statistics.sets import Statistics
 from tests.tiny import fine_tune, make_base, make_batches
 
 ARCHITECTURES = ["bert", "gpt2", "vit", "llama"]
@@ -26,14 +29,12 @@ ARCHITECTURES = ["bert", "gpt2", "vit", "llama"]
 def problem_of(architecture, *, data=True, anchors=("average", "ties"), fit_bias=False, **search):
     base = make_base(architecture)
     experts = [fine_tune(base, seed) for seed in (1, 2)]
-    grams = (
-        [collect_grams(e, make_batches(architecture, 5 + i)) for i, e in enumerate(experts)] if data else "task_vectors"
-    )
+    grams = [collect_grams(e, make_batches(architecture, 5 + i)) for i, e in enumerate(experts)] if data else []
     settings = MergeSettings(gram_source="data" if data else "task_vectors", fit_bias=fit_bias)
     tasks = FunctionTasks(base, experts, ("a", "b"), lambda model, task: 1.0)
     section = SearchRecipe(**search)
     chosen = {name: (name, {}) for name in anchors}
-    return Problem(base, tuple(experts), settings, tasks, section, chosen, grams)
+    return Problem(Models.open(base, experts), settings, Statistics(tuple(grams)), tasks, section, chosen)
 
 
 def candidates(problem):
@@ -53,8 +54,9 @@ def candidates(problem):
 
 def check(problem, live, writer, candidate):
     writer.write(candidate)
+    tasks, grams = problem.tasks, problem.statistics.grams or "task_vectors"
     merged = merge(
-        problem.base, problem.experts, grams=problem.grams, dtype="float32", fit_bias=problem.settings.fit_bias, progress=False,
+        tasks.base, tasks.experts, grams=grams, dtype="float32", fit_bias=problem.settings.fit_bias, progress=False,
         **problem.settings_of(candidate),
     ).tensors  # fmt: skip
     for name, tensor in live.parameters.items():
@@ -122,11 +124,8 @@ def test_models_of_all_tasks_share_what_is_merged_and_keep_their_heads():
     from bmm_engine.pipeline.live import share_parameters
 
     problem = problem_of("bert", anchors=("average",))
-    base, experts = problem.base, problem.experts
-    encoder = base.bert
-    plan = Problem(
-        encoder, experts, problem.settings, problem.tasks, problem.search, problem.anchors, problem.grams
-    ).plan
+    base, experts = problem.tasks.base, problem.tasks.experts
+    plan = replace(problem, models=Models.open(base.bert, experts)).plan
     import copy
 
     models = [(f"task {i}", i, lambda e=e: copy.deepcopy(e)) for i, e in enumerate(experts)]

@@ -12,16 +12,17 @@ from safetensors.torch import load_file, save_file
 from bmm_engine import merge_sequential, search
 from bmm_engine.executors import open_executor
 from bmm_engine.merging.factors import Factors
-from bmm_engine.merging.plan import MergeSettings
+from bmm_engine.merging.sources import Models
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.sections import SearchRecipe
-from bmm_engine.searching.problem import FunctionTasks, Problem, Walking
+from bmm_engine.recipe.settings import MergeSettings, SequentialOptions
+from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.run import search_recipe
 from bmm_engine.searching.sequential_trial import SequentialWriter
 from bmm_engine.searching.session import prepare
 from bmm_engine.searching.space import Candidate
-from bmm_engine.sequential.options import SequentialOptions
 from bmm_engine.sequential.passage import Passage
+from bmm_engine.statistics.sets import Statistics
 from tests.tiny import family, fine_tune, make_base, make_batches
 
 
@@ -31,9 +32,10 @@ def problem_of(architecture, options, **search):
     batches = [make_batches(architecture, 5 + i) for i in range(2)]
     tasks = FunctionTasks(base, experts, ("a", "b"), lambda model, task: 1.0)
     chosen = {name: (name, {}) for name in ("average", "ties")}
-    settings = MergeSettings(task_weights="energy")
-    walking = Walking(lambda: batches, options)
-    return Problem(base, tuple(experts), settings, tasks, SearchRecipe(**search), chosen, walking=walking)
+    settings = MergeSettings(mode="sequential", task_weights="energy", sequential=options)
+    walk = Statistics(batches=tuple(batches))
+    models = Models.open(base, experts)
+    return Problem(models, settings, Statistics(), tasks, SearchRecipe(**search), chosen, walk=lambda: walk)
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama"])

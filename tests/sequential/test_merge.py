@@ -291,11 +291,13 @@ def test_bad_inputs_are_refused(tmp_path):
     for text, error, options in (
         ("2 experts and 1 calibration", ConfigError, {"batches": batches[:1]}),
         ("expert 1: its calibration set is empty", EmptyCalibrationError, {"batches": [batches[0], []]}),
-        ("sweeps must be a whole number >= 1", ConfigError, {"sweeps": 0}),
-        ("norms must be 'anchor' or 'fit'", ConfigError, {"norms": "all"}),
-        ("mean_weight must be a number >= 0", ConfigError, {"mean_weight": -1.0}),
-        ("task_vector_samples must be a number >= 0, not inf", ConfigError, {"task_vector_samples": math.inf}),
-        ("target must be 'stream' or 'module'", ConfigError, {"target": "sum"}),
+        ("sweeps = 0: .*greater than or equal to 1", ConfigError, {"sweeps": 0}),
+        ("norms = 'all': .*'anchor' or 'fit'", ConfigError, {"norms": "all"}),
+        ("mean_weight = -1.0: .*greater than or equal to 0", ConfigError, {"mean_weight": -1.0}),
+        ("task_vector_samples = inf: .*finite", ConfigError, {"task_vector_samples": math.inf}),
+        ("target = 'sum': .*'stream' or 'module'", ConfigError, {"target": "sum"}),
+        ("unknown key 'sweep'; did you mean 'sweeps'", ConfigError, {"sweep": 2}),
+        ("hidden_memory = 'much': size 'much' is not", ConfigError, {"hidden_memory": "much"}),
         (r"blocks: .* that matches 'decoder\*'", ConfigError, {"blocks": "decoder*"}),
         ("no config.json", ConfigError, {"base": base.state_dict(), "modules": ["*attention*"]}),
     ):

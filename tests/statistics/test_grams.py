@@ -18,7 +18,8 @@ from bmm_engine.errors import (
     OutputWriteError,
     ShapeMismatchError,
 )
-from bmm_engine.statistics.grams import GramAccumulator, GramSet, as_gram_sets
+from bmm_engine.statistics.grams import GramAccumulator, GramSet
+from bmm_engine.statistics.sets import Statistics
 from tests.numerics import assert_as_good_as_torch
 
 
@@ -179,4 +180,4 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
 def test_one_set_is_not_a_list_of_sets():
     with pytest.raises(ConfigError, match="list with one GramSet"):
-        as_gram_sets(gram_set())
+        Statistics.open(gram_set())

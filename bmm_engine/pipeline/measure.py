@@ -1,0 +1,100 @@
+"""Measure one checkpoint on its calibration data: Grams, Fisher information, sensitivities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bmm_engine.checkpoint import Checkpoint, TensorSource
+from bmm_engine.evaluators.heads import with_head
+from bmm_engine.pipeline.models import live_model
+from bmm_engine.recipe.sections import CalibrationRecipe
+from bmm_engine.statistics.calibration import CalibrationData
+from bmm_engine.statistics.collect import collect_grams
+from bmm_engine.statistics.fisher import FisherSet, collect_fisher
+from bmm_engine.statistics.grams import GramSet
+from bmm_engine.statistics.sensitivity import SensitivitySet, collect_sensitivity
+
+
+def collect_from_checkpoint(
+    model: str | TensorSource,
+    data: CalibrationData,
+    options: CalibrationRecipe,
+    *,
+    modules: list[str] | None = None,
+    device: str = "cpu",
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> GramSet:
+    """Load a checkpoint (path, hub id or source) with its own architecture and measure its Grams on `data`.
+
+    Raises `CheckpointError` for what transformers cannot load, and whatever `collect_grams` raises.
+    """
+    source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
+    live, path = live_model(source, dtype=options.dtype, device=device)
+    without_logits(live)
+    return collect_grams(
+        live, batches_of(data, path, options), modules=modules, calibration=data.describe(), progress=progress
+    )
+
+
+def fisher_from_checkpoint(
+    model: str | TensorSource,
+    data: CalibrationData,
+    options: CalibrationRecipe,
+    *,
+    device: str = "cpu",
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> FisherSet:
+    """The same for the diagonal Fisher information, with labels as `options.fisher_labels` says. Raises as `collect_fisher`."""
+    source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
+    live, path = live_model(source, dtype=options.dtype, device=device)
+    return collect_fisher(
+        live,
+        batches_of(data, path, options),
+        labels=options.fisher_labels,
+        examples=options.samples,
+        calibration=data.describe(),
+        progress=progress,
+    )
+
+
+def sensitivity_from_checkpoint(
+    model: str | TensorSource,
+    data: CalibrationData,
+    options: CalibrationRecipe,
+    *,
+    head: Path | None = None,
+    pooling: str = "mean",
+    modules: list[str] | None = None,
+    device: str = "cpu",
+    local_files_only: bool = False,
+    progress: bool | None = None,
+) -> SensitivitySet:
+    """The same for its sensitivities. `head`: a bare encoder's own, a safetensors file, on what `pooling` ("mean", "cls") makes of its output.
+    Raises as `collect_sensitivity`."""
+    source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
+    # A head of its own reads no pooler; that the file lacks one is no news.
+    live, path = live_model(source, dtype=options.dtype, device=device, reports=head is None)
+    return collect_sensitivity(
+        live,
+        batches_of(data, path, options),
+        logits=None if head is None else with_head(live, head, pooling).logits,
+        modules=modules,
+        calibration=data.describe(),
+        progress=progress,
+    )
+
+
+def batches_of(data: CalibrationData, path: Path, options: CalibrationRecipe) -> list[Any]:
+    """Calibration data as model inputs, made by the tokenizer or processor at `path`."""
+    return list(data.batches(path, batch_size=options.batch_size, max_length=options.max_length))
+
+
+def without_logits(live: Any) -> None:
+    """Logits over a whole vocabulary are large, and for Grams nobody reads them."""
+    if live.get_output_embeddings() is not None:
+        live.set_output_embeddings(nn.Identity())

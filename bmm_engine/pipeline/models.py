@@ -1,0 +1,96 @@
+"""The models that a recipe names: opened, each once, and made live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bmm_engine.checkpoint import AdapterSource, Checkpoint, TensorSource, open_adapter
+from bmm_engine.checkpoint.compose import LayerRange, StackedSource
+from bmm_engine.errors import CheckpointError
+from bmm_engine.merging.sources import Models, adapter_options, open_expert
+from bmm_engine.models.architecture import checkpoint_names, load_config, model_class
+from bmm_engine.progress import quiet_transformers
+from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.recipe.references import ExpertRecipe, ModelRecipe, StackRecipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def open_models(recipe: Recipe, local_files_only: bool = False) -> Models:
+    """A recipe's base and experts. Raises what opening them raises."""
+    opener = ModelOpener(local_files_only)
+    base = opener.source(recipe.base)
+    return Models(base, tuple(opener.expert(base, expert) for expert in recipe.experts))
+
+
+class ModelOpener:
+    """Opens what a recipe calls models, each checkpoint once."""
+
+    def __init__(self, local_files_only: bool = False):
+        self.local_files_only = local_files_only
+        self._open: dict[tuple[str | None, ...], TensorSource] = {}
+
+    def source(self, model: str | ModelRecipe | StackRecipe) -> TensorSource:
+        """A full model, or one with its adapter."""
+        if isinstance(model, StackRecipe):
+            return StackedSource([LayerRange(self.source(part), *part.layers) for part in model.slices])
+        if isinstance(model, str):
+            model = ModelRecipe(model=model)
+        key = (model.model, model.revision, model.adapter, model.adapter_revision)
+        if key not in self._open:
+            self._open[key] = self._opened(model)
+        return self._open[key]
+
+    def expert(self, base: TensorSource, expert: ExpertRecipe) -> TensorSource:
+        """An expert, which may be an adapter of `base`."""
+        if not isinstance(expert.model, str):
+            return self.source(expert.model)
+        return open_expert(expert.model, base, expert.label, self.local_files_only)
+
+    def _opened(self, model: ModelRecipe) -> TensorSource:
+        if model.adapter is None:
+            return Checkpoint.open(model.model, revision=model.revision, local_files_only=self.local_files_only)
+        base = self.source(ModelRecipe(model=model.model, revision=model.revision))
+        return open_adapter(
+            model.adapter,
+            base,
+            revision=model.adapter_revision,
+            local_files_only=self.local_files_only,
+            **adapter_options(base),
+        )
+
+
+def live_model(
+    source: TensorSource, *, cls: Any = None, dtype: str = "float32", device: str = "cpu", reports: bool = True
+) -> tuple[nn.Module, Path]:
+    """A checkpoint, or an adapter on one, as a live model of its own architecture (or of the class `cls`); and where its tokenizer lies.
+    `reports`: let transformers say what the files lack.
+
+    Raises `CheckpointError` for what transformers cannot load.
+    """
+    import torch
+
+    path = model_folder(source)
+    cls = cls or model_class(load_config(path))
+    try:
+        with quiet_transformers(reports):
+            live = cls.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: transformers cannot load it as {cls.__name__}: {error}") from error
+    if isinstance(source, AdapterSource):
+        with torch.no_grad():
+            for name, tensor in source.live_tensors(checkpoint_names(live)):
+                live.get_parameter(name).copy_(tensor)
+    return live.to(device), path
+
+
+def model_folder(source: TensorSource) -> Path:
+    """Where a model that can be run lies, with its config and tokenizer: of an adapter, its base. Raises `CheckpointError` for a view."""
+    root = source.base if isinstance(source, AdapterSource) else source
+    if not isinstance(root, Checkpoint):
+        raise CheckpointError(
+            f"{source.label}: cannot be run, since it is no checkpoint of its own; save it as one, or name statistics measured before."
+        )
+    return root.path

@@ -1,0 +1,52 @@
+"""All that was measured for one merge, opened once and handed down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bmm_engine.errors import ConfigError
+from bmm_engine.statistics.fisher import FisherSet
+from bmm_engine.statistics.grams import GramSet
+from bmm_engine.statistics.sensitivity import SensitivitySet
+
+Grams = Sequence[GramSet | str | os.PathLike[str]] | str | None
+Fishers = Sequence[FisherSet | str | os.PathLike[str]]
+Sensitivities = Sequence[SensitivitySet | str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """By expert, in the experts' order; what was not measured is empty. `batches`: calibration data itself, for a walk."""
+
+    grams: tuple[GramSet, ...] = ()
+    fishers: tuple[FisherSet, ...] = ()
+    sensitivities: tuple[SensitivitySet, ...] = ()
+    batches: tuple[list[Any], ...] = ()
+
+    @classmethod
+    def open(
+        cls,
+        grams: Grams = None,
+        fishers: Fishers = (),
+        sensitivities: Sensitivities = (),
+        batches: Iterable[Iterable[Any]] = (),
+    ) -> Statistics:
+        """From sets and paths of files. `grams`: "task_vectors" or None where they are not measured.
+
+        Raises `ConfigError`, and what reading raises."""
+        if isinstance(grams, str) and grams != "task_vectors":
+            raise ConfigError(
+                f"grams must be 'task_vectors' or a list with one GramSet or path per expert, not {grams!r}."
+            )
+        if isinstance(grams, (GramSet, os.PathLike, Mapping)):
+            raise ConfigError("grams: give a list with one GramSet (or path) per expert, 'task_vectors' or None.")
+        listed = () if grams is None or isinstance(grams, str) else grams
+        return cls(
+            tuple(g if isinstance(g, GramSet) else GramSet.load(g) for g in listed),
+            tuple(f if isinstance(f, FisherSet) else FisherSet.load(f) for f in fishers),
+            tuple(s if isinstance(s, SensitivitySet) else SensitivitySet.load(s) for s in sensitivities),
+            tuple(list(own) for own in batches),
+        )
