@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from bmm_engine.errors import ConfigError
 from bmm_engine.recipe.explain import unknown_key
-from bmm_engine.recipe.settings import MergeSettings, SequentialOptions, defaults_of
+from bmm_engine.recipe.settings import Algebra, MergeSettings, SequentialOptions, defaults_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,8 +20,9 @@ _DERIVED = ("mode", "gram_source", "hybrid_share", "sequential")
 
 def keywords_of(mode: str) -> dict[str, FieldInfo]:
     """Keyword -> the field that it fills, of a merge in that mode; those of the walk last."""
-    algebra = {key: field for key, field in MergeSettings.model_fields.items() if key not in _DERIVED}
-    return {**algebra, **(SequentialOptions.model_fields if mode == "sequential" else {})}
+    first = {key: MergeSettings.model_fields[key] for key in ("anchor", "anchor_parameters")}
+    algebra = {key: field for key, field in Algebra.model_fields.items() if key not in _DERIVED}
+    return {**first, **algebra, **(SequentialOptions.model_fields if mode == "sequential" else {})}
 
 
 def settings_of(mode: str, options: Mapping[str, Any], **derived: Any) -> MergeSettings:
@@ -47,12 +48,10 @@ def takes_settings(mode: str) -> Callable[[F], F]:
         defaults = {key: chosen.get(key, field.get_default()) for key, field in fields.items()}
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        more = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=defaults[key], annotation=field.annotation)
-            for key, field in fields.items()
-        ]
+        more = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=defaults[key]) for key in fields]
         function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-        lines = [f"`{key}` ({defaults[key]!r}): {field.description}" for key, field in fields.items()]
+        said = {key: (field.description or "").replace("null", "None") for key, field in fields.items()}
+        lines = [f"`{key}` ({defaults[key]!r}): {said[key]}" for key in fields]
         function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Settings:", *lines])
         return function
 

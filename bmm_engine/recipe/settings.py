@@ -98,7 +98,7 @@ class Algebra(Strict):
         None,
         description="null: task_vectors without Grams or calibration; data if sequential, with fit_bias, or with alpha inf; else hybrid",
     )
-    hybrid_share: float = Field(0.5, ge=0, le=1, description="of the task vector's Gram in a hybrid one")
+    hybrid_share: float = Field(0.5, ge=0, le=1, description="share of the task vector's Gram in a hybrid one")
     normalization: Literal["trace", "none"] = Field(
         "trace", description="of task vectors' Grams: trace 1, or as they are"
     )
@@ -111,7 +111,7 @@ class Algebra(Strict):
         0.75,
         ge=0,
         lt=1,
-        description="of sensitivities in the metric of a module's outputs; the rest weighs all equally",
+        description="share of sensitivities in the metric of a module's outputs; the rest weighs all outputs equally",
     )
     fit_bias: bool | None = Field(None, description="solve biases with the weights; null: in the mode sequential only")
     modules: Patterns | None = Field(
@@ -131,15 +131,12 @@ def defaults_of(mode: str) -> dict[str, Any]:
 
 
 class SequentialOptions(SequentialRecipe, Checked):
-    """How a sequential merge walks: a recipe's section, and what only keywords can say.
-
-    `mask`: as in `collect_grams`. `walk_dtype`: of the models that are run (None: a live base's own, else float32).
-    """
+    """How a sequential merge walks: a recipe's section, and what only keywords can say."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     hidden_dtype: Any = Field(None, description="how hidden states are kept; None: as the models run")
-    mask: Any = "attention_mask"
+    mask: Any = Field("attention_mask", description="of a batch's padding, as in collect_grams")
     walk_dtype: Any = Field(None, description="of the models that are run; None: a live base's own, else float32")
 
     @field_validator("hidden_dtype", "walk_dtype")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bmm_engine import FisherSet, collect_fisher, collect_grams, collect_sequential, merge
+from bmm_engine import FisherSet, collect_fisher, collect_grams, collect_sequential, merge, merge_sequential
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
 from bmm_engine.pipeline.measure import collect_from_checkpoint
 from bmm_engine.pipeline.models import open_models
@@ -267,3 +267,56 @@ def test_what_a_recipe_leaves_open_follows_from_what_it_has(tmp_path):
     assert record["mode"] == "sequential"
     assert record["output_weights"] == "sensitivity"
     assert any("output_weights: sensitivity" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("keys", "given"),
+    [
+        ({}, {}),
+        ({"gram_source": "data", "fit_bias": True, "task_weights": "energy", "scale": 1.1}, {"grams": True}),
+        ({"hybrid_share": 0.3, "anchor": {"name": "ties", "density": 0.4}, "alpha": 0.2}, {"grams": True}),
+        (
+            {"mode": "sequential", "sequential": {"norms": "fit"}, "alpha": [{"filter": "mlp", "value": 1.0}]},
+            {"batches": True},
+        ),
+    ],
+    ids=["data-free", "data", "hybrid", "sequential"],
+)
+def test_a_recipe_and_keywords_give_the_same_bytes(keys, given, tmp_path):
+    _, experts, _, paths = family("gpt2", tmp_path)
+    names, batches = save_inputs("gpt2", tmp_path)
+    own = {"calibration": names} if given else {}
+    made = make_recipe(tmp_path, own, output_weights="none", **({"mode": "plain"} if given else {}) | keys)
+    run_recipe(made, tmp_path / "of-recipe")
+    settings = {
+        k: v for k, v in keys.items() if k not in ("mode", "sequential", "gram_source", "hybrid_share", "anchor")
+    }
+    settings |= keys.get("sequential", {})
+    if "anchor" in keys:
+        settings |= {"anchor": "ties", "anchor_parameters": {"density": 0.4}}
+    models = (tmp_path / "base", paths)
+    if "batches" in given:
+        merge_sequential(*models, batches, output=tmp_path / "of-keywords", **settings)
+    else:
+        grams = [collect_grams(e, b) for e, b in zip(experts, batches)] if given else "task_vectors"
+        hybrid = keys.get("hybrid_share")
+        merge(*models, grams=grams, hybrid=hybrid, output=tmp_path / "of-keywords", **settings)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("of-recipe", "of-keywords"))
+    assert one == other
+
+
+def test_each_checkpoint_is_opened_once(tmp_path, monkeypatch):
+    from bmm_engine.checkpoint.reader import Checkpoint
+
+    family("bert", tmp_path)
+    names, _ = save_inputs("bert", tmp_path)
+    opened, open_one = [], Checkpoint.open.__func__
+
+    def counting(cls, path, **options):
+        opened.append(str(path))
+        return open_one(cls, path, **options)
+
+    monkeypatch.setattr(Checkpoint, "open", classmethod(counting))
+    run_recipe(make_recipe(tmp_path, {"calibration": names}), tmp_path / "out")
+    models = [str(tmp_path / name) for name in ("base", "expert-0", "expert-1")]
+    assert sorted(path for path in opened if path in models) == models
