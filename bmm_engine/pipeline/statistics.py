@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Report = Callable[[str], None]
-FEW_SAMPLES = 16  # of a task: below, a plain merge on hybrid Grams can be better (README, "How much calibration data")
+# Of a task: below, a plain merge on hybrid Grams can be better (bench/README.md, "How much calibration data").
+FEW_SAMPLES = 16
 
 
 class Models:

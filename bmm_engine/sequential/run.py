@@ -95,7 +95,7 @@ def merge_sequential(
     less the more samples there are (`hybrid` of `solve_drift`). 0: the measured Grams alone.
     `sensitivities`: one SensitivitySet or path for each expert (`collect_sensitivity`, `bmm collect --sensitivity`): errors then count by how much
     the expert's predictions depend on them, `|| (X~_t W^T - X_t W_t^T) S_t^{1/2} ||`, in the energy weights too; `sensitivity_share` in [0, 1): of
-    the metric S_t, the rest is the identity (see `sequential/weighted.py`).
+    the metric S_t, the rest is the identity (see `bmm_engine.solving.weighted`).
     `norms`: "fit" solves gains and biases of normalisations too, feature by feature, instead of taking the
     anchor's. `sweeps`: walks, each with the result of the one before as its anchor.
     `walk_dtype`: of the models that are run (default: a live base's own, else float32). `hidden_memory`: hidden states kept in memory, in all, the
