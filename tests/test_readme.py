@@ -22,21 +22,16 @@ pytestmark = pytest.mark.skipif(not (ROOT / "README.md").is_file(), reason="the 
 
 
 def documents() -> list[Path]:
-    """Every .md file of the repository that people wrote; outside one, of the folders that hold them."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if listed.returncode == 0 and listed.stdout:
-        found = [ROOT / name for name in listed.stdout.splitlines()]
-    else:
-        found = [
-            *ROOT.glob("*.md"),
-            *(p for part in ("bench", "bmm_engine", "csrc") for p in (ROOT / part).rglob("*.md")),
-        ]
+    """Every .md file of the repository; outside one, those of the folders that hold them."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"]
+    try:
+        names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        names = []
+    found = [ROOT / name for name in names] or [
+        *ROOT.glob("*.md"),
+        *(path for part in ("bench", "bmm_engine", "csrc") for path in (ROOT / part).rglob("*.md")),
+    ]
     return sorted(path for path in found if path.is_file())
 
 
