@@ -13,6 +13,7 @@ import torch
 
 from bench import anchors, peak, report, scaling
 from bench.accuracy import command as accuracy
+from bench.accuracy import picture
 from bench.harness import Case, Plan, measure
 from bench.report import Row, note
 
@@ -33,7 +34,10 @@ NAMES = ("peak", *OPS, "scaling", "anchors")
 
 ROUNDS = 9
 
-_EPILOG = "`python -m bench table FILE...` prints the rows of JSON files as one markdown table. `python -m bench accuracy`: quality."
+_EPILOG = (
+    "`python -m bench table FILE...` prints the rows of JSON files as one markdown table. `python -m bench accuracy`: quality;"
+    " `python -m bench accuracy-picture --plot FILE.png` draws it by method. bench/README.md says what each measures."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _table([Path(name) for name in arguments[1:]])
     if arguments[:1] == ["accuracy"]:
         return accuracy.main(arguments[1:])
+    if arguments[:1] == ["accuracy-picture"]:
+        return picture.main(arguments[1:])
     options = _parse(arguments)
     if options.plot:
         scaling.require_matplotlib()

@@ -12,14 +12,19 @@ from bmm_engine.commands.common import Json, make_console, print_json
 
 def anchors(
     name: Annotated[str | None, typer.Argument(help="One rule, in full.", show_default=False)] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in markdown.")] = False,
+    markdown: Annotated[
+        bool,
+        typer.Option(
+            "--markdown", help="Print the table in markdown, under the text that bmm_engine/anchors/README.md has."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the merging rules with their parameters and papers, or explain one."""
     from bmm_engine.anchors import get_anchor, table
 
     if markdown:
-        sys.stdout.write(table.markdown() + "\n")
+        sys.stdout.write(table.document())
         return
     rows = [row for row in table.rows() if name is None or row["name"] == get_anchor(name).name]
     if as_json:

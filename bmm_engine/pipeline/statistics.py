@@ -29,7 +29,8 @@ from bmm_engine.statistics.sensitivity import SensitivitySet
 from bmm_engine.statistics.sequential_grams import collect_sequential
 from bmm_engine.statistics.sets import Statistics
 
-FEW_SAMPLES = 16  # of a task: below, a plain merge on hybrid Grams can be better (README, "How much calibration data")
+# Of a task: below, a plain merge on hybrid Grams can be better (bench/README.md, "How much calibration data").
+FEW_SAMPLES = 16
 
 
 def measure(

@@ -161,7 +161,7 @@ class Recipe(Algebra, Named):
         defaults: Mapping[str, Any] | None = None,
         **overrides: Any,
     ) -> Recipe:
-        """Read a recipe, or a mergekit configuration, which is translated (see `bmm_engine/recipe/mergekit.py`); `overrides` replace top-level keys,
+        """Read a recipe, or a mergekit configuration, which is translated (see `bmm_engine/recipe/mergekit/`); `overrides` replace top-level keys,
         `defaults` are for those that it does not give.
 
         Raises `ConfigError` naming the file and key. `local_files_only`: to translate, never ask the hub.
