@@ -11,6 +11,8 @@ import yaml
 
 from bmm_engine.anchors import table
 from bmm_engine.recipe.recipe import Recipe
+from bmm_engine.recipe.references import ExpertRecipe
+from bmm_engine.recipe.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, SequentialRecipe
 
 ROOT = Path(__file__).parents[1]
 LINE = 100
@@ -92,6 +94,23 @@ def test_a_document_reads_well_and_its_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     assert [line for line in prose(text) if len(line) > LINE] == []
     assert broken(path, text) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "section"),
+    [
+        ("recipe", Recipe),
+        ("recipe", ExpertRecipe),
+        ("recipe", CalibrationRecipe),
+        ("sequential", SequentialRecipe),
+        ("evaluators", EvaluationRecipe),
+        ("searching", SearchRecipe),
+    ],
+)
+def test_every_key_of_a_recipe_is_told(room, section):
+    text = (ROOT / "bmm_engine" / room / "README.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"\w+", " ".join(re.findall(r"`[^`\n]+`", text) + blocks(text, "yaml"))))
+    assert set(section.model_fields) - told == set()
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
