@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
+from bmm_engine.anchors.domains import Elect, PositiveShare, Rescale, Share
 from bmm_engine.anchors.select import difference, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
 from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, not_finite, restore_l1
@@ -18,8 +18,6 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.ops.blend import blend, sign_balance
 
 _PAPER = "Yu et al. 2024, arXiv 2311.03099"
-Share = Annotated[float, Field(ge=0, le=1)]
-Rescale = Literal["inverse", "l1", "none"]
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,11 @@ def dare_ties(
     site: Site,
     state: DareTiesState,
     density: PerExpert[Share] = each(0.5),
-    trim: Annotated[float, Field(gt=0, le=1)] = 0.2,
+    trim: PositiveShare = 0.2,
     weight: PerExpert[float] = each(1.0),
     scaling: float = 1.0,
     rescale: Rescale = "inverse",
-    elect: Literal["sum", "count"] = "sum",
+    elect: Elect = "sum",
     tie: Literal["majority", "positive"] = "majority",
     normalize: bool = True,
     seed: int = 0,
