@@ -13,7 +13,7 @@ from bmm_engine.anchors.contract import Site, anchor
 from bmm_engine.anchors.domains import Elect, Share
 from bmm_engine.anchors.select import exact_bounds
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1, row_ranks
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1, row_ranks, without_l1
 
 _PAPER = "Davari and Belilovsky 2024, arXiv 2312.06795"
 Extent = Literal["tensor", "row"]
@@ -21,7 +21,7 @@ Rescale = Literal["none", "l1"]
 
 
 def _by_rows(parameters: Mapping[str, Any]) -> bool:
-    return parameters["extent"] == "row" and parameters["rescale"] == "none"
+    return parameters["extent"] == "row" and without_l1(parameters)
 
 
 @anchor(scope="tensor", elementwise=_by_rows, stored=True, paper=_PAPER)

@@ -13,7 +13,7 @@ from bmm_engine.anchors.contract import Model, Site, anchor
 from bmm_engine.anchors.domains import Elect, PositiveShare, Rescale, Share
 from bmm_engine.anchors.select import difference, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, not_finite, restore_l1
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, not_finite, restore_l1, without_l1
 from bmm_engine.errors import ConfigError
 from bmm_engine.ops.blend import blend, sign_balance
 
@@ -58,7 +58,7 @@ def decide(model: Model) -> DareTiesState:
     return DareTiesState(lower, 1.0 if balance > 0 else -1.0)
 
 
-@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+@anchor(scope="tensor", elementwise=without_l1, stored=True, paper=_PAPER)
 def dare_linear(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -81,7 +81,7 @@ def dare_linear(
 
 @anchor(
     scope="model",
-    elementwise=lambda parameters: parameters["rescale"] != "l1",
+    elementwise=without_l1,
     stored=True,
     reduce=decide,
     paper=_PAPER,

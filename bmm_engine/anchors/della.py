@@ -9,13 +9,13 @@ from torch import Tensor
 from bmm_engine.anchors.contract import Site, anchor
 from bmm_engine.anchors.domains import Elect, NonNegative, Rescale, Share
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1, without_l1
 from bmm_engine.errors import ConfigError
 
 _PAPER = "Deep et al. 2024, arXiv 2406.11617"
 
 
-@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+@anchor(scope="tensor", elementwise=without_l1, stored=True, paper=_PAPER)
 def della(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -48,7 +48,7 @@ def della(
     )
 
 
-@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+@anchor(scope="tensor", elementwise=without_l1, stored=True, paper=_PAPER)
 def della_linear(
     base: Tensor,
     experts: Sequence[Tensor],

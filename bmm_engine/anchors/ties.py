@@ -13,7 +13,7 @@ from bmm_engine.anchors.contract import Model, Site, anchor
 from bmm_engine.anchors.domains import Elect, Share
 from bmm_engine.anchors.select import exact_bounds, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import Masks, balance_masked, blend_masked, restore_l1
+from bmm_engine.anchors.sparse import Masks, balance_masked, blend_masked, restore_l1, without_l1
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def decide(model: Model) -> TiesState:
 
 @anchor(
     scope="model",
-    elementwise=lambda parameters: parameters["threshold"] == "model" and parameters["rescale"] == "none",
+    elementwise=lambda parameters: parameters["threshold"] == "model" and without_l1(parameters),
     stored=True,
     reduce=decide,
     paper="Yadav et al. 2023, arXiv 2306.01708",
