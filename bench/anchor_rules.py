@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench import formulas
+from bench.anchor_models import EXPERTS, Models
 from bench.formulas import Formula
 
-if TYPE_CHECKING:
-    from bench.anchors import Models
-
-EXPERTS = 4
 WEIGHTS = (0.1, 0.2, 0.3, 0.4)
 
 

@@ -12,44 +12,15 @@ import yaml
 from bmm_engine.cli import main
 from bmm_engine.statistics.grams import GramSet
 from tests.tiny import family
-
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "it",
-    "rained",
-    "and",
-    "nobody",
-    "came",
-    "to",
-    "see",
-    "the",
-    "show",
-    "again",
-]
+from tests.words import ENDLESS, WORDS, tokenizer_in
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A base, two experts with a tokenizer, calibration texts and a recipe, in the working directory."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
     family("bert", tmp_path)
-    words = Tokenizer(
-        WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *dict.fromkeys(WORDS)])}, unk_token="[UNK]")
-    )
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     for name in ("base", "expert-0", "expert-1"):
-        tokenizer.save_pretrained(tmp_path / name)
+        tokenizer_in(tmp_path / name, special=ENDLESS)
     for name in ("a", "b"):
         lines = [" ".join(WORDS[i % 7 : i % 7 + 3 + i % 5]) for i in range(20)]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))

@@ -1,8 +1,9 @@
-"""Imports inside the package point one way; only `ops/_native.py` touches compiled code."""
+"""Imports inside the package point one way, those of the bench in no circle; only `ops/_native.py` touches compiled code."""
 
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import bmm_engine
 
 PACKAGE = Path(bmm_engine.__file__).parent
+BENCH = Path(__file__).parents[1] / "bench"
 
 # The rooms from top to bottom. A module imports from its own room and from those below it, never from one above.
 ROOMS = [
@@ -40,17 +42,17 @@ ROOMS = [
 DOORS = ("", "__main__")
 
 
-def source_modules():
-    """(dotted name, path) of every module in the package's source tree."""
+def source_modules(package=PACKAGE):
+    """(dotted name, path) of every module in a package's source tree."""
     found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = [PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts]
+    for path in sorted(package.rglob("*.py")):
+        parts = [package.name, *path.relative_to(package).with_suffix("").parts]
         found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
     return found
 
 
 def imports(name, path):
-    """Dotted names that a module imports from the package, wherever in the file the import stands."""
+    """Dotted names that a module imports from its own package, wherever in the file the import stands."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -60,7 +62,7 @@ def imports(name, path):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *filter(None, [node.module])])
             found |= {f"{source}.{alias.name}" for alias in node.names}
-    return {target for target in found if target.split(".")[0] == PACKAGE.name}
+    return {target for target in found if target.split(".")[0] == name.split(".")[0]}
 
 
 def room(name):
@@ -72,6 +74,23 @@ def forbidden(name, path):
     here = room(name)
     above = [] if here in DOORS else ROOMS[: ROOMS.index(here)]
     return {room(target) for target in imports(name, path)} & set(above)
+
+
+def circle(package):
+    """Modules of a package, each of which imports the next one and the last one the first; empty where there are none."""
+    modules = dict(source_modules(package))
+
+    def module_of(target):
+        while target not in modules:  # a name in a module
+            target = target.rpartition(".")[0]
+        return target
+
+    graph = {name: {module_of(target) for target in imports(name, path)} for name, path in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][1:]
+    return []
 
 
 each_module = pytest.mark.parametrize(
@@ -115,6 +134,32 @@ def test_the_rule_bites(tmp_path, name, text, expected):
     path = tmp_path / "module.py"
     path.write_text(text)
     assert forbidden(name, path) == expected
+
+
+def test_the_bench_imports_in_no_circle():
+    if not BENCH.is_dir():
+        pytest.skip("the bench is not beside the tests")
+    assert circle(BENCH) == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({"a": "from suite import b", "b": "from suite.a import name"}, {"suite.a", "suite.b"}),
+        (
+            {"a": "import suite.b", "b": "def f():\n    from .c import name", "c": "from . import a"},
+            {"suite.a", "suite.b", "suite.c"},
+        ),
+        ({"a": "if TYPE_CHECKING:\n    from suite.b import Name", "b": "import suite.a"}, {"suite.a", "suite.b"}),
+        ({"a": "from suite import b, c", "b": "from suite.c import name", "c": "import torch"}, set()),
+    ],
+)
+def test_a_circle_is_found(tmp_path, texts, expected):
+    package = tmp_path / "suite"
+    package.mkdir()
+    for name, text in {"__init__": "", **texts}.items():
+        (package / f"{name}.py").write_text(text)
+    assert set(circle(package)) == expected
 
 
 def test_only_bind_cpp_sees_pybind11():

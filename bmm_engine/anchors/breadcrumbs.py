@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Site, anchor
+from bmm_engine.anchors.domains import Elect, Share
 from bmm_engine.anchors.select import exact_bounds
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1, row_ranks
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1, row_ranks, without_l1
 
 _PAPER = "Davari and Belilovsky 2024, arXiv 2312.06795"
-Share = Annotated[float, Field(ge=0, le=1)]
 Extent = Literal["tensor", "row"]
 Rescale = Literal["none", "l1"]
 
 
 def _by_rows(parameters: Mapping[str, Any]) -> bool:
-    return parameters["extent"] == "row" and parameters["rescale"] == "none"
+    return parameters["extent"] == "row" and without_l1(parameters)
 
 
 @anchor(scope="tensor", elementwise=_by_rows, stored=True, paper=_PAPER)
@@ -63,7 +62,7 @@ def breadcrumbs_ties(
     scaling: float = 1.0,
     extent: Extent = "tensor",
     rescale: Rescale = "none",
-    elect: Literal["sum", "count"] = "sum",
+    elect: Elect = "sum",
     normalize: bool = True,
 ) -> Tensor:
     """Breadcrumbs whose signs are elected as in TIES: entries that disagree with the sign of the sum (plus, if it is 0) do not count.

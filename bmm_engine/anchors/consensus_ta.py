@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import anchor
+from bmm_engine.anchors.domains import NonNegative
 from bmm_engine.anchors.settings import PerExpert, each
 from bmm_engine.ops.blend import blend
 
@@ -18,7 +19,7 @@ def consensus_ta(
     base: Tensor,
     experts: Sequence[Tensor],
     *,
-    dominance: PerExpert[Annotated[float, Field(ge=0)]] = each(0.4),
+    dominance: PerExpert[NonNegative] = each(0.4),
     votes: Annotated[int, Field(ge=1)] = 2,
     scaling: float = 0.3,
 ) -> Tensor:

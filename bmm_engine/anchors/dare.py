@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
+from bmm_engine.anchors.domains import Elect, PositiveShare, Rescale, Share
 from bmm_engine.anchors.select import difference, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, not_finite, restore_l1
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, not_finite, restore_l1, without_l1
 from bmm_engine.errors import ConfigError
 from bmm_engine.ops.blend import blend, sign_balance
 
 _PAPER = "Yu et al. 2024, arXiv 2311.03099"
-Share = Annotated[float, Field(ge=0, le=1)]
-Rescale = Literal["inverse", "l1", "none"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def decide(model: Model) -> DareTiesState:
     return DareTiesState(lower, 1.0 if balance > 0 else -1.0)
 
 
-@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+@anchor(scope="tensor", elementwise=without_l1, stored=True, paper=_PAPER)
 def dare_linear(
     base: Tensor,
     experts: Sequence[Tensor],
@@ -83,7 +81,7 @@ def dare_linear(
 
 @anchor(
     scope="model",
-    elementwise=lambda parameters: parameters["rescale"] != "l1",
+    elementwise=without_l1,
     stored=True,
     reduce=decide,
     paper=_PAPER,
@@ -95,11 +93,11 @@ def dare_ties(
     site: Site,
     state: DareTiesState,
     density: PerExpert[Share] = each(0.5),
-    trim: Annotated[float, Field(gt=0, le=1)] = 0.2,
+    trim: PositiveShare = 0.2,
     weight: PerExpert[float] = each(1.0),
     scaling: float = 1.0,
     rescale: Rescale = "inverse",
-    elect: Literal["sum", "count"] = "sum",
+    elect: Elect = "sum",
     tie: Literal["majority", "positive"] = "majority",
     normalize: bool = True,
     seed: int = 0,

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Site, anchor
+from bmm_engine.anchors.domains import Elect, NonNegative, Rescale, Share
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1
+from bmm_engine.anchors.sparse import Masks, blend_masked, linear_scale, restore_l1, without_l1
 from bmm_engine.errors import ConfigError
 
 _PAPER = "Deep et al. 2024, arXiv 2406.11617"
-Share = Annotated[float, Field(ge=0, le=1)]
-Rescale = Literal["inverse", "l1", "none"]
 
 
-@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+@anchor(scope="tensor", elementwise=without_l1, stored=True, paper=_PAPER)
 def della(
     base: Tensor,
     experts: Sequence[Tensor],
     *,
     site: Site,
     density: PerExpert[Share] = each(0.5),
-    epsilon: PerExpert[Annotated[float, Field(ge=0)]] = each(0.15),
+    epsilon: PerExpert[NonNegative] = each(0.15),
     weight: PerExpert[float] = each(1.0),
     scaling: float = 1.0,
     rescale: Rescale = "inverse",
-    elect: Literal["sum", "count"] = "sum",
+    elect: Elect = "sum",
     normalize: bool = True,
     seed: int = 0,
 ) -> Tensor:
@@ -51,14 +48,14 @@ def della(
     )
 
 
-@anchor(scope="tensor", elementwise=lambda parameters: parameters["rescale"] != "l1", stored=True, paper=_PAPER)
+@anchor(scope="tensor", elementwise=without_l1, stored=True, paper=_PAPER)
 def della_linear(
     base: Tensor,
     experts: Sequence[Tensor],
     *,
     site: Site,
     density: PerExpert[Share] = each(0.5),
-    epsilon: PerExpert[Annotated[float, Field(ge=0)]] = each(0.15),
+    epsilon: PerExpert[NonNegative] = each(0.15),
     weight: PerExpert[float] = each(1.0),
     scaling: float = 1.0,
     rescale: Rescale = "inverse",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bmm_engine.anchors.adam import adam
 from bmm_engine.anchors.contract import Model, Site, anchor
+from bmm_engine.anchors.domains import PositiveShare
 from bmm_engine.anchors.polar import singular_triples, task_triples
 from bmm_engine.anchors.select import kth_smallest_magnitudes, over
 
@@ -31,7 +32,7 @@ def doge_ta(
     site: Site,
     state: tuple[float, ...],
     scaling: float = 0.07,
-    density: Annotated[float, Field(gt=0, le=1)] = 0.3,
+    density: PositiveShare = 0.3,
     subspace: Annotated[int, Field(ge=1)] = 6,
     steps: Annotated[int, Field(ge=1)] = 400,
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4,

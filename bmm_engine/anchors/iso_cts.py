@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import anchor
+from bmm_engine.anchors.domains import Share
 from bmm_engine.anchors.polar import polar_factor, singular_triples, task_vectors
 
 
@@ -19,7 +18,7 @@ def iso_cts(
     experts: Sequence[Tensor],
     *,
     scaling: float = 1.0,
-    common_fraction: Annotated[float, Field(ge=0, le=1)] = 0.8,
+    common_fraction: Share = 0.8,
 ) -> Tensor:
     """Iso-C with the weakest common directions replaced by each task's own: `W = W_0 + scaling mean(S^) polar(U^) polar(V^)`.
 

@@ -10,17 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Site, anchor
+from bmm_engine.anchors.domains import NonNegative
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sphere import (
-    Origin,
-    combine,
-    exponential,
-    mean_direction,
-    norms,
-    tangent_mean,
-    unit_gram,
-    vector_gram,
-)
+from bmm_engine.anchors.sphere import Origin, exponential, spherical_mean, tangent_mean
 from bmm_engine.errors import ConfigError
 
 
@@ -30,7 +22,7 @@ def karcher(
     experts: Sequence[Tensor],
     *,
     site: Site,
-    weight: PerExpert[Annotated[float, Field(ge=0)]] = each(1.0),
+    weight: PerExpert[NonNegative] = each(1.0),
     origin: Origin = "zero",
     steps: Annotated[int, Field(ge=0)] = 10,
     tolerance: Annotated[float, Field(gt=0)] = 1e-5,
@@ -45,19 +37,16 @@ def karcher(
     total = sum(weight)
     if not total:
         raise ConfigError(f"karcher: the weights {list(weight)} sum to 0; give one above 0.")
-    start = base if origin == "base" else None
     shares = torch.tensor(weight, dtype=torch.float64, device=base.device) / total
-    gram = vector_gram(experts, start)
-    lengths, cosines = norms(gram)[0], unit_gram(gram)[0]
-    mean = mean_direction(cosines, lengths, shares, site.name)
-    if mean is None:
-        return combine(experts, start, shares[None])
-    directed = torch.where(lengths > 0, shares, 0.0)
-    directed = directed / directed.sum()
-    for _ in range(steps):
-        step = tangent_mean(cosines, mean, directed)
-        if float(step @ cosines @ step) < tolerance**2:
-            break
-        mean = exponential(cosines, mean, step)
-    coefficients = (shares @ lengths) * torch.where(lengths > 0, mean / lengths, 0.0)
-    return combine(experts, start, coefficients[None])
+
+    def descend(cosines: Tensor, lengths: Tensor, mean: Tensor) -> Tensor:
+        directed = torch.where(lengths > 0, shares, 0.0)
+        directed = directed / directed.sum()
+        for _ in range(steps):
+            step = tangent_mean(cosines, mean, directed)
+            if float(step @ cosines @ step) < tolerance**2:
+                break
+            mean = exponential(cosines, mean, step)
+        return mean
+
+    return spherical_mean(experts, base if origin == "base" else None, shares, site.name, descend)

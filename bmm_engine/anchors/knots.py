@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
+from bmm_engine.anchors.domains import PositiveShare
 from bmm_engine.anchors.polar import low_rank_of, singular_triples, task_vectors
 from bmm_engine.anchors.select import kth_smallest_magnitudes, over
 from bmm_engine.anchors.spill import Spill
@@ -54,7 +54,7 @@ def knots(
     state: KnotsState,
     scaling: float = 0.6,
     combine: Literal["ties", "dare_ties"] = "ties",
-    density: Annotated[float, Field(gt=0, le=1)] | None = None,
+    density: PositiveShare | None = None,
     seed: int = 0,
 ) -> Tensor:
     """`[tau_1 ... tau_T] = U [C_1 ... C_T]` by SVD, `W = W_0 + scaling U C`, C the C_t merged by TIES (elect a sign, average those that agree).

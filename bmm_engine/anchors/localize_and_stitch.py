@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
+from bmm_engine.anchors.domains import PositiveShare
 from bmm_engine.anchors.select import just_above, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
 from bmm_engine.ops.blend import blend
@@ -37,7 +36,7 @@ def localize_and_stitch(
     *,
     site: Site,
     state: tuple[float, ...],
-    density: PerExpert[Annotated[float, Field(gt=0, le=1)]] = each(0.1),
+    density: PerExpert[PositiveShare] = each(0.1),
     scaling: float = 1.0,
     layers_only: bool = False,
 ) -> Tensor:

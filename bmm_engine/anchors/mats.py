@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Site, anchor
+from bmm_engine.anchors.domains import NonNegative
 from bmm_engine.anchors.regmean import Shrink, Weight, normal_equations, weighted_mean
 from bmm_engine.anchors.settings import PerExpert, each
 
@@ -22,7 +23,7 @@ def mats(
     steps: Annotated[int, Field(ge=0)] = 100,
     start: Literal["task_arithmetic", "average", "base", "zero"] = "task_arithmetic",
     scaling: float = 0.3,
-    tolerance: Annotated[float, Field(ge=0)] = 1e-5,
+    tolerance: NonNegative = 1e-5,
     shrink: Shrink = 1.0,
     weight: PerExpert[Weight] = each(1.0),
 ) -> Tensor:

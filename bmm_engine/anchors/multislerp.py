@@ -10,16 +10,7 @@ from torch import Tensor
 
 from bmm_engine.anchors.contract import Site, anchor
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sphere import (
-    Origin,
-    combine,
-    exponential,
-    mean_direction,
-    norms,
-    tangent_mean,
-    unit_gram,
-    vector_gram,
-)
+from bmm_engine.anchors.sphere import Origin, exponential, spherical_mean, tangent_mean
 from bmm_engine.errors import ConfigError
 
 
@@ -44,17 +35,12 @@ def multislerp(
     A zero vector has no direction and only counts in the mean length. Raises `ConfigError` if the weighted directions cancel out; two opposite
     vectors are averaged linearly instead.
     """
-    start = base if origin == "base" else None
     total = sum(weight)
     if normalize and not total:
         raise ConfigError(f"multislerp: the weights {list(weight)} sum to 0; change one, or set normalize: false.")
     shares = torch.tensor(weight, dtype=torch.float64, device=base.device) / (total if normalize else 1.0)
-    gram = vector_gram(experts, start)
-    lengths, cosines = norms(gram)[0], unit_gram(gram)[0]
-    mean = mean_direction(cosines, lengths, shares, site.name)
-    if mean is None:
-        return combine(experts, start, shares[None])
-    if tangent == "log":
-        mean = exponential(cosines, mean, tangent_mean(cosines, mean, shares))
-    coefficients = (shares @ lengths) * torch.where(lengths > 0, mean / lengths, 0.0)
-    return combine(experts, start, coefficients[None])
+
+    def there_and_back(cosines: Tensor, lengths: Tensor, mean: Tensor) -> Tensor:
+        return exponential(cosines, mean, tangent_mean(cosines, mean, shares)) if tangent == "log" else mean
+
+    return spherical_mean(experts, base if origin == "base" else None, shares, site.name, there_and_back)

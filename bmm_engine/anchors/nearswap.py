@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import anchor
+from bmm_engine.anchors.domains import NonNegative
 
 
 @anchor(
@@ -18,7 +17,7 @@ from bmm_engine.anchors.contract import anchor
     symmetric=False,
     paper="alchemonaut 2024, huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
 )
-def nearswap(base: Tensor, experts: Sequence[Tensor], *, t: Annotated[float, Field(ge=0)] = 1e-4) -> Tensor:
+def nearswap(base: Tensor, experts: Sequence[Tensor], *, t: NonNegative = 1e-4) -> Tensor:
     """`W = (1 - w) W_0 + w W_1` with `w = min(1, t / abs(W_1 - W_0))` per entry.
 
     That is a step of at most `t` towards the expert: `W_0 + clip(W_1 - W_0, -t, t)`.

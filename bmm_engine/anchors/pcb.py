@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, anchor
+from bmm_engine.anchors.domains import PositiveShare
 from bmm_engine.anchors.select import OrderStatistic, Pass, difference, order_statistics, over
 from bmm_engine.anchors.settings import PerExpert, each
 
@@ -83,7 +84,7 @@ def pcb(
     state: PcbState,
     weight: PerExpert[float] = each(1.0),
     scaling: float = 1.2,
-    ratio: Annotated[float, Field(gt=0, le=1)] = 0.1,
+    ratio: PositiveShare = 0.1,
     clip: Annotated[float, Field(ge=0, lt=0.5)] = 1e-4,
     inter: Literal["raw", "normalized"] = "raw",
 ) -> Tensor:

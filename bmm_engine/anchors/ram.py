@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, anchor
+from bmm_engine.anchors.domains import NonNegative
 from bmm_engine.anchors.select import difference, just_above
 from bmm_engine.ops.blend import blend
 
 _PAPER = "Yuan et al. 2026, arXiv 2601.13572"
-Positive = Annotated[float, Field(ge=0)]
 
 
 @anchor(scope="tensor", elementwise=True, stored=True, paper=_PAPER)
-def ram(base: Tensor, experts: Sequence[Tensor], *, epsilon: Positive = 1e-5, scaling: float = 1.0) -> Tensor:
+def ram(base: Tensor, experts: Sequence[Tensor], *, epsilon: NonNegative = 1e-5, scaling: float = 1.0) -> Tensor:
     """`W = W_0 + scaling m`, m the mean of those tau_t with `|tau_t| > epsilon`: a change that one expert alone has is not thinned out."""
     return blend(base, experts, combine="mean_kept", lower=[just_above(epsilon)] * len(experts), scaling=scaling)
 
@@ -46,9 +45,9 @@ def ram_plus(
     experts: Sequence[Tensor],
     *,
     state: Sequence[tuple[int, int]] | None,
-    r: Positive = 0.1,
-    alpha: Positive = 0.2,
-    epsilon: Positive = 1e-5,
+    r: NonNegative = 0.1,
+    alpha: NonNegative = 0.2,
+    epsilon: NonNegative = 1e-5,
     scaling: float = 1.0,
     extent: Literal["model", "tensor"] = "model",
 ) -> Tensor:

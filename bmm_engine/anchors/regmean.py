@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Site, anchor
+from bmm_engine.anchors.domains import Share
 from bmm_engine.anchors.settings import PerExpert, each
 from bmm_engine.errors import (
     ConfigError,
@@ -31,7 +32,7 @@ _JITTERS = (1e-8, 1e-7, 1e-6, 1e-5)
 _REFINEMENTS = 2
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Shrink = Annotated[float, Field(ge=0, le=1)]
+Shrink = Share
 Ridge = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 

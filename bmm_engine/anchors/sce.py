@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import anchor
+from bmm_engine.anchors.domains import NonNegative, Share
 from bmm_engine.anchors.select import difference, exact_bounds
 from bmm_engine.anchors.sparse import not_finite
 
@@ -32,9 +31,9 @@ def sce(
     base: Tensor,
     experts: Sequence[Tensor],
     *,
-    select_topk: Annotated[float, Field(ge=0, le=1)] = 1.0,
+    select_topk: Share = 1.0,
     scaling: float = 1.0,
-    epsilon: Annotated[float, Field(ge=0)] = 0.0,
+    epsilon: NonNegative = 0.0,
 ) -> Tensor:
     """`W = W_0 + scaling sum_t w_t M_t tau_t / sum_t w_t M_t`, where tau_t has the sign M_t of the sum and `w_t = mean tau_t^2 / sum_s mean tau_s^2`.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import anchor
+from bmm_engine.anchors.domains import Share
 from bmm_engine.anchors.sphere import interpolate
 
 
@@ -18,7 +17,7 @@ def slerp(
     experts: Sequence[Tensor],
     *,
     t: float = 0.5,
-    threshold: Annotated[float, Field(ge=0, le=1)] = 0.9995,
+    threshold: Share = 0.9995,
 ) -> Tensor:
     """`W = (sin((1-t) theta) W_0 + sin(t theta) W_1) / sin theta`, theta the angle between base and expert as vectors.
 

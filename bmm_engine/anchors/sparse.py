@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,11 @@ def balance_masked(site: Site, masks: Masks, weights: Sequence[float]) -> int:
         bounds = {key: piece.masks[key] for key in ("lower", "upper")}
         total += sign_balance(piece.base, piece.experts, weights=weights, scales=masks.scales, **bounds)
     return total
+
+
+def without_l1(parameters: Mapping[str, Any]) -> bool:
+    """Whether a rule with these parameters needs no tensor as a whole: where no L1 norm is restored, it may get them in parts."""
+    return bool(parameters["rescale"] != "l1")
 
 
 def restore_l1(site: Site, masks: Masks, only: Sequence[bool], whole: Sequence[Tensor] | None = None) -> None:

@@ -6,7 +6,7 @@ products alone. So two passes do: one for the Gram matrix of the vectors, one fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -95,6 +95,29 @@ def interpolate(
     undirected = (norms(gram) == 0).any(1)
     from_first, from_second = torch.where(undirected, 1 - t, from_first), torch.where(undirected, t, from_second)
     return combine([first, second], origin, torch.stack([from_first, from_second], dim=1), vectors)
+
+
+def spherical_mean(
+    tensors: Sequence[Tensor],
+    origin: Tensor | None,
+    shares: Tensor,
+    name: str,
+    move: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`origin + (sum_t s_t |v_t|) u` of the vectors `v_t = W_t - origin`, no origin being 0; `shares` (T,) float64.
+
+    `move(cosines, lengths, mean)` gives the direction `u` for the mean direction, both as coefficients (T,) of the unit vectors. A zero vector
+    has no direction and only counts in the mean length. Two opposite vectors, which have no mean direction, are averaged linearly; raises
+    `ConfigError`, naming the tensor, if the directions of more than two cancel out.
+    """
+    gram = vector_gram(tensors, origin)
+    lengths, cosines = norms(gram)[0], unit_gram(gram)[0]
+    mean = mean_direction(cosines, lengths, shares, name)
+    if mean is None:
+        return combine(tensors, origin, shares[None])
+    direction = move(cosines, lengths, mean)
+    coefficients = (shares @ lengths) * torch.where(lengths > 0, direction / lengths, 0.0)
+    return combine(tensors, origin, coefficients[None])
 
 
 def mean_direction(cosines: Tensor, lengths: Tensor, weights: Tensor, name: str) -> Tensor | None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.anchors.contract import Model, Site, anchor
+from bmm_engine.anchors.domains import Elect, Share
 from bmm_engine.anchors.select import exact_bounds, kth_smallest_magnitudes, over
 from bmm_engine.anchors.settings import PerExpert, each
-from bmm_engine.anchors.sparse import Masks, balance_masked, blend_masked, restore_l1
+from bmm_engine.anchors.sparse import Masks, balance_masked, blend_masked, restore_l1, without_l1
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def decide(model: Model) -> TiesState:
 
 @anchor(
     scope="model",
-    elementwise=lambda parameters: parameters["threshold"] == "model" and parameters["rescale"] == "none",
+    elementwise=lambda parameters: parameters["threshold"] == "model" and without_l1(parameters),
     stored=True,
     reduce=decide,
     paper="Yadav et al. 2023, arXiv 2306.01708",
@@ -56,11 +56,11 @@ def ties(
     *,
     site: Site,
     state: TiesState,
-    density: PerExpert[Annotated[float, Field(ge=0, le=1)]] = each(0.2),
+    density: PerExpert[Share] = each(0.2),
     weight: PerExpert[float] = each(1.0),
     scaling: float = 1.0,
     threshold: Literal["model", "tensor"] = "model",
-    elect: Literal["sum", "count"] = "sum",
+    elect: Elect = "sum",
     tie: Literal["majority", "positive"] = "majority",
     normalize: bool = True,
     rescale: Literal["none", "l1"] = "none",

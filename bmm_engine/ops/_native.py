@@ -17,7 +17,6 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloa
 
 # (address, rows, columns, row stride, column stride, dtype code): a matrix, as csrc/common/view.h takes it.
 Matrix = tuple[int, int, int, int, int, int]
-NO_MATRIX: Matrix = (0, 0, 0, 0, 0, 0)
 
 _REMEDY = {
     "_cpu": "install bmm-engine with a C++ compiler at hand (`pip install .`)",
@@ -25,8 +24,10 @@ _REMEDY = {
 }
 
 
-def matrix(tensor: Tensor) -> Matrix:
-    """A 2-D tensor of any strides for the native code, which does not keep it alive."""
+def matrix(tensor: Tensor | None) -> Matrix:
+    """A 2-D tensor of any strides for the native code, which does not keep it alive; zeros for none."""
+    if tensor is None:
+        return (0, 0, 0, 0, 0, 0)
     return (tensor.data_ptr(), *tensor.shape, *tensor.stride(), DTYPE_CODES[tensor.dtype])
 
 

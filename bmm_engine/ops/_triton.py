@@ -119,6 +119,17 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def launch(self, precision: str) -> dict[str, object]:
+        """The constants of a kernel of a product, and the options of its launch."""
+        return {
+            "BLOCK": self.block,
+            "DEPTH": self.depth,
+            "FLUSH": self.flush,
+            "PRECISION": precision,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
 
 # Small enough that tests on small shapes meet several tiles, splits and flushes.
 INTERPRETED_TILE = Tile(block=32, depth=32, flush=64, warps=4, stages=1)

@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "cpu/blend_isa.h"
+#include "cpu/by_type.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/workspace.h"
@@ -186,7 +187,7 @@ std::int64_t found(const std::atomic<std::int64_t>& not_finite) {
 template <class T>
 std::int64_t run(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts, const BlendRule& rule,
                  std::int64_t count, void* out, DType out_dtype, int threads, const Isa& isa) {
-    const BlendSteps<T>& steps = steps_of<T>(*isa.blend);
+    const BlendSteps<T>& steps = by_type<T>(*isa.blend);
     std::atomic<std::int64_t> not_finite{kAllFinite};
     const Pass<T> pass{steps, base, base_dtype, experts, rule, not_finite};
     for_each_span(pass, count, threads, [&](std::int64_t begin, std::int64_t some, const Arrays<T>& a) {
@@ -199,7 +200,7 @@ std::int64_t run(const void* base, DType base_dtype, const std::vector<BlendExpe
 template <class T>
 SignBalance run_balance(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts, std::int64_t count,
                         int threads, const Isa& isa) {
-    const BlendSteps<T>& steps = steps_of<T>(*isa.blend);
+    const BlendSteps<T>& steps = by_type<T>(*isa.blend);
     const BlendRule rule = {Combine::sum, false, false, true, 0, 1, 0};
     std::atomic<std::int64_t> not_finite{kAllFinite};
     std::atomic<std::int64_t> balance{0};
@@ -213,7 +214,7 @@ SignBalance run_balance(const void* base, DType base_dtype, const std::vector<Bl
 template <class T>
 MagnitudeSums run_magnitudes(const void* base, DType base_dtype, const std::vector<BlendExpert>& experts,
                              std::uint64_t first, std::int64_t count, int threads, const Isa& isa) {
-    const BlendSteps<T>& steps = steps_of<T>(*isa.blend);
+    const BlendSteps<T>& steps = by_type<T>(*isa.blend);
     const BlendRule rule = {Combine::sum, false, false, true, 0, 1, first};
     std::atomic<std::int64_t> not_finite{kAllFinite};
     const Pass<T> pass{steps, base, base_dtype, experts, rule, not_finite};

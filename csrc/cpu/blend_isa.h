@@ -76,17 +76,6 @@ struct BlendIsa {
     BlendSteps<double> f64;
 };
 
-template <class T>
-const BlendSteps<T>& steps_of(const BlendIsa& isa);
-template <>
-inline const BlendSteps<float>& steps_of<float>(const BlendIsa& isa) {
-    return isa.f32;
-}
-template <>
-inline const BlendSteps<double>& steps_of<double>(const BlendIsa& isa) {
-    return isa.f64;
-}
-
 extern const BlendIsa blend_portable;
 extern const BlendIsa blend_avx2;
 extern const BlendIsa blend_avx512;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "cpu/by_type.h"
 #include "cpu/product.h"
 
 namespace bmm {
@@ -91,7 +92,7 @@ class GramFactors final : public Factors<T> {
 // Pairs of bf16 cannot carry a weight exactly; a choice of rows they can.
 template <class T>
 const Kernel<T>& choose_kernel(const Isa& isa, DType, const RowChoice<T>&) {
-    return kernel_of<T>(isa);
+    return by_type<T>(isa);
 }
 template <>
 const Kernel<float>& choose_kernel(const Isa& isa, DType dtype, const RowChoice<float>& rows) {

@@ -56,17 +56,6 @@ struct Isa {
     const BlendIsa* blend;
 };
 
-template <class T>
-const Kernel<T>& kernel_of(const Isa& isa);
-template <>
-inline const Kernel<float>& kernel_of<float>(const Isa& isa) {
-    return isa.f32;
-}
-template <>
-inline const Kernel<double>& kernel_of<double>(const Isa& isa) {
-    return isa.f64;
-}
-
 extern const Isa isa_portable;
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;

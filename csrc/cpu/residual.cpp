@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "cpu/by_type.h"
 #include "cpu/product.h"
 
 namespace bmm {
@@ -65,7 +66,7 @@ class ResidualFactors final : public Factors<T> {
 template <class T>
 void run(const View& anchor, const std::vector<View>& experts, const std::vector<View>& grams,
          const std::vector<double>& weights, const View& r, int threads, const Isa& isa) {
-    const Kernel<T>& kernel = kernel_of<T>(isa);
+    const Kernel<T>& kernel = by_type<T>(isa);
     const ResidualFactors<T> factors(kernel, anchor, experts, grams, weights, r);
     Product<T> product(kernel, r.cols, factors);
     product.add(r.rows, Left::rows);

@@ -23,28 +23,21 @@ from bmm_engine.errors import CheckpointError
 transformers = pytest.importorskip("transformers")
 
 
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
 def tiny_llama(tied: bool) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tied,
-    )
-    return transformers.LlamaForCausalLM(config)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied))
 
 
 def tiny_bert() -> Any:
-    config = transformers.BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    return transformers.BertForMaskedLM(config)
+    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES, tie_word_embeddings=True))
 
 
 MODELS = {"llama": lambda: tiny_llama(False), "llama tied": lambda: tiny_llama(True), "bert": tiny_bert}

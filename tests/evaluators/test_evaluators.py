@@ -17,38 +17,7 @@ from bmm_engine.evaluators.function import FunctionEvaluator
 from bmm_engine.evaluators.heads import with_head
 from bmm_engine.recipe.sections import EvaluationRecipe
 from tests.tiny import make_base, make_batches, save
-
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "it",
-    "rained",
-    "and",
-    "nobody",
-    "came",
-    "to",
-    "see",
-    "show",
-    "again",
-]
-
-
-def tokenizer_in(folder):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]")
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+from tests.words import WORDS, tokenizer_in
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from bmm_engine.evaluators.heads import with_head
 from bmm_engine.evaluators.scores import Score, classification_score, likelihood_score
 from bmm_engine.recipe.sections import EvaluationRecipe
 from tests.tiny import make_base, save
+from tests.words import tokenizer_in
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "it", "rained"]
 TEXTS = [" ".join(WORDS[i % 3 : i % 3 + 1 + (5 * i) % 6]) for i in range(12)]
@@ -29,17 +30,9 @@ TEXTS = [" ".join(WORDS[i % 3 : i % 3 + 1 + (5 * i) % 6]) for i in range(12)]
 
 def checkpoint(architecture: str, folder: Path, padding_side: str = "right") -> tuple[nn.Module, Path]:
     """A live model, and its folder with a tokenizer that pads on that side."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
     model = make_base(architecture)
     save(model, folder)
-    words = Tokenizer(WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
-    PreTrainedTokenizerFast(tokenizer_object=words, padding_side=padding_side, **special).save_pretrained(folder)
+    tokenizer_in(folder, WORDS, padding_side=padding_side)
     config = folder / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "padding_side": padding_side}))
     return model, folder

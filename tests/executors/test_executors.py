@@ -16,6 +16,7 @@ from bmm_engine.executors import Executor, WorkerInfo, open_executor, run_all
 from bmm_engine.executors.inline import InlineExecutor
 from bmm_engine.executors.shared import SharedFolder
 from tests.executors import jobs
+from tests.executors.places import assert_same_results_as_here
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +33,8 @@ def pool(processes: Executor) -> Iterator[Executor]:
 
 
 def test_results_and_their_order_do_not_depend_on_where_jobs_run(pool):
-    calls = [(seed,) for seed in range(7)]
-    torch.set_num_threads(1)
-    found = []
-    for executor in (open_executor(), pool):
-        executor.start(jobs.keep_info, 3)
-        found.append(run_all(executor, jobs.arithmetic, calls))
-    for here, there in zip(*found, strict=True):
-        assert here.pop("seed") == there.pop("seed")
-        for name in here:
-            assert here[name].dtype == there[name].dtype
-            torch.testing.assert_close(here[name], there[name], rtol=0, atol=0)
-    there["product"].add_(1)  # results are the caller's own
+    found = assert_same_results_as_here(pool, 7)
+    found[-1]["product"].add_(1)  # results are the caller's own
 
 
 def test_run_all_orders_results_by_call_and_not_by_completion(pool):

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -19,6 +14,8 @@ from bmm_engine.errors import ConfigError, NonFiniteGramError, WorkerLostError
 from bmm_engine.executors import Executor, open_executor, run_all
 from bmm_engine.executors.ray_cluster import gpus_each
 from tests.executors import jobs
+from tests.executors.ended import end_by
+from tests.executors.places import assert_same_results_as_here
 
 ray = pytest.importorskip("ray")
 
@@ -37,17 +34,7 @@ def pool(cluster: Executor) -> Iterator[Executor]:
 
 
 def test_same_results_as_here(pool):
-    calls = [(seed,) for seed in range(5)]
-    torch.set_num_threads(1)
-    found = []
-    for executor in (open_executor(), pool):
-        executor.start(jobs.keep_info, 3)
-        found.append(run_all(executor, jobs.arithmetic, calls))
-    for here, there in zip(*found, strict=True):
-        assert here.pop("seed") == there.pop("seed")
-        for name in here:
-            assert here[name].dtype == there[name].dtype
-            torch.testing.assert_close(here[name], there[name], rtol=0, atol=0)
+    assert_same_results_as_here(pool, 5)
     ((info, factor), threads, _, _), *_ = run_all(pool, jobs.info_of, [()])
     assert (info.workers, factor, threads) == (2, 3, 1)
 
@@ -149,37 +136,5 @@ with open_executor(2, ray="local") as executor:
 
 
 def test_ctrl_c_leaves_no_process(tmp_path):
-    script, pids = tmp_path / "script.py", tmp_path / "pids"
-    script.write_text(SCRIPT)
-    pids.mkdir()
-    root = str(Path(__file__).parents[2])
-    with subprocess.Popen(
-        [sys.executable, str(script), str(pids)],
-        env={**os.environ, "PYTHONPATH": root},
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as parent:
-        try:
-            _until(lambda: len(list(pids.iterdir())) == 2 or parent.poll() is not None)
-            family = psutil.Process(parent.pid).children(recursive=True)
-            assert {int(path.name) for path in pids.iterdir()} <= {process.pid for process in family}
-            os.killpg(parent.pid, signal.SIGINT)  # Ctrl-C goes to all of them
-            parent.communicate(timeout=60)
-        finally:
-            parent.kill()
-    assert parent.returncode == -signal.SIGINT
-    _until(lambda: not any(_runs(process) for process in family))
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    code, _ = end_by(signal.SIGINT, SCRIPT, tmp_path, str(tmp_path / "pids"))
+    assert code == -signal.SIGINT

@@ -34,7 +34,7 @@ if _triton.missing() is None:
     import triton
     import triton.language as tl
 
-    from bmm_engine.ops.gram.triton_kernel import upper_tile
+    from bmm_engine.ops._triton_tiles import upper_tile
 
     @triton.jit
     def number_tiles(numbers, rows, columns, count, BLOCK: tl.constexpr):

@@ -20,9 +20,7 @@ from bmm_engine.pipeline.run import run_recipe
 from bmm_engine.pipeline.sampling import compare, draw, evaluate_samples
 from bmm_engine.recipe.recipe import Recipe
 from tests.tiny import family, save
-
-TEXT = "the cat sat on a mat while it rained and nobody came to see show again"
-WORDS = ["[PAD]", "[UNK]", *TEXT.split()]
+from tests.words import ENDLESS, WORDS, tokenizer_in
 
 
 def alike(recipe):
@@ -33,19 +31,11 @@ def alike(recipe):
 @pytest.fixture
 def recipe(tmp_path):
     """A bare encoder as the base, two classifiers as experts, a tokenizer, calibration and labelled texts of two splits."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
     base, _, _, _ = family("bert", tmp_path)
     save(base.bert, tmp_path / "encoder")
-    words = Tokenizer(WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
     experts = []
     for t in range(2):
-        tokenizer.save_pretrained(tmp_path / f"expert-{t}")
+        tokenizer_in(tmp_path / f"expert-{t}", special=ENDLESS)
         (tmp_path / f"calibration-{t}.txt").write_text("\n".join(texts(t)))
         own = {"model": f"expert-{t}", "calibration": f"calibration-{t}.txt"}
         for split, offset in (("validation", 2), ("test", 5)):
@@ -66,7 +56,7 @@ def recipe(tmp_path):
 
 
 def texts(seed):
-    return [" ".join(WORDS[2 + (seed + 3 * i + j * (1 + i % 4)) % 14] for j in range(3 + i % 5)) for i in range(24)]
+    return [" ".join(WORDS[(seed + 3 * i + j * (1 + i % 4)) % 14] for j in range(3 + i % 5)) for i in range(24)]
 
 
 def weights(path):

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from bmm_engine.cli import main
-from tests.evaluators.test_evaluators import WORDS, tokenizer_in
 from tests.tiny import family
+from tests.words import WORDS, tokenizer_in
 
 
 @pytest.fixture
@@ -79,19 +79,8 @@ def test_search_merge_report_and_sample(project, monkeypatch, capsys):
 
 def test_studies_of_data_and_trials(project, monkeypatch, capsys):
     common = ["recipe.yaml", "--anchors", "average", "--sources", "data,task_vectors", "--seeds", "2", "--json"]
-    code, out, err = run(
-        monkeypatch,
-        capsys,
-        "study",
-        "validation-fraction",
-        *common,
-        "-o",
-        "shares",
-        "--shares",
-        "0.5,1",
-        "--trials",
-        "3",
-    )
+    by_shares = ["study", "validation-fraction", *common, "-o", "shares", "--shares", "0.5,1", "--trials", "3"]
+    code, out, err = run(monkeypatch, capsys, *by_shares)
     assert code == 0, err
     found = json.loads(out)
     assert len(found["points"]) == 2 * 2 * 2
@@ -100,19 +89,7 @@ def test_studies_of_data_and_trials(project, monkeypatch, capsys):
     }
     assert all(row["seeds"] == 2 for row in found["rows"])
     assert (project / "shares" / "study.png").read_bytes().startswith(b"\x89PNG")
-    _, out, err = run(
-        monkeypatch,
-        capsys,
-        "study",
-        "validation-fraction",
-        *common,
-        "-o",
-        "shares",
-        "--shares",
-        "0.5,1",
-        "--trials",
-        "3",
-    )
+    _, out, err = run(monkeypatch, capsys, *by_shares)
     assert json.loads(out)["points"] == found["points"]
     code, out, err = run(monkeypatch, capsys, "study", "trials", *common, "-o", "counts", "--counts", "2,5")
     assert code == 0, err

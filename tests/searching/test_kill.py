@@ -12,35 +12,17 @@ import sys
 import time
 
 import pytest
-import yaml
 
-from tests.tiny import family
+from tests.searching.judged import judged_recipe
 
 KILLS = int(os.environ.get("BMM_KILLS", "1"))
 TRIALS = 8
-JUDGE = """
-import os, time
-
-def score(model, task):
-    time.sleep(float(os.environ.get("JUDGE_SECONDS", "0.05")))
-    weight = dict(model.named_parameters())[f"bert.encoder.layer.{int(task[-1])}.intermediate.dense.weight"]
-    return 1 / (1 + float(weight.norm()))
-"""
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    family("bert", tmp_path)
-    (tmp_path / "judge.py").write_text(JUDGE)
-    recipe = {
-        "base": "base",
-        "experts": ["expert-0", "expert-1"],
-        "anchor": "ties",
-        "evaluation": {"kind": "function", "function": "judge:score"},
-        "search": {"trials": TRIALS, "groups": "role", "optimizer": "TwoPointsDE", "anchors": ["average", "ties"]},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    judged_recipe(tmp_path, monkeypatch, {"trials": TRIALS, "anchors": ["average", "ties"]}, anchor="ties")
+    monkeypatch.setenv("JUDGE_SECONDS", "0.05")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -7,37 +7,18 @@ import time
 
 import psutil
 import pytest
-import yaml
 
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.searching.run import search_recipe
 from bmm_engine.searching.study import Study
-from tests.tiny import family
-
-JUDGE = """
-import os, time
-
-def score(model, task):
-    time.sleep(float(os.environ.get("JUDGE_SECONDS", "0")))
-    weight = dict(model.named_parameters())[f"bert.encoder.layer.{int(task[-1])}.intermediate.dense.weight"]
-    return 1 / (1 + float(weight.norm()))
-"""
+from tests.searching.judged import judged_recipe
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    family("bert", tmp_path)
-    (tmp_path / "judge.py").write_text(JUDGE)
-    raw = {
-        "base": "base",
-        "experts": ["expert-0", "expert-1"],
-        "evaluation": {"kind": "function", "function": "judge:score"},
-        "search": {"trials": 10, "groups": "role", "optimizer": "TwoPointsDE", "schedule": "synchronous"},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    path = judged_recipe(tmp_path, monkeypatch, {"trials": 10, "schedule": "synchronous"})
     monkeypatch.syspath_prepend(tmp_path)
-    return Recipe.load(tmp_path / "recipe.yaml")
+    return Recipe.load(path)
 
 
 def trials(folder):

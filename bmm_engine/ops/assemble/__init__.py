@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.ops import _dispatch, _triton
+from bmm_engine.ops._checks import SUMMED, check_amount, check_dtype, check_like, check_square, result_dtype
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.assemble import cpu, cuda, reference
 
@@ -20,8 +21,6 @@ IMPLEMENTATIONS = {
     "cuda": cuda,
     "triton": _triton.Kernels("bmm_engine.ops.assemble.triton_kernel"),
 }
-
-_DTYPES = (torch.float32, torch.float64)
 
 
 @accepts_dlpack
@@ -93,32 +92,19 @@ def _check(
     if len(grams) != len(weights):
         raise ShapeMismatchError(f"{len(grams)} Grams, but {len(weights)} weights")
     first = grams[0]
-    if first.ndim < 2 or first.shape[-1] != first.shape[-2]:
-        raise ShapeMismatchError(f"a Gram must be (..., in, in), and is {tuple(first.shape)}")
+    check_square("a Gram", first)
     for name, tensor in [*((f"grams[{t}]", gram) for t, gram in enumerate(grams)), ("out", out)]:
-        if tensor is None:
-            continue
-        if tensor.shape != first.shape:
-            raise ShapeMismatchError(f"{name} is {tuple(tensor.shape)}, grams[0] is {tuple(first.shape)}")
-        if tensor.device != first.device:
-            raise ConfigError(f"{name} is on {tensor.device}, grams[0] on {first.device}; move one of them")
-        if tensor.dtype not in _DTYPES:
-            raise ConfigError(f"{name} must be float32 or float64, not {tensor.dtype}")
+        if tensor is not None:
+            check_like(name, tensor, "grams[0]", first)
+            check_dtype(name, tensor.dtype, SUMMED)
     for name, value in [
         *((f"weights[{t}]", weight) for t, weight in enumerate(weights)),
         *(("ridge", r) for r in ridges),
     ]:
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{name} must be finite and >= 0, and is {value}")
+        check_amount(name, value)
     if not 0 <= shrink <= 1:
         raise ConfigError(f"shrink must be in [0, 1], and is {shrink}")
-    if out is not None and out_dtype not in (None, out.dtype):
-        raise ConfigError(f"out_dtype is {out_dtype}, but out is {out.dtype}; give one of them")
-    if out is not None:
-        return out.dtype
-    if out_dtype not in (None, *_DTYPES):
-        raise ConfigError(f"out_dtype must be float32 or float64, not {out_dtype}")
-    return out_dtype or (torch.float64 if any(gram.dtype == torch.float64 for gram in grams) else torch.float32)
+    return result_dtype(out_dtype, out, SUMMED, grams)
 
 
 def _self_check(

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, NonFiniteWeightError, ShapeMismatchError
 from bmm_engine.ops import _dispatch
+from bmm_engine.ops._checks import STORED, check_dtype, check_like, result_dtype
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.blend import cpu, reference
 from bmm_engine.ops.blend.rule import COMBINES, Part, Rule
 
 IMPLEMENTATIONS = {"torch": reference, "cpu": cpu}
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Bounds = Sequence[float | None] | None
 Keep = Sequence[float | tuple[float, float] | None] | None
@@ -121,7 +120,8 @@ def blend(
     if inverse and keep is None:
         raise ConfigError("inverse divides by the probabilities in keep; give keep")
     rule = Rule(parts, combine, first, inverse, normalize, float(tie), votes, float(scaling))
-    out = _output(base, experts, out_dtype, out)
+    dtype = result_dtype(out_dtype, out, STORED, (base, *experts))
+    out = torch.empty(base.shape, dtype=dtype, device=base.device) if out is None else out
     tensors = [base, *experts, out, *(part.ranks for part in parts if part.ranks is not None)]
     implementation = _dispatch.select("blend", IMPLEMENTATIONS, backend, base.device, tensors)
     if base.numel():
@@ -196,32 +196,13 @@ def _check_tensors(base: Tensor, experts: Sequence[Tensor], out: Tensor | None) 
         *((f"experts[{t}]", expert) for t, expert in enumerate(experts)),
         *([] if out is None else [("out", out)]),
     ]:
-        _check_like(name, tensor, base)
-        if tensor.dtype not in _DTYPES:
-            raise ConfigError(f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
-
-
-def _check_like(name: str, tensor: Tensor, base: Tensor) -> None:
-    if tensor.shape != base.shape:
-        raise ShapeMismatchError(f"{name} is {tuple(tensor.shape)}, base is {tuple(base.shape)}")
-    if tensor.device != base.device:
-        raise ConfigError(f"{name} is on {tensor.device}, base on {base.device}; move one of them")
+        check_like(name, tensor, "base", base)
+        check_dtype(name, tensor.dtype, STORED)
 
 
 def _check_belongs(name: str, given: bool, combine: str, *owners: str) -> None:
     if given and combine not in owners:
         raise ConfigError(f"{name} belongs to combine={' or '.join(map(repr, owners))}, and combine is {combine!r}")
-
-
-def _output(base: Tensor, experts: Sequence[Tensor], out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
-    if out is not None:
-        if out_dtype not in (None, out.dtype):
-            raise ConfigError(f"out_dtype is {out_dtype}, but out is {out.dtype}; give one of them")
-        return out
-    if out_dtype not in (None, *_DTYPES):
-        raise ConfigError(f"out_dtype must be float32, bfloat16, float16 or float64, not {out_dtype}")
-    wide = any(tensor.dtype == torch.float64 for tensor in (base, *experts))
-    return torch.empty(base.shape, dtype=out_dtype or (torch.float64 if wide else torch.float32), device=base.device)
 
 
 def _parts(
@@ -306,7 +287,7 @@ def _seed(t: int, seed: int) -> int:
 
 
 def _ranks(t: int, ranks: Tensor, base: Tensor) -> Tensor:
-    _check_like(f"ranks[{t}]", ranks, base)
+    check_like(f"ranks[{t}]", ranks, "base", base)
     if ranks.dtype != torch.float32:
         raise ConfigError(f"ranks[{t}] must be float32, not {ranks.dtype}")
     return ranks

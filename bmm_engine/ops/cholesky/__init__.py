@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.ops import _dispatch
+from bmm_engine.ops._checks import SUMMED, check_dtype, check_square
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.cholesky import cuda, reference
 
@@ -16,8 +17,6 @@ __all__ = ["IMPLEMENTATIONS", "cholesky_", "solve_right"]
 
 # On the CPU torch calls LAPACK; on a GPU it factors one matrix of a batch after the other, or slowly.
 IMPLEMENTATIONS = {"torch": reference, "cuda": cuda}
-
-_DTYPES = (torch.float32, torch.float64)
 
 
 @accepts_dlpack
@@ -38,7 +37,8 @@ def cholesky_(a: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
         ConfigError: a dtype that does not fit, a is not contiguous, an unknown backend.
         BackendError: the backend asked for cannot run this call.
     """
-    _check_square("a", a)
+    check_square("a", a)
+    check_dtype("a", a.dtype, SUMMED)
     if not a.is_contiguous():
         raise ConfigError(f"a must be contiguous, since it is factored in place, and has strides {a.stride()}")
     implementation = _select(a, backend)
@@ -65,7 +65,8 @@ def solve_right(lower: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
         ConfigError: a dtype or device that does not fit, an unknown backend.
         BackendError: the backend asked for cannot run this call.
     """
-    _check_square("lower", lower)
+    check_square("lower", lower)
+    check_dtype("lower", lower.dtype, SUMMED)
     if rhs.ndim != lower.ndim or rhs.shape[:-2] != lower.shape[:-2] or rhs.shape[-1] != lower.shape[-1]:
         raise ShapeMismatchError(
             f"rhs must be (..., rows, in) for lower {tuple(lower.shape)}, and is {tuple(rhs.shape)}"
@@ -75,13 +76,6 @@ def solve_right(lower: Tensor, rhs: Tensor, backend: str = "auto") -> Tensor:
     implementation = _select(lower, backend)
     solution: Tensor = implementation.solve_right(lower, rhs) if rhs.numel() else torch.empty_like(rhs)
     return solution
-
-
-def _check_square(name: str, matrix: Tensor) -> None:
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ShapeMismatchError(f"{name} must be (..., in, in), and is {tuple(matrix.shape)}")
-    if matrix.dtype not in _DTYPES:
-        raise ConfigError(f"{name} must be float32 or float64, not {matrix.dtype}")
 
 
 def _select(matrix: Tensor, backend: str) -> Any:

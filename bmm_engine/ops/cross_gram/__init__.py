@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.ops import _dispatch, _triton
+from bmm_engine.ops._checks import check_device, check_dtype
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.cross_gram import cpu, reference
 from bmm_engine.ops.gram import (
@@ -93,8 +94,7 @@ def _check(C: Tensor, X: Tensor, Y: Tensor, row_weights: Tensor | None, G: Tenso
         )
     if G is not None and G.shape != (Y.shape[-1], Y.shape[-1]):
         raise ShapeMismatchError(f"G must be (in_y, in_y) for Y {tuple(Y.shape)}, and is {tuple(G.shape)}")
-    if X.dtype not in ACCUMULATE_DTYPES:
-        raise ConfigError(f"X must be float32, bfloat16, float16 or float64, not {X.dtype}")
+    check_dtype("X", X.dtype, ACCUMULATE_DTYPES)
     if Y.dtype != X.dtype:
         raise ConfigError(f"X and Y must have one dtype; X is {X.dtype}, Y is {Y.dtype}")
     for name, tensor in (("C", C), ("G", G)):
@@ -103,8 +103,8 @@ def _check(C: Tensor, X: Tensor, Y: Tensor, row_weights: Tensor | None, G: Tenso
                 f"rows in {X.dtype} accumulate in {ACCUMULATE_DTYPES[X.dtype]}, but {name} is {tensor.dtype}"
             )
     for name, tensor in (("C", C), ("Y", Y), ("G", G)):
-        if tensor is not None and tensor.device != X.device:
-            raise ConfigError(f"{name} is on {tensor.device}, X on {X.device}; move one of them")
+        if tensor is not None:
+            check_device(name, tensor, "X", X)
     if G is not None and G.numel() and G.data_ptr() == C.data_ptr():
         raise ConfigError("C and G share their memory; give each its own")
     check_row_weights(row_weights, X)

@@ -27,7 +27,7 @@ def accumulate_cross_gram(
             _native.matrix(y),
             0 if weights is None else weights.data_ptr(),
             _native.matrix(C),
-            _native.NO_MATRIX if G is None else _native.matrix(G),
+            _native.matrix(G),
             torch.get_num_threads(),
             isa,
         )

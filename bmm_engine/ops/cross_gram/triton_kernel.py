@@ -1,5 +1,5 @@
 """`C += X^T diag(w) Y` and `G += Y^T diag(w) Y` in Triton: one launch for the tiles of C and those of G on and above the
-diagonal, which read the same rows of Y. Splits and their fixed order of summation are those of the Gram's kernels."""
+diagonal, which read the same rows of Y. Splits and their fixed order of summation are those of all products of rows."""
 
 # What a kernel takes has no type in Python.
 # mypy: disable-error-code="no-untyped-def"
@@ -11,18 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from bmm_engine.ops import _triton
-from bmm_engine.ops.gram.triton_kernel import (
+from bmm_engine.ops._triton_rows import (
     REDUCED,
-    add_mirrored,
     constants,
     kind_of,
     matrices,
     product,
-    rows_per_split,
+    split,
+    squares,
     store_partial,
     sum_partials,
-    upper_tile,
 )
+from bmm_engine.ops._triton_tiles import add_mirrored, upper_tile
 from bmm_engine.ops.gram.triton_kernel import supports as supports_gram
 
 # The front end hands bool row weights through.
@@ -54,17 +54,14 @@ def _accumulate(C: Tensor, X: Tensor, Y: Tensor, weights: Tensor | None, G: Tens
     down, across = triton.cdiv(x_width, tile.block), triton.cdiv(y_width, tile.block)
     cross_tiles = down * across
     tiles = cross_tiles + (0 if G is None else across * (across + 1) // 2)
-    part = rows_per_split(rows, tiles, tile, X.device)
-    splits = triton.cdiv(rows, part)
+    part, splits, workspace = split(rows, tiles, tile, C)
     into = (C, *C.stride(), *((C, 0, 0) if G is None else (G, *G.stride())))
-    workspace = C if splits == 1 else C.new_empty(splits * tiles * tile.block**2)
     shape = (x_width, y_width, down, cross_tiles, tiles)
     _cross_gram[tiles, splits](
         *into, X, *X.stride(), Y, *Y.stride(), weights, workspace, *shape, rows, part, DIRECT=splits == 1, **launch
     )
     if splits > 1:
-        squares = (tile.block // REDUCED) ** 2
-        _reduce[tiles, squares](*into, workspace, *shape, splits, BLOCK=tile.block, SQUARE=REDUCED)
+        _reduce[tiles, squares(tile)](*into, workspace, *shape, splits, BLOCK=tile.block, SQUARE=REDUCED)
 
 
 @triton.jit
@@ -150,8 +147,7 @@ def _reduce(
     SQUARE: tl.constexpr,
 ):
     number, square = tl.program_id(0), tl.program_id(1)
-    own_i, own_j = square // (BLOCK // SQUARE) * SQUARE, square % (BLOCK // SQUARE) * SQUARE
-    value = sum_partials(workspace, number, tiles, splits, own_i, own_j, BLOCK, SQUARE)
+    own_i, own_j, value = sum_partials(workspace, number, tiles, splits, square, BLOCK, SQUARE)
     if number < cross_tiles:
         i, j = number % down * BLOCK + own_i, number // down * BLOCK + own_j
         _add(C, C_row, C_column, i, j, x_width, y_width, value, SQUARE)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.ops import _dispatch, _triton
+from bmm_engine.ops._checks import check_device, check_dtype
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.gram import cpu, reference
 
@@ -141,8 +142,7 @@ def check_row_weights(row_weights: Tensor | None, X: Tensor) -> None:
         )
     if not (row_weights.is_floating_point() or row_weights.dtype == torch.bool):
         raise ConfigError(f"row_weights must be float or bool, not {row_weights.dtype}")
-    if row_weights.device != X.device:
-        raise ConfigError(f"row_weights is on {row_weights.device}, X on {X.device}; move one of them")
+    check_device("row_weights", row_weights, "X", X)
 
 
 def weighting(row_weights: Tensor | None) -> str:
@@ -166,12 +166,10 @@ def _select(G: Tensor, X: Tensor, row_weights: Tensor | None, backend: str, prec
 def _check(G: Tensor, X: Tensor, row_weights: Tensor | None) -> None:
     if X.ndim == 0 or G.shape != (X.shape[-1], X.shape[-1]):
         raise ShapeMismatchError(f"G must be (in, in) for X (..., in); G is {tuple(G.shape)}, X is {tuple(X.shape)}")
-    if X.dtype not in ACCUMULATE_DTYPES:
-        raise ConfigError(f"X must be float32, bfloat16, float16 or float64, not {X.dtype}")
+    check_dtype("X", X.dtype, ACCUMULATE_DTYPES)
     if G.dtype != ACCUMULATE_DTYPES[X.dtype]:
         raise ConfigError(f"rows in {X.dtype} accumulate in {ACCUMULATE_DTYPES[X.dtype]}, but G is {G.dtype}")
-    if G.device != X.device:
-        raise ConfigError(f"G is on {G.device}, X on {X.device}; move one of them")
+    check_device("G", G, "X", X)
     check_row_weights(row_weights, X)
 
 

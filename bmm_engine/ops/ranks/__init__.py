@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.errors import ConfigError, NonFiniteWeightError, ShapeMismatchError
+from bmm_engine.errors import NonFiniteWeightError, ShapeMismatchError
 from bmm_engine.ops import _dispatch
+from bmm_engine.ops._checks import STORED, check_dtype, check_like
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.ranks import cpu, reference
 
 IMPLEMENTATIONS: dict[str, Any] = {"torch": reference, "cpu": cpu}
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @accepts_dlpack
@@ -41,12 +40,8 @@ def magnitude_ranks(x: Tensor, minus: Tensor | None = None, backend: str = "auto
     if x.ndim not in (1, 2):
         raise ShapeMismatchError(f"x must be (rows, n) or (n,), and is {tuple(x.shape)}")
     for name, tensor in [("x", x), *([] if minus is None else [("minus", minus)])]:
-        if tensor.shape != x.shape:
-            raise ShapeMismatchError(f"{name} is {tuple(tensor.shape)}, x is {tuple(x.shape)}")
-        if tensor.device != x.device:
-            raise ConfigError(f"{name} is on {tensor.device}, x on {x.device}; move one of them")
-        if tensor.dtype not in _DTYPES:
-            raise ConfigError(f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
+        check_like(name, tensor, "x", x)
+        check_dtype(name, tensor.dtype, STORED)
     implementation = _dispatch.select("ranks", IMPLEMENTATIONS, backend, x.device, x, minus)
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if x.numel() and not implementation.magnitude_ranks(x, minus, out):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.ops import _dispatch, _triton
+from bmm_engine.ops._checks import STORED, SUMMED, check_amount, check_device, check_dtype, result_dtype
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.residual import cpu, cuda, reference
 
@@ -20,9 +20,6 @@ IMPLEMENTATIONS = {
     "cuda": cuda,
     "triton": _triton.Kernels("bmm_engine.ops.residual.triton_kernel"),
 }
-
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_GRAM_DTYPES = (torch.float32, torch.float64)
 
 
 @accepts_dlpack
@@ -93,33 +90,22 @@ def _check(
         raise ShapeMismatchError(f"the anchor must be (..., out, in), and is {tuple(anchor.shape)}")
     square = (*anchor.shape[:-2], anchor.shape[-1], anchor.shape[-1])
     named = [
-        ("anchor", anchor, anchor.shape, _WEIGHT_DTYPES),
-        *((f"experts[{t}]", expert, anchor.shape, _WEIGHT_DTYPES) for t, expert in enumerate(experts)),
-        *((f"grams[{t}]", gram, square, _GRAM_DTYPES) for t, gram in enumerate(grams)),
+        ("anchor", anchor, anchor.shape, STORED),
+        *((f"experts[{t}]", expert, anchor.shape, STORED) for t, expert in enumerate(experts)),
+        *((f"grams[{t}]", gram, square, SUMMED) for t, gram in enumerate(grams)),
     ]
     if out is not None:
-        named.append(("out", out, anchor.shape, _GRAM_DTYPES))
+        named.append(("out", out, anchor.shape, SUMMED))
     for name, tensor, shape, dtypes in named:
         if tensor.shape != shape:
             raise ShapeMismatchError(
                 f"{name} must be {tuple(shape)} for an anchor {tuple(anchor.shape)}, and is {tuple(tensor.shape)}"
             )
-        if tensor.device != anchor.device:
-            raise ConfigError(f"{name} is on {tensor.device}, the anchor on {anchor.device}; move one of them")
-        if tensor.dtype not in dtypes:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ConfigError(f"{name} must be one of {known}, not {tensor.dtype}")
+        check_device(name, tensor, "the anchor", anchor)
+        check_dtype(name, tensor.dtype, dtypes)
     for t, weight in enumerate(weights):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"weights[{t}] must be finite and >= 0, and is {weight}")
-    if out is not None and out_dtype not in (None, out.dtype):
-        raise ConfigError(f"out_dtype is {out_dtype}, but out is {out.dtype}; give one of them")
-    if out is not None:
-        return out.dtype
-    if out_dtype not in (None, *_GRAM_DTYPES):
-        raise ConfigError(f"out_dtype must be float32 or float64, not {out_dtype}")
-    wide = any(tensor.dtype == torch.float64 for tensor in (anchor, *experts, *grams))
-    return out_dtype or (torch.float64 if wide else torch.float32)
+        check_amount(f"weights[{t}]", weight)
+    return result_dtype(out_dtype, out, SUMMED, (anchor, *experts, *grams))
 
 
 def _self_check(

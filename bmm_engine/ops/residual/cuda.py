@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.ops import _native
+from bmm_engine.ops.residual.batch import batched
 
 
 def supports(anchor: Tensor, experts: Sequence[Tensor], grams: Sequence[Tensor], out: Tensor) -> str | None:
@@ -18,7 +19,7 @@ def supports(anchor: Tensor, experts: Sequence[Tensor], grams: Sequence[Tensor],
     for tensor in (anchor, *experts, *grams, out):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             return f"the rows of every matrix must have no gaps, and one has strides {tensor.stride()}"
-        if _batched(tensor) is None:
+        if batched(tensor) is None:
             return f"the leading dimensions of a batch of strides {tensor.stride()} are not one"
     return None
 
@@ -45,16 +46,8 @@ def residual(
     )
 
 
-def _batched(tensor: Tensor) -> Tensor | None:
-    """`tensor` (..., rows, cols) as a view (members, rows, cols), or None where its strides do not allow it."""
-    try:
-        return tensor.view(-1, *tensor.shape[-2:])
-    except RuntimeError:
-        return None
-
-
 def _matrices(tensor: Tensor) -> tuple[int, int, int, int]:
     """What the kernel needs of a batch of matrices: address, strides of members and rows, dtype."""
-    batch = _batched(tensor)
+    batch = batched(tensor)
     assert batch is not None, "supports() has seen to it"
     return tensor.data_ptr(), batch.stride(0), batch.stride(1), _native.DTYPE_CODES[tensor.dtype]

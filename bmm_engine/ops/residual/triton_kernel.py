@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bmm_engine.ops import _triton
+from bmm_engine.ops._triton_tiles import banded_tile
+from bmm_engine.ops.residual.batch import batched
 
 
 def supports(anchor: Tensor, experts: Sequence[Tensor], grams: Sequence[Tensor], out: Tensor) -> str | None:
@@ -23,7 +25,7 @@ def supports(anchor: Tensor, experts: Sequence[Tensor], grams: Sequence[Tensor],
         return "there are no Triton kernels that sum in float64; torch takes them"
     for name, tensors in (("anchor", [anchor]), ("an expert", experts), ("a Gram", grams), ("out", [out])):
         for tensor in tensors:
-            if _batched(tensor) is None:
+            if batched(tensor) is None:
                 return f"the leading dimensions of {name} with strides {tensor.stride()} cannot be viewed as one"
             if reason := _triton.too_far(**{name: tensor}):
                 return reason
@@ -48,19 +50,11 @@ def residual(
             _launch(anchor, group, out, precision, add=number > 0)
 
 
-def _batched(tensor: Tensor) -> Tensor | None:
-    """A view (batch, rows, columns), or None where there is none."""
-    try:
-        return tensor[None] if tensor.ndim == 2 else tensor.view(-1, *tensor.shape[-2:])
-    except RuntimeError:
-        return None
-
-
 def _launch(
     anchor: Tensor, group: Sequence[tuple[Tensor, Tensor, float]], out: Tensor, precision: str, add: bool
 ) -> None:
     first_expert, first_gram, _ = group[0]
-    views: list[Any] = [_batched(tensor) for tensor in (out, anchor, first_expert, first_gram)]
+    views: list[Any] = [batched(tensor) for tensor in (out, anchor, first_expert, first_gram)]
     R, W_a, W_t, G = views
     batch, height, width = R.shape
     loaded = W_a.element_size() + W_t.element_size() + G.element_size()
@@ -82,12 +76,7 @@ def _launch(
         GRAM=_triton.element(G.dtype),
         ALIGNMENT=16 if _triton.aligned(W_t, G) else 1,
         ADD=add,
-        BLOCK=tile.block,
-        DEPTH=tile.depth,
-        FLUSH=tile.flush,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **tile.launch(precision),
     )
 
 
@@ -120,13 +109,9 @@ def _residual(
     FLUSH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The table's lines are (expert, Gram, weight). Bands of 8 tiles in height share their columns of the Grams in L2."""
+    """The table's lines are (expert, Gram, weight)."""
     number, member = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    down, across = tl.cdiv(height, BLOCK), tl.cdiv(width, BLOCK)
-    band = number // (8 * across) * 8
-    tall = tl.minimum(down - band, 8)
-    first_i = (band + number % (8 * across) % tall) * BLOCK
-    first_j = number % (8 * across) // tall * BLOCK
+    first_i, first_j = banded_tile(number, height, width, BLOCK)
     i, j, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, DEPTH)
     i_inside, j_inside = (i < height - first_i)[:, None], (j < width - first_j)[None, :]
     anchor += member * anchor_member + first_i * tl.cast(anchor_row, tl.int64)

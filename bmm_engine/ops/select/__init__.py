@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, NonFiniteWeightError, ShapeMismatchError
 from bmm_engine.ops import _dispatch
+from bmm_engine.ops._checks import STORED, check_device, check_dtype
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.select import cpu, cuda, reference
 
@@ -18,7 +19,6 @@ IMPLEMENTATIONS = {"torch": reference, "cpu": cpu, "cuda": cuda}
 UPPER_BINS = 1 << 15
 LOWER_BINS = 1 << 16
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INFINITY = 0x7F80  # upper half of infinity's bits; NaNs are beyond it, or share it with other lower bits
 
 
@@ -53,10 +53,8 @@ def add_magnitude_histogram(
     if minus is not None and minus.shape != x.shape:
         raise ShapeMismatchError(f"minus is {tuple(minus.shape)}, x is {tuple(x.shape)}")
     for name, tensor in [("x", x), *([] if minus is None else [("minus", minus)])]:
-        if tensor.dtype not in _DTYPES:
-            raise ConfigError(f"{name} must be float32, bfloat16, float16 or float64, not {tensor.dtype}")
-        if counts.device != tensor.device:
-            raise ConfigError(f"counts is on {counts.device}, {name} on {tensor.device}; move one of them")
+        check_dtype(name, tensor.dtype, STORED)
+        check_device("counts", counts, name, tensor)
     if upper is not None and not 0 <= upper < UPPER_BINS:
         raise ConfigError(f"upper must be in [0, {UPPER_BINS}), and is {upper}")
     implementation = _dispatch.select(

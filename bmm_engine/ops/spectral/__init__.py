@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.ops import _dispatch, _triton
+from bmm_engine.ops._checks import STORED, SUMMED, check_device, check_dtype
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.spectral import cpu, cuda, reference
 
@@ -19,9 +20,6 @@ IMPLEMENTATIONS = {
     "cuda": cuda,
     "triton": _triton.Kernels("bmm_engine.ops.spectral.triton_kernel"),
 }
-
-_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SPECTRAL_DTYPES = (torch.float32, torch.float64)
 
 
 @accepts_dlpack
@@ -108,12 +106,12 @@ def _check(
         raise ConfigError(f"scale is {scale}, which needs base: out = W_0 + s (W* - W_0)")
     n = out.shape[1]
     for name, tensor, shape, dtypes in (
-        ("out", out, out.shape, _WEIGHT_DTYPES),
-        ("anchor", anchor, out.shape, _WEIGHT_DTYPES),
-        ("base", base, out.shape, _WEIGHT_DTYPES),
-        ("projected", projected, out.shape, _SPECTRAL_DTYPES),
-        ("eigenvectors", eigenvectors, (n, n), _SPECTRAL_DTYPES),
-        ("eigenvalues", eigenvalues, (n,), _SPECTRAL_DTYPES),
+        ("out", out, out.shape, STORED),
+        ("anchor", anchor, out.shape, STORED),
+        ("base", base, out.shape, STORED),
+        ("projected", projected, out.shape, SUMMED),
+        ("eigenvectors", eigenvectors, (n, n), SUMMED),
+        ("eigenvalues", eigenvalues, (n,), SUMMED),
     ):
         if tensor is None:
             continue
@@ -121,11 +119,8 @@ def _check(
             raise ShapeMismatchError(
                 f"{name} must be {tuple(shape)} for out {tuple(out.shape)}, and is {tuple(tensor.shape)}"
             )
-        if tensor.device != out.device:
-            raise ConfigError(f"{name} is on {tensor.device}, out on {out.device}; move one of them")
-        if tensor.dtype not in dtypes:
-            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ConfigError(f"{name} must be one of {known}, not {tensor.dtype}")
+        check_device(name, tensor, "out", out)
+        check_dtype(name, tensor.dtype, dtypes)
     if eigenvectors.dtype != projected.dtype:
         raise ConfigError(
             f"projected and eigenvectors must have one dtype, and are {projected.dtype} and {eigenvectors.dtype}"

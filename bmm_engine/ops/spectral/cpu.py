@@ -31,7 +31,7 @@ def apply_spectral(
         shrinkage.data_ptr(),
         _native.matrix(eigenvectors),
         _native.matrix(anchor),
-        _native.NO_MATRIX if base is None else _native.matrix(base),
+        _native.matrix(base),
         scale,
         _native.matrix(out),
         torch.get_num_threads(),

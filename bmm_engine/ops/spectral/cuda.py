@@ -37,7 +37,7 @@ def apply_spectral(
     _native.cuda().apply_spectral(
         _native.matrix(out),
         _native.matrix(anchor),
-        _native.NO_MATRIX if base is None else _native.matrix(base),
+        _native.matrix(base),
         _native.matrix(projected),
         shrinkage.data_ptr(),
         _native.matrix(eigenvectors),

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bmm_engine.ops import _triton
+from bmm_engine.ops._triton_tiles import banded_tile
 
 
 def supports(out: Tensor, anchor: Tensor, projected: Tensor, eigenvectors: Tensor, base: Tensor | None) -> str | None:
@@ -53,12 +54,7 @@ def apply_spectral(
             height,
             width,
             WITH_BASE=base is not None,
-            BLOCK=tile.block,
-            DEPTH=tile.depth,
-            FLUSH=tile.flush,
-            PRECISION=precision,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            **tile.launch(precision),
         )
 
 
@@ -96,13 +92,7 @@ def _spectral(
     FLUSH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Bands of 8 tiles in height share their rows of Q in L2."""
-    number = tl.program_id(0)
-    down, across = tl.cdiv(height, BLOCK), tl.cdiv(width, BLOCK)
-    band = number // (8 * across) * 8
-    tall = tl.minimum(down - band, 8)
-    first_i = (band + number % (8 * across) % tall) * BLOCK
-    first_j = number % (8 * across) // tall * BLOCK
+    first_i, first_j = banded_tile(tl.program_id(0), height, width, BLOCK)
     i, j, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, DEPTH)
     i_inside, j_inside = (i < height - first_i)[:, None], (j < width - first_j)[None, :]
     projected += first_i * tl.cast(projected_row, tl.int64)
