@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic.fields import FieldInfo
 
@@ -41,7 +42,8 @@ def settings_of(mode: str, options: Mapping[str, Any], **derived: Any) -> MergeS
 
 
 def takes_settings(mode: str) -> Callable[[F], F]:
-    """For a function that hands its `**options` to `settings_of`: they stand in its signature, and in its docstring."""
+    """For a function that hands its `**options` to `settings_of`: they stand in its signature and in its docstring, and a keyword that is neither its
+    own nor one of them is a `ConfigError` with the nearest name."""
 
     def decorate(function: F) -> F:
         fields, chosen = keywords_of(mode), defaults_of(mode)
@@ -49,10 +51,19 @@ def takes_settings(mode: str) -> Callable[[F], F]:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         more = [inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=defaults[key]) for key in fields]
-        function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        known = [p.name for p in (*own, *more)]
+
+        @functools.wraps(function)
+        def checked(*args: Any, **keywords: Any) -> Any:
+            for key in keywords:
+                if key not in known:
+                    raise ConfigError(f"{function.__name__}: {unknown_key(key, known)}")
+            return function(*args, **keywords)
+
         said = {key: (field.description or "").replace("null", "None") for key, field in fields.items()}
         lines = [f"`{key}` ({defaults[key]!r}): {said[key]}" for key in fields]
-        function.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Settings:", *lines])
-        return function
+        checked.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Settings:", *lines])
+        checked.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return cast(F, checked)
 
     return decorate

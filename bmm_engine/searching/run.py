@@ -20,7 +20,7 @@ from bmm_engine.pipeline.models import open_models
 from bmm_engine.pipeline.run import check_output, run_recipe
 from bmm_engine.pipeline.tasks import check_tasks
 from bmm_engine.progress import Report
-from bmm_engine.recipe.explain import parse_section
+from bmm_engine.recipe.explain import parse_section, unknown_key
 from bmm_engine.recipe.keywords import keywords_of, settings_of
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.sections import SearchRecipe
@@ -161,6 +161,9 @@ def search(
     names = tuple(tasks) if tasks is not None else tuple(f"task {i}" for i in range(len(experts)))
     function = get_objective(objective)
     known = keywords_of("plain")
+    for key in options:
+        if key not in known and key not in SearchRecipe.model_fields:
+            raise ConfigError(f"search: {unknown_key(key, [*known, *SearchRecipe.model_fields])}")
     raw = {key: value for key, value in options.items() if key not in known}
     section = parse_section(SearchRecipe, {"anchors": list(anchors), "objective": "mean", **raw}, "search")
     check_optimizer(section.optimizer)

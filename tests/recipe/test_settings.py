@@ -101,6 +101,28 @@ def test_mistakes_name_the_keyword_the_value_and_the_remedy(options, words):
         settings_of("plain", options)
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: bmm.merge("base", ["expert"], ouput="merged"), "merge: unknown key 'ouput'; did you mean 'output'"),
+        (lambda: bmm.plan_merge("base", ["expert"], aplha=1), "plan_merge: unknown key 'aplha'; did you mean 'alpha'"),
+        (lambda: bmm.merge("base", ["expert"], sweeps=2), "merge: unknown key 'sweeps'"),
+        (lambda: bmm.merge_sequential("base", ["expert"], [[]], swep=2), "unknown key 'swep'; did you mean 'sweeps'"),
+        (
+            lambda: bmm.search(torch.nn.Linear(2, 2), ["expert"], len, trails=2),
+            "search: unknown key 'trails'; .*'trials'",
+        ),
+        (
+            lambda: bmm.search(torch.nn.Linear(2, 2), ["expert"], len, keep=[]),
+            "search: unknown key 'keep'; .*'keep_base'",
+        ),
+    ],
+)
+def test_a_keyword_that_nobody_knows_is_an_error_with_a_suggestion(call, words):
+    with pytest.raises(ConfigError, match=words):
+        call()
+
+
 def test_settings_stay_as_they_are_and_changes_are_checked():
     settings = MergeSettings(alpha=[{"filter": "mlp", "value": 2}, {"value": 0.5}])
     assert settings.alpha_setting.at("layer.mlp.weight", 0.0, 2) == 2.0
