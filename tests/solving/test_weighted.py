@@ -204,7 +204,7 @@ def test_what_cannot_be_weighed_is_refused_and_a_solve_cut_short_is_told(monkeyp
     with pytest.raises(ConfigError, match="a metric of 3 outputs has the eigenvalue -"):
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=[-m for m in metrics])
     for share in (1.0, -0.1, True, "much"):
-        with pytest.raises(ConfigError, match="sensitivity_share"):
+        with pytest.raises(ConfigError, match="share of a sensitivity"):
             output_metrics([metrics[0]], share, "m")
     monkeypatch.setattr(weighted, "STEPS", 1)
     with pytest.warns(NumericalWarning, match="stopped at a relative residual"):
