@@ -16,10 +16,21 @@ class _Row(ctypes.Structure):
 
 
 class Board:
-    """One row for each job, which that job's process alone writes. A board goes to a process as it is started."""
+    """One row for each job, which that job's process alone writes, and whether it is too late to begin another.
+
+    A board goes to a process as it is started.
+    """
 
     def __init__(self, jobs: int, context: BaseContext):
+        self._closed = context.RawValue(ctypes.c_bool, False)
         self._rows: ctypes.Array[_Row] = context.RawArray(_Row, jobs)
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._closed.value)
+
+    def close(self) -> None:
+        self._closed.value = True
 
     def writer(self, job: int) -> RowWriter:
         return RowWriter(self._rows[job])

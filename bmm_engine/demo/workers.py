@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
@@ -49,6 +49,7 @@ def run_jobs(jobs: Mapping[str, Callable[[], T]], workers: int, on_ready: Callab
                     for future in ended:
                         on_ready(_outcome(names[future], future.result))
             except BaseException:
+                board.close()  # a pool has handed out more jobs than run, and does not take them back
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -63,6 +64,8 @@ def _begin(board: Board) -> None:
 
 
 def _told(number: int, job: Callable[[], T]) -> T:
+    if _board.closed:
+        raise CancelledError
     with heard_by(_board.writer(number)):
         return job()
 

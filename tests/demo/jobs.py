@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from bmm_engine.progress import track
 
@@ -13,6 +14,11 @@ def walk(label: str, steps: int = 4, seconds: float = 0.3) -> str:
     for _ in track(range(steps), label, show=False):
         time.sleep(seconds)
     return label
+
+
+def leave(path: Path, seconds: float) -> None:
+    time.sleep(seconds)
+    path.touch()
 
 
 def die_on_the_way(label: str) -> None:

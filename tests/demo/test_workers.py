@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from bmm_engine.demo.board import Board, Reading
 from bmm_engine.demo.workers import run_jobs
 from bmm_engine.errors import TrainingError
 from bmm_engine.progress import heard_by
-from tests.demo.jobs import die_on_the_way, fail_on_the_way, walk
+from tests.demo.jobs import die_on_the_way, fail_on_the_way, leave, walk
 
 
 class Ear:
@@ -61,12 +61,16 @@ def test_an_error_in_a_worker_is_named() -> None:
     assert ("job x", 1, 3) in ear.steps
 
 
-def test_who_listens_may_stop_it() -> None:
+def test_who_listens_may_stop_it(tmp_path: Path) -> None:
+    """What runs comes to its end; nothing else begins."""
+
     def stop(_: object) -> None:
         raise KeyboardInterrupt
 
+    jobs = {name: partial(leave, tmp_path / name, 0.5) for name in "abcdef"}
     with pytest.raises(KeyboardInterrupt):
-        run_jobs({name: os.getpid for name in "abcdef"}, 1, stop)
+        run_jobs(jobs, 1, stop)
+    assert {"a"} <= {path.name for path in tmp_path.iterdir()} <= {"a", "b"}
 
 
 def test_a_board_shows_what_is_under_way() -> None:
