@@ -30,7 +30,7 @@ from bmm_engine.statistics.grams import GramSet
 
 # Small enough that RegMean's closed form is reached to working precision, large enough for float32 Grams that lack full rank.
 REGMEAN_ALPHA = 1e-5
-CALIBRATION_SAMPLES = 256
+CALIBRATION_SAMPLES = 128
 # Sorted by length: short sentences are not padded to the longest of a random draw.
 TRAINING = Settings(sort_within=16)
 
