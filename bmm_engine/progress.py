@@ -1,32 +1,74 @@
-"""Progress bars on standard error: shown on a terminal, silent elsewhere, so that piped output stays clean."""
+"""Progress bars on standard error: shown on a terminal, silent elsewhere, so that piped output stays clean.
+
+Who wants to show it another way listens: then no bar is drawn.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TypeVar
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 Report = Callable[[str], None]  # hears a line about what was done
 
 
+class Listener(Protocol):
+    """Hears how far each tracked loop is, by its label: at its begin, after every item, and when it is left."""
+
+    def step(self, label: str, done: int, total: int | None) -> None: ...
+    def end(self, label: str) -> None: ...
+
+
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+def listening() -> Listener | None:
+    return _LISTENER.get()
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """All that is tracked in here is told to `listener`, in place of a bar."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
 def track(items: Iterable[T], label: str, *, total: int | None = None, show: bool | None = None) -> Iterator[T]:
-    """Yield `items` under a progress bar. `show`: None shows it where standard error is a terminal."""
+    """Yield `items` under a progress bar. `show`: None shows it where standard error is a terminal; a listener hears in any case."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    listener = listening()
+    if listener is not None:
+        yield from _told(items, label, total, listener)
+        return
     if show is False or (show is None and not sys.stderr.isatty()):
         yield from items
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    if total is None and isinstance(items, Sized):
-        total = len(items)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
         for item in items:
             yield item
             bar.advance(task)
+
+
+def _told(items: Iterable[T], label: str, total: int | None, listener: Listener) -> Iterator[T]:
+    listener.step(label, 0, total)
+    try:
+        for done, item in enumerate(items, start=1):
+            yield item
+            listener.step(label, done, total)
+    finally:
+        listener.end(label)
 
 
 @contextmanager

@@ -16,9 +16,12 @@ def demo(
     ] = Path("demo_output"),
     as_json: Json = False,
 ) -> None:
-    """Fine-tune experts on real tasks, merge them in every way, and print one table of what each merge is worth."""
-    from bmm_engine.demo import run
+    """Fine-tune experts on real tasks, merge them in several ways, and show what each merge is worth."""
+    from bmm_engine.demo.narrator import Narrator
 
-    rows = run(output, console=make_console(stderr=as_json, min_width=150))
+    with Narrator(make_console(stderr=as_json, min_width=100)) as narrator:
+        with narrator.stage("loading PyTorch and transformers"):
+            from bmm_engine.demo.runner import run
+        rows = run(output, narrator)
     if as_json:
         print_json(rows)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bmm_engine.demo.classifier import Batch, sentence_features, tokenize
 from bmm_engine.demo.data import Split, Task
 from bmm_engine.errors import ConfigError
+from bmm_engine.progress import track
 
 
 class Evaluator:
@@ -65,7 +66,7 @@ class Evaluator:
         was_training = encoder.training
         encoder.eval()
         try:
-            for batch in self._batches[task]:
+            for batch in track(self._batches[task], f"{task}, sentences to score", show=False):
                 result[batch.positions] = head(sentence_features(encoder, batch).float().cpu())
         finally:
             encoder.train(was_training)

@@ -57,18 +57,22 @@ class Results:
         return row
 
     def table(self) -> Table:
-        """Accuracies in percent."""
+        """Accuracies in percent, and the mean as a share of the experts' as a bar too. The last row stands out."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title="Test accuracy, %")
-        for column in ("method", "anchor"):
-            table.add_column(column, no_wrap=True)
-        for column in (*self._expert_scores, "mean", "mean/expert", "worst", "worst/expert", "seconds"):
+        from bmm_engine.demo.share_bar import ShareBar
+
+        table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+        table.add_column("method", no_wrap=True)
+        for column in (*self._expert_scores, "mean", "worst"):
             table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("mean, % of experts")
+        full = max([1.0, *(row.mean_normalised for row in self.rows)])
         for row in self.rows:
-            shares = (*row.scores.values(), row.mean, row.mean_normalised, row.worst, row.worst_normalised)
-            cells = [f"{100 * share:.1f}" for share in shares]
-            table.add_row(row.method, row.anchor or "", *cells, f"{row.seconds:.1f}")
+            cells = [f"{100 * share:.1f}" for share in (*row.scores.values(), row.mean, row.worst)]
+            style = "bold" if row is self.rows[-1] else ""
+            table.add_row(row.method, *cells, ShareBar(row.mean_normalised, full), style=style)
         return table
 
     def write(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fetch, fine-tune, collect, merge in every way, evaluate, and leave the merged checkpoint and one table."""
+"""Fetch, fine-tune, collect, merge, evaluate, and leave the merged checkpoint, one table and its picture."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from typing import Any
 import yaml
 from torch import nn
 
-from bmm_engine.demo.classifier import base_package_dir, load_encoder, load_tokenizer, save_base
+from bmm_engine.demo.classifier import MAX_TOKENS, base_package_dir, load_encoder, load_tokenizer, save_base
+from bmm_engine.demo.closing import closing
 from bmm_engine.demo.data import Task, load_tasks
 from bmm_engine.demo.evaluate import Evaluator, calibration_batches
-from bmm_engine.demo.results import Results
-from bmm_engine.demo.train import Expert, train_experts
+from bmm_engine.demo.narrator import Narrator
+from bmm_engine.demo.picture import results_picture
+from bmm_engine.demo.results import Result, Results
+from bmm_engine.demo.train import Expert, Settings, train_experts
+from bmm_engine.errors import ConfigError
 from bmm_engine.merging.merge import merge
 from bmm_engine.pipeline.run import run_recipe
+from bmm_engine.progress import track
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.statistics.collect import collect_grams
 from bmm_engine.statistics.grams import GramSet
 
-ANCHORS = ("average", "task_arithmetic", "ties", "iso_c")
 # Small enough that RegMean's closed form is reached to working precision, large enough for float32 Grams that lack full rank.
 REGMEAN_ALPHA = 1e-5
-CALIBRATION_SAMPLES = 256
+CALIBRATION_SAMPLES = 128
+# Sorted by length: short sentences are not padded to the longest of a random draw.
+TRAINING = Settings(sort_within=16)
 
 
 @dataclass(frozen=True)
@@ -39,51 +45,45 @@ class Method:
 
 
 def methods(grams: list[GramSet]) -> Iterator[Method]:
-    """The anchors by themselves, RegMean, and plain BMM on each anchor, all at their defaults: nothing here is tuned."""
-    for anchor in ANCHORS:
-        yield Method(anchor, anchor, {"alpha": math.inf})
-    yield Method("regmean", "average", {"grams": grams, "alpha": REGMEAN_ALPHA})
-    for anchor in ANCHORS:
-        yield Method("bmm data", anchor, {"grams": grams})
-        yield Method("bmm data-free", anchor, {"grams": "task_vectors"})
+    """Two rules by themselves, RegMean, and BMM without data, all at their defaults: nothing here is tuned."""
+    yield Method("average", "average", {"alpha": math.inf})
+    yield Method("TSV-M", "tsv_m", {"alpha": math.inf})
+    yield Method("RegMean", "average", {"grams": grams, "alpha": REGMEAN_ALPHA})
+    yield Method("BMM data-free", "average", {"grams": "task_vectors"})
 
 
-def run(output: Path, *, console: Any) -> list[dict[str, Any]]:
+def run(output: Path, narrator: Narrator) -> list[dict[str, Any]]:
     """Run the demo in `output`; experts and archives found there are used again. Returns the rows that `results.json` holds.
 
     Raises `DownloadError`, `DataError`, `TrainingError`, and whatever a merge raises.
     """
-    started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
-    with console.status("reading the tasks"):
+    with narrator.stage("reading the tasks"):
         tasks = load_tasks(output / "data")
         base = save_base(base_package_dir(), output / "base")
-    console.print(
-        f"{len(tasks)} tasks: " + ", ".join(f"{t.name} ({len(t.train)} sentences)" for t in tasks), highlight=False
-    )
-    with console.status("fine-tuning one expert for each task"):
-        experts = train_experts(tasks, base, output / "experts", on_ready=_expert_report(console))
-    with console.status("collecting Grams"):
-        grams = [_collect(task, expert, output / "grams") for task, expert in zip(tasks, experts, strict=True)]
+    narrator.say(f"{len(tasks)} tasks: " + ", ".join(f"{t.name} ({len(t.train)} sentences)" for t in tasks))
+    with narrator.stage("fine-tuning one expert for each task"):
+        experts = train_experts(tasks, base, output / "experts", settings=TRAINING, on_ready=_expert_report(narrator))
+    with narrator.stage("measuring Grams, for RegMean"):
+        pairs = track(list(zip(tasks, experts, strict=True)), "experts", show=False)
+        grams = [_collect(task, expert, output / "grams") for task, expert in pairs]
     evaluate = Evaluator(tasks, load_tokenizer(base), {e.task: e.head() for e in experts})
-    results = _compare(evaluate, base, experts, grams, console)
+    results = _compare(evaluate, base, experts, grams, narrator)
     recipe = _write_recipe(output, tasks, experts)
     merged = output / "merged"
-    with console.status(f"bmm merge {recipe} -o {merged}"):
+    with narrator.stage(f"bmm merge {recipe} -o {merged}"):
         merging = time.perf_counter()
         run_recipe(Recipe.load(recipe), merged, overwrite=True, progress=False)
         merging = time.perf_counter() - merging
-        results.add("bmm merge", evaluate(load_encoder(merged)), seconds=merging, anchor="average")
+    with narrator.stage("scoring bmm merge"):
+        row = results.add("bmm merge", evaluate(load_encoder(merged)), seconds=merging, anchor="average")
+    narrator.say(_outcome(row))
     results.write(output / "results.json")
-    console.print(results.table())
-    console.print(
-        f"took {time.perf_counter() - started:.0f} s; all rows are in {output / 'results.json'}", highlight=False
-    )
-    console.print(
-        f"The merged encoder is what `bmm merge {recipe} -o {merged}` makes, everything at its default.",
-        highlight=False,
-    )
-    console.print(f'Load it: AutoModel.from_pretrained("{merged}", add_pooling_layer=False)', highlight=False)
+    picture = _picture(results, output / "results.png", narrator)
+    narrator.show("\nTest accuracy, %\n")
+    narrator.show(results.table())
+    narrator.show(closing(output, merged, recipe, picture))
+    narrator.say("done")
     return [asdict(row) for row in results.rows]
 
 
@@ -95,25 +95,29 @@ def _collect(task: Task, expert: Expert, folder: Path) -> GramSet:
     return GramSet.load(grams.save(folder / f"{task.name}.safetensors"))
 
 
-def _compare(evaluate: Evaluator, base: Path, experts: list[Expert], grams: list[GramSet], console: Any) -> Results:
+def _compare(
+    evaluate: Evaluator, base: Path, experts: list[Expert], grams: list[GramSet], narrator: Narrator
+) -> Results:
     scores = {e.task: e.test_accuracy for e in experts}  # measured by the same evaluator when the expert was trained
     results = Results(scores)
     results.add("experts", scores, seconds=sum(e.seconds for e in experts))
     encoder: nn.Module = load_encoder(base)
-    results.add("base", evaluate(encoder), seconds=0.0)
+    with narrator.stage("scoring base"):
+        row = results.add("base", evaluate(encoder), seconds=0.0)
+    narrator.say(_outcome(row))
     for method in methods(grams):
-        label = method.name if method.name == method.anchor else f"{method.name} on {method.anchor}"
-        with console.status(f"merging: {label}"):
+        with narrator.stage(f"merging and scoring {method.name}"):
             started = time.perf_counter()
             merged = merge(base, [e.path for e in experts], anchor=method.anchor, progress=False, **method.options)
             seconds = time.perf_counter() - started
             encoder.load_state_dict(merged.tensors or {})
-            results.add(method.name, evaluate(encoder), seconds=seconds, anchor=method.anchor)
+            row = results.add(method.name, evaluate(encoder), seconds=seconds, anchor=method.anchor)
+        narrator.say(_outcome(row))
     return results
 
 
 def _write_recipe(output: Path, tasks: list[Task], experts: list[Expert]) -> Path:
-    """A base, experts with their heads, some of each one's own sentences: no more is said."""
+    """A base, experts with their heads, some of each one's own sentences, as much of them as the experts read: no more is said."""
     (output / "calibration").mkdir(exist_ok=True)
     for task in tasks:
         lines = (" ".join(text.split()) for text in task.calibration[:CALIBRATION_SAMPLES])
@@ -129,15 +133,30 @@ def _write_recipe(output: Path, tasks: list[Task], experts: list[Expert]) -> Pat
             }
             for e in experts
         ],
+        "calibration": {"max_length": MAX_TOKENS},
     }
     path = output / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
 
 
-def _expert_report(console: Any) -> Callable[[Expert], None]:
+def _picture(results: Results, path: Path, narrator: Narrator) -> Path | None:
+    """The table comes without a picture where matplotlib is missing."""
+    try:
+        return results_picture(results.rows, path)
+    except ConfigError as error:
+        path.unlink(missing_ok=True)  # of an earlier run
+        narrator.say(f"no picture: {error}")
+        return None
+
+
+def _expert_report(narrator: Narrator) -> Callable[[Expert], None]:
     def report(expert: Expert) -> None:
         how = "used again" if expert.reused else f"trained in {expert.seconds:.0f} s"
-        console.print(f"expert {expert.task}: {100 * expert.test_accuracy:.1f} % ({how})", highlight=False)
+        narrator.say(f"expert {expert.task}: {100 * expert.test_accuracy:.1f} % ({how})")
 
     return report
+
+
+def _outcome(row: Result) -> str:
+    return f"{row.method}: {100 * row.mean:.1f} % on average, {100 * row.mean_normalised:.1f} % of the experts"

@@ -33,6 +33,7 @@ from bmm_engine.demo.data import Task
 from bmm_engine.demo.evaluate import Evaluator
 from bmm_engine.demo.workers import run_jobs
 from bmm_engine.errors import OutputWriteError, TrainingError
+from bmm_engine.progress import track
 
 _LOG = logging.getLogger(__name__)
 _FILES = ("config.json", "model.safetensors", "head.safetensors")
@@ -196,8 +197,9 @@ def fine_tune(task: Task, encoder: nn.Module, tokenizer: Any, settings: Settings
     bfloat16 = has_bfloat16() if settings.bfloat16 is None else settings.bfloat16
     # Trained in evaluation mode: dropout costs a third of the time and gains nothing in so few steps.
     encoder.eval()
-    for _ in range(settings.epochs):
-        for positions in _batches([len(ids) for ids in token_ids], settings):
+    for epoch in range(1, settings.epochs + 1):
+        batches = _batches([len(ids) for ids in token_ids], settings)
+        for positions in track(batches, f"{task.name}, epoch {epoch} of {settings.epochs}", show=False):
             batch = pad([token_ids[position] for position in positions], positions, tokenizer.pad_token_id)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                 logits = head(sentence_features(encoder, batch))

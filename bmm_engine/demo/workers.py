@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from typing import TypeVar
 
 import torch
 
+from bmm_engine.demo.board import Board, Reading
 from bmm_engine.errors import BmmError, TrainingError
+from bmm_engine.progress import heard_by, listening
 
 T = TypeVar("T")
+LOOK_S = 0.2  # between two looks at how far the workers are, where somebody listens
 
 
 def run_jobs(jobs: Mapping[str, Callable[[], T]], workers: int, on_ready: Callable[[T], object]) -> None:
     """`on_ready` hears what each job returns, as it ends. `jobs`: by the expert's name; with workers, they and what they return are pickled.
 
     In `workers` spawned processes; one after the other in this one if `workers` is 0, or if it is a daemon, which may not have children.
+    Who listens (`progress.heard_by`) hears what the jobs track.
+
     Raises `TrainingError`, naming the expert, where a worker dies or a job in it raises what is no error of the engine's own.
     """
     if workers == 0 or multiprocessing.current_process().daemon:
@@ -32,17 +36,42 @@ def run_jobs(jobs: Mapping[str, Callable[[], T]], workers: int, on_ready: Callab
             torch.set_num_threads(threads)
     elif jobs:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_on_one_thread) as pool:
-            names = {pool.submit(job): name for name, job in jobs.items()}
+        board, listener = Board(len(jobs), context), listening()
+        reading = None if listener is None else Reading(board, listener)
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (board,)) as pool:
+            names = {pool.submit(_told, number, job): name for number, (name, job) in enumerate(jobs.items())}
+            running = set(names)
             try:
-                for future in as_completed(names):
-                    on_ready(_outcome(names[future], future.result))
+                while running:
+                    ended, running = wait(running, LOOK_S if reading else None, FIRST_COMPLETED)
+                    if reading:
+                        reading.look()
+                    for future in ended:
+                        on_ready(_outcome(names[future], future.result))
             except BaseException:
+                board.close()  # a pool has handed out more jobs than run, and does not take them back
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
-_on_one_thread = partial(torch.set_num_threads, 1)
+_board: Board  # of a worker's process
+
+
+def _begin(board: Board) -> None:
+    global _board
+    _board = board
+    _on_one_thread()
+
+
+def _told(number: int, job: Callable[[], T]) -> T:
+    if _board.closed:
+        raise CancelledError
+    with heard_by(_board.writer(number)):
+        return job()
+
+
+def _on_one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 def _outcome(name: str, result: Callable[[], T]) -> T:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from bmm_engine.demo import run as run_demo
 from bmm_engine.demo import train
 from bmm_engine.demo.classifier import load_encoder, load_tokenizer
 from bmm_engine.demo.data import Split, Task
 from bmm_engine.demo.evaluate import Evaluator
+from bmm_engine.demo.narrator import Narrator
+from bmm_engine.demo.runner import run
 from tests.conftest import WORDS
 
 MODULE = "bmm_engine.demo.runner"
@@ -36,30 +40,51 @@ def output(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path / "out"
 
 
-def test_demo_writes_what_it_measures_and_runs_again_from_its_experts(output: Path, tiny_base: Path) -> None:
-    console = Console(record=True, width=140)
-    rows = run_demo(output, console=console)
+def run_demo(output: Path) -> tuple[list[dict[str, Any]], str]:
+    """Its rows, and what it says."""
+    console = Console(record=True, width=100, file=io.StringIO())
+    with Narrator(console) as narrator:
+        rows = run(output, narrator)
+    return rows, console.export_text()
+
+
+def test_demo_writes_what_it_measures_and_runs_again_from_its_experts(
+    output: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, text = run_demo(output)
     assert json.loads((output / "results.json").read_text()) == rows
-    methods = [(row["method"], row["anchor"]) for row in rows]
-    for anchor in ("average", "task_arithmetic", "ties", "iso_c"):
-        assert {(anchor, anchor), ("bmm data", anchor), ("bmm data-free", anchor)} <= set(methods)
-    assert {("experts", None), ("base", None), ("regmean", "average")} <= set(methods)
+    assert [(row["method"], row["anchor"]) for row in rows] == [
+        ("experts", None),
+        ("base", None),
+        ("average", "average"),
+        ("TSV-M", "tsv_m"),
+        ("RegMean", "average"),
+        ("BMM data-free", "average"),
+        ("bmm merge", "average"),
+    ]
     for row in rows:
         assert set(row["scores"]) == {"one", "two"}
         assert row["mean"] == pytest.approx(sum(row["scores"].values()) / 2)
         assert row["worst"] == min(row["scores"].values())
-    text = console.export_text()
     assert "trained in" in text
-    assert str(output / "merged") in text
+    for name in ("merged", "recipe.yaml", "results.json", "results.png"):
+        assert str(output / name) in text.replace("\n", "")
+        assert (output / name).exists()
+    assert f"inspect {output / 'recipe.yaml'}" in text.replace("\n", "")
+    assert (output / "results.png").read_bytes().startswith(b"\x89PNG")
 
     # The checkpoint that is left behind is the row it claims to be.
     tasks = [task("one", WORDS[10:12]), task("two", WORDS[20:22])]
     heads = {t.name: train.load_head(output / "experts" / t.name / "head.safetensors") for t in tasks}
     evaluate = Evaluator(tasks, load_tokenizer(tiny_base), heads)
-    claimed = next(row for row in rows if (row["method"], row["anchor"]) == ("bmm merge", "average"))
-    assert evaluate(load_encoder(output / "merged")) == claimed["scores"]
+    assert evaluate(load_encoder(output / "merged")) == rows[-1]["scores"]
 
-    again = run_demo(output, console=(second := Console(record=True, width=140)))
-    assert "trained in" not in second.export_text()
+    # Again: the same experts, and only the picture is missing where matplotlib is.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    again, text = run_demo(output)
+    assert "trained in" not in text
     assert [row["scores"] for row in again] == [row["scores"] for row in rows]
     assert torch.isfinite(torch.tensor([row["mean"] for row in rows])).all()
+    assert "no picture: a report needs matplotlib: pip install" in text.replace("\n", " ")
+    assert (output / "results.json").exists()
+    assert not (output / "results.png").exists()

@@ -181,8 +181,6 @@ def test_a_head_file_of_another_kind_is_an_error(tmp_path: Path) -> None:
 
 
 def test_results_normalise_by_the_experts(tmp_path: Path) -> None:
-    from rich.console import Console
-
     results = Results({"a": 0.8, "b": 0.5})
     results.add("bmm", {"b": 0.5, "a": 0.4}, seconds=1.5, anchor="tsv_m")
     results.write(tmp_path / "results.json")
@@ -198,11 +196,5 @@ def test_results_normalise_by_the_experts(tmp_path: Path) -> None:
         "seconds": 1.5,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
-    with (tmp_path / "table.txt").open("w+") as file:
-        Console(width=200, file=file).print(results.table())
-        file.seek(0)
-        text = file.read()
-    assert "tsv_m" in text
-    assert "75.0" in text
     with pytest.raises(ConfigError, match="bmm has scores for"):
         results.add("bmm", {"a": 0.4}, seconds=0.0)
