@@ -9,13 +9,6 @@ from pathlib import Path
 from bmm_engine.progress import track
 
 
-def walk(label: str, steps: int = 4, seconds: float = 0.3) -> str:
-    """Long enough for each step to be seen from outside."""
-    for _ in track(range(steps), label, show=False):
-        time.sleep(seconds)
-    return label
-
-
 def leave(path: Path, seconds: float) -> None:
     time.sleep(seconds)
     path.touch()

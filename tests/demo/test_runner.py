@@ -79,7 +79,9 @@ def test_demo_writes_what_it_measures_and_runs_again_from_its_experts(
     evaluate = Evaluator(tasks, load_tokenizer(tiny_base), heads)
     assert evaluate(load_encoder(output / "merged")) == rows[-1]["scores"]
 
-    # Again: the same experts, and only the picture is missing where matplotlib is.
+    # Again: the same experts, whatever walk was interrupted; and only the picture is missing where matplotlib is.
+    (output / "merged.walk").mkdir()
+    (output / "merged.walk" / "identity.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     again, text = run_demo(output)
     assert "trained in" not in text

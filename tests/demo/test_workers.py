@@ -11,7 +11,7 @@ from bmm_engine.demo.board import Board, Reading
 from bmm_engine.demo.workers import run_jobs
 from bmm_engine.errors import TrainingError
 from bmm_engine.progress import heard_by
-from tests.demo.jobs import die_on_the_way, fail_on_the_way, leave, walk
+from tests.demo.jobs import die_on_the_way, fail_on_the_way, leave
 
 
 class Ear:
@@ -34,17 +34,6 @@ def test_each_job_runs_on_one_thread_and_is_heard(workers: int) -> None:
     run_jobs({name: torch.get_num_threads for name in "abc"}, workers, heard.append)
     assert heard == [1, 1, 1]
     assert torch.get_num_threads() == before
-
-
-def test_what_workers_track_is_heard_as_it_goes() -> None:
-    ear = Ear()
-    with heard_by(ear):
-        run_jobs({name: partial(walk, f"job {name}") for name in "ab"}, 1, lambda name: None)
-    for name in ("job a", "job b"):
-        done = [step for label, step, total in ear.steps if label == name and total == 4]
-        assert done == sorted(done)
-        assert len(set(done)) >= 2
-    assert set(ear.ended) == {"job a", "job b"}
 
 
 def test_a_process_that_dies_is_named() -> None:
