@@ -74,6 +74,13 @@ class LockFile:
             kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_GETLK, asked))
             return None if kind == fcntl.F_UNLCK else pid
 
+    def is_at(self, path: Path) -> bool:
+        """Does the file still lie at a path?"""
+        try:
+            return _inode(os.stat(path)) == _inode(os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return False
+
     def close(self) -> None:
         """The last user closes the descriptor, and so drops every lock of this process on the file."""
         with _guard:

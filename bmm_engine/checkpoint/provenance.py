@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from bmm_engine.checkpoint.adapter import AdapterSource
+from bmm_engine.checkpoint.files import read_identity
 from bmm_engine.checkpoint.reader import Checkpoint
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import ConfigError
@@ -27,12 +27,8 @@ RECORD_VERSION = 1
 
 
 def is_merge_directory(path: Path) -> bool:
-    """True when `path` holds a `bmm_merge.json` of this engine's format."""
-    try:
-        record = json.loads((path / RECORD_FILENAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(record, dict) and record.get("format") == RECORD_FORMAT
+    """True when `path` holds a `bmm_merge.json` of this engine's format, as a file of its own (no link)."""
+    return read_identity(path / RECORD_FILENAME, RECORD_FORMAT) is not None
 
 
 def input_record(role: str, source: TensorSource, stop: Event | None = None) -> dict[str, Any]:

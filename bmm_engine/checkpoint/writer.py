@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +28,8 @@ class CheckpointWriter:
     """Writes `specs` as safetensors under a temporary name beside `destination`; `commit` checks and renames.
 
     Use as a context manager: leaving it without `commit`, for whatever reason, removes all that was written. The
-    destination may be missing, an empty directory or, with `overwrite`, an earlier merge. The stored order within a
-    shard is wide dtypes first.
+    destination may be missing, an empty directory or, with `overwrite`, an earlier merge without other files. The stored
+    order within a shard is wide dtypes first.
 
     Raises OutputExistsError, OutputWriteError (no permission, no space) or ConfigError (specs, size) before any work.
     """
@@ -53,6 +53,7 @@ class CheckpointWriter:
         self._flushing: list[Future[None]] = []
         self._unflushed = 0
         self._open = False
+        self._beside: set[str] = set()  # names of the files that are no weights
         self._stage = StagedDirectory(
             destination, overwrite=overwrite, needed_bytes=sum(shard.nbytes for shard in self._shards)
         )
@@ -142,6 +143,7 @@ class CheckpointWriter:
             raise ConfigError(f"{filename!r}: is not a free plain file name in the output directory; choose another")
         with self._writing():
             _write_file(self._stage.out / filename, text.encode())
+        self._beside.add(filename)
 
     def copy_sidecars(self, source: Checkpoint) -> tuple[str, ...]:
         """Copy configuration, tokenizer and preprocessor files of `source` and return their names.
@@ -163,11 +165,20 @@ class CheckpointWriter:
             with self._writing():
                 _write_file(self._stage.out / path.name, content)
             copied.append(path.name)
+            self._beside.add(path.name)
         return tuple(copied)
 
-    def commit(self) -> Path:
+    @property
+    def files(self) -> list[str]:
+        """Names of what the directory holds, or will hold at the `commit`, so far."""
+        index = [INDEX_FILENAME] if len(self._shards) > 1 else []
+        return sorted({*(shard.file for shard in self._shards), *index, *self._beside})
+
+    def commit(self, then: Callable[[], None] = lambda: None) -> Path:
         """Check that every row was written, flush to disk, and give the directory its name, which is returned.
 
+        `then`: what belongs to the same run and comes after it. A run that is killed in it can be repeated as it was,
+        also without `overwrite`.
         Raises MissingTensorError with the names that are incomplete, OutputExistsError, OutputWriteError.
         """
         self._check_open()
@@ -189,7 +200,7 @@ class CheckpointWriter:
             for descriptor in self._descriptors.values():
                 os.fsync(descriptor)
         self._close_files()
-        path = self._stage.publish()
+        path = self._stage.publish(then)
         self._open = False
         return path
 

@@ -30,14 +30,13 @@ from bmm_engine.checkpoint import (
     TensorSpec,
     input_record,
     merge_record,
-    model_card,
     open_source,
 )
 from bmm_engine.checkpoint.dtypes import float_dtype
 from bmm_engine.checkpoint.safetensors_io import byte_view
 from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.merging.align import AlignedExpert, align
-from bmm_engine.merging.output import Target, output_specs
+from bmm_engine.merging.output import Target, output_specs, write_record_and_card
 from bmm_engine.merging.plan import find_linear_modules
 from bmm_engine.merging.sources import Model, open_expert
 from bmm_engine.merging.stream import Piece, row_slabs
@@ -170,11 +169,7 @@ class ContinualMerge:
                 writer.copy_sidecars(base)
             elif base.config is not None:
                 writer.write_json("config.json", base.config)
-            writer.write_json("bmm_merge.json", record)
-            architecture = ((base.config or {}).get("architectures") or [None])[0]
-            writer.write_text(
-                "README.md", model_card(record, name=f"{Path(base.label).name}, merged", architecture=architecture)
-            )
+            write_record_and_card(writer, record, base)
             return writer.commit()
 
     # One tensor, or some rows of it

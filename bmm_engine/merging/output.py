@@ -10,9 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.checkpoint import CheckpointWriter, TensorSource, TensorSpec, merge_record, model_card
+from bmm_engine.checkpoint import (
+    RECORD_FILENAME,
+    CheckpointWriter,
+    TensorSource,
+    TensorSpec,
+    merge_record,
+    model_card,
+)
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
 from bmm_engine.checkpoint.dtypes import parse_dtype
+from bmm_engine.checkpoint.ownership import CARD_FILENAME
 from bmm_engine.errors import NonFiniteWeightError
 from bmm_engine.merging.align import Alignment
 from bmm_engine.merging.plan import MergePlan
@@ -111,11 +119,16 @@ def write_sidecars(
     if (files := root_checkpoint(base)) is not None:
         writer.copy_sidecars(files)
     record = merge_record(recipe_of(plan) if destination.recipe is None else destination.recipe, inputs, summary)
-    writer.write_json("bmm_merge.json", record)
-    architecture = ((config or {}).get("architectures") or [None])[0]
-    writer.write_text(
-        "README.md", model_card(record, name=f"{Path(base.label).name}, merged", architecture=architecture)
-    )
+    write_record_and_card(writer, record, base)
+
+
+def write_record_and_card(writer: CheckpointWriter, record: Mapping[str, Any], base: TensorSource) -> None:
+    """The last two files: the record, which lists all of them, and the model card."""
+    listed = {**record, "files": sorted({*writer.files, RECORD_FILENAME, CARD_FILENAME})}
+    writer.write_json(RECORD_FILENAME, listed)
+    architecture = ((base.config or {}).get("architectures") or [None])[0]
+    card = model_card(record, name=f"{Path(base.label).name}, merged", architecture=architecture)
+    writer.write_text(CARD_FILENAME, card)
 
 
 def recipe_of(plan: MergePlan) -> dict[str, Any]:

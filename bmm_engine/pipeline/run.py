@@ -17,7 +17,7 @@ from bmm_engine.pipeline.statistics import measure, with_output_weights
 from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.settings import MergeSettings
-from bmm_engine.sequential.run import walk_models
+from bmm_engine.sequential.run import check_walk, walk_models
 from bmm_engine.solving.posterior import Posterior
 from bmm_engine.statistics.sets import Statistics
 
@@ -96,6 +96,8 @@ def run_recipe(
 ) -> MergeResult:
     """Carry out a recipe and write the merged checkpoint to `output`."""
     check_output(output, overwrite)
+    if recipe.mode == "sequential":
+        check_walk(output)
     prepared = prepare_recipe(
         recipe, local_files_only=local_files_only, models=models, progress=progress, report=report
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +27,16 @@ from bmm_engine.progress import Report, track
 from bmm_engine.recipe.keywords import settings_of, takes_settings
 from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.sequential.skeleton import Skeleton
-from bmm_engine.sequential.state import Merged, Sweep, open_folder, writing
+from bmm_engine.sequential.state import (
+    LOCK,
+    Merged,
+    Sweep,
+    check_folder,
+    clean_folders,
+    open_folder,
+    remove_folder,
+    writing,
+)
 from bmm_engine.sequential.walk import SequentialWalk
 from bmm_engine.statistics.sets import Fishers, Grams, Sensitivities, Statistics
 
@@ -108,7 +116,9 @@ def walk_models(
     anchor_plan.check_statistics()
     skeleton = Skeleton.of(models, plan)
     if destination.path is not None:
-        destination = replace(destination, path=destination.path.expanduser().resolve())
+        output = destination.path.expanduser().resolve()
+        check_walk(output)
+        destination = replace(destination, path=output)
     specs = destination.specs(plan.alignment)
     writer = destination.writer(specs)
     with ExitStack() as stack:
@@ -128,8 +138,7 @@ def walk_models(
         with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
             _written(source, Target(specs, writer), progress)
             write_sidecars(writer, plan, inputs.result(), result.summary(), destination)
-            path = writer.commit()
-        shutil.rmtree(folder)
+            path = writer.commit(then=lambda: remove_folder(folder, report))
         return replace(result, path=path)
 
 
@@ -149,21 +158,40 @@ def walk_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.walk")
 
 
+def check_walk(output: Path) -> None:
+    """Refuse, before any work, a place where the state of a merge to `output` cannot lie. Raises `OutputExistsError`."""
+    check_folder(walk_folder(output.expanduser().resolve()))
+
+
 @contextmanager
 def _taken(folder: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     """The folder of an unfinished merge, for this process alone. Raises `ConfigError`, `OutputExistsError`, `OutputWriteError`."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = LockFile.open(folder / "lock", create=True)
+    check_folder(folder)
+    lock = _locked(folder)
     try:
-        if not lock.acquire(0):
-            raise OutputExistsError(
-                f"{folder}: process {lock.holder(0)} is at work on this merge; wait for it, or choose another output."
-            )
         open_folder(folder, identity)
+        with writing(folder):
+            clean_folders(folder)
         yield folder
     finally:
         lock.close()
+
+
+def _locked(folder: Path) -> LockFile:
+    """The lock of a folder, taken; the folder is made where it is absent. Raises as `_taken`."""
+    while True:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = LockFile.open(folder / LOCK, create=True)
+        if not lock.acquire(0):
+            holder = lock.holder(0)
+            lock.close()
+            raise OutputExistsError(
+                f"{folder}: process {holder} is at work on this merge; wait for it, or choose another output."
+            )
+        if lock.is_at(folder / LOCK):
+            return lock
+        lock.close()  # its merge was finished, and the folder removed, between the two
 
 
 def _anchor(plan: MergePlan, folder: Path | None, progress: bool | None) -> TensorSource:

@@ -4,13 +4,15 @@
     FOLDER/anchor/                 the anchor's merge, a checkpoint
     FOLDER/sweep-1/stage-003/      solved.safetensors, record.json, and the hidden states that the next stage starts from (the last stage's only)
 
-A stage's folder is written under another name and renamed when it is whole.
+A stage's folder is written under another name and renamed when it is whole. The folder is ours by its identity; what else lies in it is kept, and
+the folder with it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,11 +23,31 @@ from typing import Any
 from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource
+from bmm_engine.checkpoint.files import (
+    clean_retired,
+    foreign,
+    is_folder,
+    matches,
+    named,
+    read_identity,
+    remove_own,
+    retire,
+)
+from bmm_engine.checkpoint.ownership import WEIGHTS
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
-from bmm_engine.checkpoint.staging import sync_path
-from bmm_engine.errors import ConfigError, OutputWriteError
+from bmm_engine.checkpoint.staging import STAGE, STAGE_ENTRIES, sync_path
+from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError
+from bmm_engine.progress import Report
 
 SOLVED, RECORD = "solved.safetensors", "record.json"
+IDENTITY, LOCK, FORMAT = "identity.json", "lock", "bmm-walk"
+_HIDDEN = r"(expert|merged)-\d+\.bin"
+_STAGE_FILES = rf"solved\.safetensors|record\.json|{_HIDDEN}"
+_is_stage_file = matches(_STAGE_FILES)
+is_walk_entry = matches(
+    rf"identity\.json|\.identity\.json|lock|anchor/({WEIGHTS})?|\.anchor\.{STAGE}/({STAGE_ENTRIES % WEIGHTS})?"
+    rf"|sweep-\d+/(\.?stage-\d+/({_STAGE_FILES})?)?"
+)
 
 
 class Sweep:
@@ -42,11 +64,14 @@ class Sweep:
             return
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".stage-*"):
-                shutil.rmtree(left)
-        for path in sorted(folder.glob("stage-*")):
-            self._take(path)
-            self.finished = int(path.name.removeprefix("stage-"))
+            entries = sorted(path for path in folder.iterdir() if is_folder(path))
+            for left in entries:
+                if re.fullmatch(r"\.stage-\d+", left.name) and not remove_own(left, _is_stage_file):
+                    raise OutputExistsError(f"{left}: holds {named(foreign(left, _is_stage_file))}; move it elsewhere.")
+        for path in entries:
+            if re.fullmatch(r"stage-\d+", path.name):
+                self._take(path)
+                self.finished = int(path.name.removeprefix("stage-"))
 
     @property
     def resumable(self) -> bool:
@@ -98,8 +123,9 @@ class Sweep:
             os.rename(staged, path)
             sync_path(self.folder)
             if self.finished >= 0:
-                for file in self._stage(self.finished).glob("*.bin"):
-                    file.unlink()
+                for file in sorted(self._stage(self.finished).iterdir()):
+                    if re.fullmatch(_HIDDEN, file.name):
+                        file.unlink()
         self._take(path)
         self.finished = number
         return path
@@ -169,11 +195,34 @@ class Merged(TensorSource):
         return self.anchor.aliases
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a place that is not ours, before any work: the folder of a walk is known by its identity; one that is absent or empty may become it.
+
+    Raises `OutputExistsError`.
+    """
+    if not os.path.lexists(folder) or _identity_in(folder) is not None:
+        return
+    if not is_folder(folder):
+        raise OutputExistsError(
+            f"{folder}: is no folder of its own, and a sequential merge keeps its state under this name. Move it elsewhere, or choose another output."
+        )
+    # A walk that was killed at its beginning has a lock, and perhaps the beginning of an identity.
+    theirs = foreign(folder, lambda name: name in (LOCK, f".{IDENTITY}"))
+    if (folder / LOCK).exists() and (folder / LOCK).stat().st_size:
+        theirs.append(LOCK)
+    if theirs:
+        raise OutputExistsError(
+            f"{folder}: was not made by a sequential merge, which keeps its state under this name, and holds {named(theirs)}. Move it elsewhere, or"
+            " choose another output."
+        )
+
+
 def open_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder of a merge, or go on in it. Raises `ConfigError` where it is another merge's, `OutputWriteError`."""
-    path = folder / "identity.json"
-    if path.exists():
-        found = json.loads(path.read_text())
+    """Make the folder of a merge, or go on in it. Raises `ConfigError` where it is another merge's, `OutputExistsError`, `OutputWriteError`."""
+    check_folder(folder)
+    found = _identity_in(folder)
+    identity = {"format": FORMAT, **identity}
+    if found is not None:
         differs = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
         if differs:
             key = differs[0]
@@ -184,9 +233,36 @@ def open_folder(folder: Path, identity: Mapping[str, Any]) -> None:
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / ".identity.json"
-        staged.write_text(json.dumps(identity, indent=1))
-        os.replace(staged, path)
+        staged = folder / f".{IDENTITY}"
+        with staged.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(identity, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, folder / IDENTITY)
+        sync_path(folder)
+
+
+def remove_folder(folder: Path, report: Report = lambda line: None) -> None:
+    """Remove the folder of a finished merge; one that holds anything that is not the merge's is kept as it is, and `report` hears of it."""
+    try:
+        theirs = retire(folder, is_walk_entry, (IDENTITY,))
+        clean_folders(folder)
+    except OSError as error:  # the merge itself is written
+        report(f"warning: {folder}: could not be removed ({error}); remove it by hand.")
+        return
+    if theirs:
+        report(
+            f"warning: {folder}: is kept, since it holds {named(theirs)}; the merge is finished and needs it no more."
+        )
+
+
+def clean_folders(folder: Path) -> None:
+    """Remove what is left of folders whose removal was killed. Raises `OSError`."""
+    clean_retired(folder, is_walk_entry, (IDENTITY,), lambda left: _identity_in(left) is not None)
+
+
+def _identity_in(folder: Path) -> dict[str, Any] | None:
+    return read_identity(folder / IDENTITY, FORMAT) if is_folder(folder) else None
 
 
 @contextmanager
@@ -197,7 +273,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OutputWriteError):
+        if isinstance(error, (OutputWriteError, OutputExistsError)):
             raise
         raise OutputWriteError(
             f"{path}: the state of the merge could not be written ({error}). Free some space or choose another path; what is finished is kept, and"

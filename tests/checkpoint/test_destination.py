@@ -290,6 +290,7 @@ def test_killed_run(tmp_path: Path) -> None:
     stage = killed_while_writing(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == [stage.name]
     (tmp_path / ".out.partial-notes").mkdir()  # alike in name only
+    (tmp_path / ".out.partial-notes" / "notes").write_text("precious")
     other_host = tmp_path / ".out.partial-1-ab"
     shutil.copytree(stage, other_host)
     marker = other_host / "bmm-partial.json"

@@ -1,0 +1,101 @@
+"""Merges that `tests.kills` kills: each is made once, in a folder, and then run in others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+os.environ["SOURCE_DATE_EPOCH"] = "0"
+
+SHAPES = {"a.weight": (6, 4), "a.bias": (6,), "b.weight": (4, 6)}
+
+
+def models(count: int = 2) -> list[dict[str, torch.Tensor]]:
+    """A base, and fine-tunes of it."""
+    torch.manual_seed(0)
+    base = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    return [base, *({n: t + 0.1 * torch.randn(t.shape) for n, t in base.items()} for _ in range(count))]
+
+
+def plain(folder: Path) -> Callable[[Path], None]:
+    """Into a place that nobody has used."""
+    from bmm_engine import merge
+
+    base, *experts = models()
+
+    def run(place: Path) -> None:
+        merge(base, experts, modules=["a", "b"], output=place / "out", max_shard_size=200, progress=False)
+
+    return run
+
+
+def overwriting(folder: Path) -> Callable[[Path], None]:
+    """In the place of an earlier merge."""
+    from bmm_engine import merge
+
+    base, *experts = models()
+
+    def run(place: Path) -> None:
+        if not (place / "begun").exists():
+            merge(base, experts[:1], output=place / "out", progress=False)
+            (place / "begun").touch()
+        merge(base, experts, output=place / "out", overwrite=True, progress=False)
+
+    return run
+
+
+def continual(folder: Path) -> Callable[[Path], None]:
+    """Experts join one after the other; then the merge is written."""
+    from bmm_engine.merging.continual import ContinualMerge
+
+    base, *experts = models()
+
+    def run(place: Path) -> None:
+        merge = ContinualMerge(base, state=place / "state", modules=["a", "b"])
+        for expert in experts[merge.count :]:
+            merge.add(expert)
+        merge.write(place / "out")
+
+    return run
+
+
+def sequential(folder: Path) -> Callable[[Path], None]:
+    """A walk over a network of two blocks, with hidden states in files."""
+    from torch import nn
+
+    from bmm_engine import merge_sequential
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(torch.relu(self.up(x)))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Block(), Block()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    nets, batches = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        nets.append(Net())
+        batches.append([torch.randn(20, 4)])
+    base, *experts = nets
+
+    def run(place: Path) -> None:
+        merge_sequential(
+            base, experts, batches[1:], blocks="layers", hidden_memory=0, output=place / "out", progress=False
+        )
+
+    return run

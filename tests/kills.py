@@ -1,0 +1,141 @@
+"""Kill a piece of work before and after each of its file events, and do it again: `python -m tests.kills SCENARIO FOLDER [EVENT ...]`.
+
+The work runs in forks of one process that has computed nothing itself. Without events, all are tried until the work is done. Prints one line for
+each kill after which the same work did not succeed with the same bytes, or left anything beside its result.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+EVENTS = (
+    "open",
+    "mkdir",
+    "rename",
+    "replace",
+    "unlink",
+    "remove",
+    "rmdir",
+    "link",
+    "symlink",
+    "fsync",
+    "fdatasync",
+    "pwrite",
+    "ftruncate",
+)
+KILLED = 99
+
+
+def dying(number: int) -> None:
+    """Have this process die, without a word, when it comes to its file event of that number; each has a moment before and one after it."""
+    import safetensors.torch
+
+    left = [number]
+
+    def tick() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(KILLED)
+
+    def watched(call: Callable[..., Any], reads: Callable[..., bool] = lambda *a, **k: False) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if reads(*args, **kwargs):
+                return call(*args, **kwargs)
+            tick()
+            result = call(*args, **kwargs)
+            tick()
+            return result
+
+        return wrapper
+
+    def only_reads(file: Any, mode: Any = "r", *_: Any, **__: Any) -> bool:
+        return mode in ("r", "rb", os.O_RDONLY) or (isinstance(mode, int) and not mode & (os.O_WRONLY | os.O_RDWR))
+
+    for name in EVENTS:
+        setattr(os, name, watched(getattr(os, name), only_reads if name == "open" else lambda *a, **k: False))
+    import io
+
+    io.open = builtins.open = watched(builtins.open, only_reads)
+    save_file = safetensors.torch.save_file
+
+    def torn(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
+        with open(filename, "wb") as file:
+            file.write(b"torn")
+        save_file(tensors, filename, *args, **kwargs)
+        tick()
+
+    safetensors.torch.save_file = torn
+
+
+def in_fork(work: Callable[[], None], number: int | None = None) -> int:
+    """The exit code of a piece of work in a process of its own, which dies at an event."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if number is not None:
+                dying(number)
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """Of all below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def try_kills(scenario: Callable[[Path], None], folder: Path, events: list[int]) -> tuple[int, list[str]]:
+    """The number of kills, and a line for each after which something was wrong."""
+    whole = folder / "whole"
+    whole.mkdir(parents=True)
+    assert in_fork(lambda: scenario(whole)) == 0
+    wanted, wrong, kills = content(whole), [], 0
+    for number in events or range(10_000):
+        place = folder / f"killed-{number}"
+        place.mkdir()
+        # A second kill, of the repetition, is as good a reason to go on.
+        codes = [in_fork(lambda: scenario(place), number), in_fork(lambda: scenario(place), number // 2)]
+        if codes[0] == 0:  # it has no such event
+            if not events:
+                break
+        kills += codes[0] == KILLED
+        before = sorted(content(place))
+        again = in_fork(lambda: scenario(place))
+        found = content(place)
+        if {*codes, again} - {0, KILLED} or again:
+            wrong.append(f"event {number}: exit codes {codes}, then {again}, over {before}")
+        elif found != wanted:
+            differ = sorted(n for n in {**found, **wanted} if found.get(n, 0) != wanted.get(n, 0))
+            wrong.append(f"event {number}: other content of {differ}, over {before}")
+        shutil.rmtree(place)
+    return kills, wrong
+
+
+def main() -> int:
+    import importlib
+
+    import torch
+
+    torch.set_num_threads(1)
+    name, folder, *events = sys.argv[1:]
+    module, function = name.split(":")
+    scenario = getattr(importlib.import_module(module), function)(Path(folder))
+    kills, wrong = try_kills(scenario, Path(folder) / "kills", [int(n) for n in events])
+    print("\n".join(wrong))
+    print(f"{kills} kills")
+    return 1 if wrong or not kills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
