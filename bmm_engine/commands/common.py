@@ -10,6 +10,12 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use local files and the hub's cache.")]
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code", help="Import and run functions that the recipe names (modules in BMM_ALLOW_CODE need no flag)."
+    ),
+]
 
 
 def make_console(stderr: bool = False, min_width: int = 0) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json, reporter_of
+from bmm_engine.commands.common import AllowCode, Json, Offline, make_console, print_json, reporter_of
 
 app = typer.Typer(
     name="study", help="How much validation data, and how many trials, a search needs.", no_args_is_help=True
@@ -36,13 +36,14 @@ def validation_fraction(
     seeds: Seeds = 5,
     trials: Annotated[int, typer.Option(min=1, help="Trials of each search.")] = 60,
     workers: Workers = 1,
+    allow_code: AllowCode = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Test scores against the share of the validation data that a search sees; mean and deviation over seeds."""
     from bmm_engine.searching import studies
 
-    loaded, axes = _load(recipe, anchors, sources, seeds, offline, trials)
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, trials)
     points = studies.validation_fraction(
         loaded,
         output,
@@ -64,13 +65,14 @@ def number_of_trials(
     sources: Sources = "data,task_vectors",
     seeds: Seeds = 5,
     workers: Workers = 1,
+    allow_code: AllowCode = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Test scores against the number of trials; mean and deviation over seeds."""
     from bmm_engine.searching import studies
 
-    loaded, axes = _load(recipe, anchors, sources, seeds, offline, None)
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, None)
     points = studies.number_of_trials(
         loaded,
         output,
@@ -83,11 +85,15 @@ def number_of_trials(
     _show(points, output, "trials", as_json)
 
 
-def _load(path: Path, anchors: str, sources: str, seeds: int, offline: bool, trials: int | None) -> tuple[Any, Any]:
+def _load(
+    path: Path, anchors: str, sources: str, seeds: int, offline: bool, allow_code: bool, trials: int | None
+) -> tuple[Any, Any]:
+    from bmm_engine.recipe.code import check_code
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.searching.studies import Axes
 
     loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"})
+    check_code(loaded, allow_code)
     if trials is not None:
         loaded = loaded.with_search(trials=trials)
     return loaded, Axes(tuple(_names(anchors)), tuple(_names(sources)), seeds)

@@ -96,7 +96,7 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{path}: has no tokenizer that transformers can load ({str(error).splitlines()[0]}). Copy the base's tokenizer files there, or give"
@@ -186,7 +186,7 @@ def _image_batches(images: tuple[Path, ...], model_path: Path, batch_size: int) 
     try:
         from PIL import Image
 
-        processor = AutoImageProcessor.from_pretrained(model_path, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
     except (ImportError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{model_path}: images cannot be prepared ({str(error).splitlines()[0]}). It needs pillow and the checkpoint's preprocessor_config.json;"
