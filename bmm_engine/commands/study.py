@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import AllowCode, Json, Offline, make_console, print_json, reporter_of
+from bmm_engine.commands.common import AllowCode, Json, Offline, about, make_console, print_json, reporter_of
+from bmm_engine.errors import ConfigError, shown
 
 app = typer.Typer(
     name="study", help="How much validation data, and how many trials, a search needs.", no_args_is_help=True
@@ -44,15 +46,11 @@ def validation_fraction(
     from bmm_engine.searching import studies
 
     loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, trials)
-    points = studies.validation_fraction(
-        loaded,
-        output,
-        axes,
-        _numbers(shares, "--shares"),
-        workers=workers,
-        local_files_only=offline,
-        report=reporter_of(as_json),
-    )
+    parts = _numbers(shares, "--shares")
+    with about(recipe):
+        points = studies.validation_fraction(
+            loaded, output, axes, parts, workers=workers, local_files_only=offline, report=reporter_of(as_json)
+        )
     _show(points, output, "share of the validation data", as_json)
 
 
@@ -73,15 +71,11 @@ def number_of_trials(
     from bmm_engine.searching import studies
 
     loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, None)
-    points = studies.number_of_trials(
-        loaded,
-        output,
-        axes,
-        [int(n) for n in _numbers(counts, "--counts")],
-        workers=workers,
-        local_files_only=offline,
-        report=reporter_of(as_json),
-    )
+    numbers = [int(n) for n in _numbers(counts, "--counts")]
+    with about(recipe):
+        points = studies.number_of_trials(
+            loaded, output, axes, numbers, workers=workers, local_files_only=offline, report=reporter_of(as_json)
+        )
     _show(points, output, "trials", as_json)
 
 
@@ -93,7 +87,8 @@ def _load(
     from bmm_engine.searching.studies import Axes
 
     loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"})
-    check_code(loaded, allow_code)
+    with about(path):
+        check_code(loaded, allow_code)
     if trials is not None:
         loaded = loaded.with_search(trials=trials)
     return loaded, Axes(tuple(_names(anchors)), tuple(_names(sources)), seeds)
@@ -104,12 +99,13 @@ def _names(text: str) -> list[str]:
 
 
 def _numbers(text: str, option: str) -> list[float]:
-    from bmm_engine.errors import ConfigError
-
     try:
-        return sorted(float(part) for part in _names(text))
+        found = sorted(float(part) for part in _names(text))
     except ValueError:
-        raise ConfigError(f"{option}: {text!r} is no list of numbers; separate them by commas.") from None
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise ConfigError(f"{option}: {shown(text)} is no list of numbers; separate them by commas.")
+    return found
 
 
 def _show(points: list[Any], output: Path, axis: str, as_json: bool) -> None:

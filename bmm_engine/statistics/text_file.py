@@ -21,10 +21,12 @@ _KINDS = {
 }
 # Linux's limits; others are as narrow.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
+_SPARE = 48
 
 
-def check_path(path: str | os.PathLike[str], key: str) -> None:
-    """Raise `ConfigError` for a path that no file can have, or whose name could not be written down in UTF-8. `key`: what names it."""
+def check_path(path: str | os.PathLike[str], key: str, spare: int = 0) -> None:
+    """Raise `ConfigError` for a path that no file can have, or whose name could not be written down in UTF-8. `key`: what names it. `spare`: bytes
+    that are to be left for longer names beside it."""
     text = os.fspath(path)
     try:
         size = len(text.encode("utf-8"))
@@ -36,11 +38,17 @@ def check_path(path: str | os.PathLike[str], key: str) -> None:
         what = "holds a zero byte" if text else "is empty"
         raise ConfigError(f"{key}: the path {shown(text)} {what}; name a file or a folder.")
     longest = max(len(part.encode()) for part in text.split("/"))
-    if size > _LONGEST_PATH or longest > _LONGEST_NAME:
+    most, most_of_name = _LONGEST_PATH - spare, _LONGEST_NAME - spare
+    if size > most or longest > most_of_name:
         raise ConfigError(
-            f"{key}: the path {shown(text)} is too long ({size} bytes, its longest name {longest}); a path has at most {_LONGEST_PATH} bytes, a name"
-            f" {_LONGEST_NAME}. Is it a text in the place of a path?"
+            f"{key}: the path {shown(text)} is too long ({size} bytes, its longest name {longest}); a path may have {most} bytes, a name"
+            f" {most_of_name}. Is it a text in the place of a path?"
         )
+
+
+def check_output_path(path: str | os.PathLike[str]) -> None:
+    """`check_path` for what is to be written, with longer names beside it: a study, a walk, what is not finished."""
+    check_path(path, "the output", spare=_SPARE)
 
 
 def check_regular(path: Path, what: str = "the file") -> int:
