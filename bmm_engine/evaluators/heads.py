@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bmm_engine.errors import CheckpointError
+from bmm_engine.statistics.text_file import check_regular
 
 
 class EncoderWithHead(nn.Module):
@@ -44,7 +45,8 @@ def mean_over(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def with_head(encoder: nn.Module, head: Path, pooling: str) -> EncoderWithHead:
-    """The encoder with the head of a safetensors file: `weight` (classes, width) and `bias` (classes,). Raises `CheckpointError`."""
+    """The encoder with the head of a safetensors file: `weight` (classes, width) and `bias` (classes,). Raises `CheckpointError`, `ConfigError`."""
+    check_regular(head, "the head")
     try:
         tensors = load_file(head)
         weight, bias = tensors["weight"], tensors["bias"]
