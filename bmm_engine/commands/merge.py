@@ -34,6 +34,10 @@ def merge(
     scale: Annotated[float | None, typer.Option(help="Replace the recipe's scale.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="Replace the output's dtype.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default=False)] = None,
+    unchecked_statistics: Annotated[
+        bool,
+        typer.Option("--unchecked-statistics", help="Take Gram files that do not say which weights they belong to."),
+    ] = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -53,6 +57,7 @@ def merge(
         scale=scale,
         dtype=dtype,
         device=device,
+        unchecked_statistics=unchecked_statistics or None,
     )
     with about(recipe):
         result = run_recipe(

@@ -29,6 +29,7 @@ OTHER = {
     "modules": ["*mlp*"],
     "keep_base": ["head*"],
     "vocabulary": "pad",
+    "unchecked_statistics": True,
     "device": "cuda:1",
 }
 
