@@ -5,8 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from bmm_engine.checkpoint.files import Own, foreign, matches, read_identity
 from bmm_engine.checkpoint.provenance import RECORD_FILENAME, RECORD_FORMAT
-from bmm_engine.checkpoint.removal import Own, foreign, matches, read_identity
 from bmm_engine.checkpoint.sidecars import PATTERNS
 
 WEIGHTS = r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from bmm_engine.checkpoint.adapter import AdapterSource
+from bmm_engine.checkpoint.files import read_identity
 from bmm_engine.checkpoint.reader import Checkpoint
-from bmm_engine.checkpoint.removal import read_identity
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import ConfigError
 

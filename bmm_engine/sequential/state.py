@@ -23,8 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource
-from bmm_engine.checkpoint.ownership import WEIGHTS
-from bmm_engine.checkpoint.removal import (
+from bmm_engine.checkpoint.files import (
     clean_retired,
     foreign,
     is_folder,
@@ -34,6 +33,7 @@ from bmm_engine.checkpoint.removal import (
     remove_own,
     retire,
 )
+from bmm_engine.checkpoint.ownership import WEIGHTS
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.checkpoint.staging import STAGE, STAGE_ENTRIES, sync_path
 from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError
