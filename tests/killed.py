@@ -40,9 +40,9 @@ def overwriting(folder: Path) -> Callable[[Path], None]:
 
     def run(place: Path) -> None:
         if not (place / "begun").exists():
-            merge(base, experts[:1], output=place / "out", progress=False)
+            merge(base, experts[:1], modules=["a", "b"], output=place / "out", overwrite=True, progress=False)
             (place / "begun").touch()
-        merge(base, experts, output=place / "out", overwrite=True, progress=False)
+        merge(base, experts, modules=["a", "b"], output=place / "out", overwrite=True, progress=False)
 
     return run
 

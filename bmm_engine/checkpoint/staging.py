@@ -62,7 +62,7 @@ class StagedDirectory:
         self._old = self._stage / "old"
         self._new_parents: list[Path] = []
         with self.reporting():
-            self._unfinished = _clean_stale(self.destination)
+            self._unfinished = clean_stages(self.destination)
             self._check_destination()
             anchor = next(parent for parent in self.destination.parents if parent.exists())
             if not os.access(anchor, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -191,7 +191,7 @@ def _put_back(stage: Path, destination: Path) -> bool:
     return True
 
 
-def _clean_stale(destination: Path) -> list[Path]:
+def clean_stages(destination: Path) -> list[Path]:
     """Remove the stages that dead processes of this host left for `destination`, undoing half-done replacements.
 
     Those stay, and are returned, which say that the merge in `destination` was the last that their process did.

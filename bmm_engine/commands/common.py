@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use local files and the hub's cache.")]
+
+WriteTo = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--write-to",
+        help="A folder, beside the recipe's and the working one, that the recipe's measured files may be written into; repeatable.",
+        show_default=False,
+    ),
+]
 
 
 def make_console(stderr: bool = False, min_width: int = 0) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json, reporter_of
+from bmm_engine.commands.common import Json, Offline, WriteTo, make_console, print_json, reporter_of
 
 
 def search(
@@ -34,9 +34,12 @@ def search(
     workers: Annotated[int, typer.Option(min=1, help="Local processes (GPUs), one model each.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or `local`.", show_default=False)] = None,
     join: Annotated[bool, typer.Option("--join", help="Work for the process that drives this search.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT, unless other files lie in it.")
+    ] = False,
     no_merge: Annotated[bool, typer.Option("--no-merge", help="Search only; write no merge.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default=False)] = None,
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +50,7 @@ def search(
     from bmm_engine.searching.view import Lines, LiveView
 
     # Absolute, so that the best recipe can lie elsewhere.
-    loaded = Recipe.load(recipe.resolve(), local_files_only=offline, device=device)
+    loaded = Recipe.load(recipe.resolve(), local_files_only=offline, write_to=write_to or (), device=device)
     changes = {"trials": trials, "minutes": minutes, "seed": seed, "objective": objective, "optimizer": optimizer}
     loaded = loaded.with_search(**{key: value for key, value in changes.items() if value is not None})
     report = reporter_of(as_json)

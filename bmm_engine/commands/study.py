@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json, reporter_of
+from bmm_engine.commands.common import Json, Offline, WriteTo, make_console, print_json, reporter_of
 
 app = typer.Typer(
     name="study", help="How much validation data, and how many trials, a search needs.", no_args_is_help=True
@@ -36,13 +36,14 @@ def validation_fraction(
     seeds: Seeds = 5,
     trials: Annotated[int, typer.Option(min=1, help="Trials of each search.")] = 60,
     workers: Workers = 1,
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Test scores against the share of the validation data that a search sees; mean and deviation over seeds."""
     from bmm_engine.searching import studies
 
-    loaded, axes = _load(recipe, anchors, sources, seeds, offline, trials)
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, write_to, trials)
     points = studies.validation_fraction(
         loaded,
         output,
@@ -64,13 +65,14 @@ def number_of_trials(
     sources: Sources = "data,task_vectors",
     seeds: Seeds = 5,
     workers: Workers = 1,
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Test scores against the number of trials; mean and deviation over seeds."""
     from bmm_engine.searching import studies
 
-    loaded, axes = _load(recipe, anchors, sources, seeds, offline, None)
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, write_to, None)
     points = studies.number_of_trials(
         loaded,
         output,
@@ -83,11 +85,13 @@ def number_of_trials(
     _show(points, output, "trials", as_json)
 
 
-def _load(path: Path, anchors: str, sources: str, seeds: int, offline: bool, trials: int | None) -> tuple[Any, Any]:
+def _load(
+    path: Path, anchors: str, sources: str, seeds: int, offline: bool, write_to: Any, trials: int | None
+) -> tuple[Any, Any]:
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.searching.studies import Axes
 
-    loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"})
+    loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"}, write_to=write_to or ())
     if trials is not None:
         loaded = loaded.with_search(trials=trials)
     return loaded, Axes(tuple(_names(anchors)), tuple(_names(sources)), seeds)
