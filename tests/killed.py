@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-os.environ["SOURCE_DATE_EPOCH"] = "0"
 
 SHAPES = {"a.weight": (6, 4), "a.bias": (6,), "b.weight": (4, 6)}
 

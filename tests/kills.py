@@ -1,4 +1,4 @@
-"""Kill a piece of work before and after each of its file events, and do it again: `python -m tests.kills SCENARIO FOLDER [EVENT ...]`.
+"""Kill a piece of work before and after each of its file events, and do it again: `python -m tests.kills FOLDER SCENARIO[,EVENT...] ...`.
 
 The work runs in forks of one process, which did it once to have all modules loaded. Without events, all are tried until the work is done. Prints one
 line for each kill after which the same work did not succeed with the same bytes, or left anything beside its result.
@@ -129,13 +129,17 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    name, folder, *events = sys.argv[1:]
-    module, function = name.split(":")
-    scenario = getattr(importlib.import_module(module), function)(Path(folder))
-    kills, wrong = try_kills(scenario, Path(folder) / "kills", [int(n) for n in events])
-    print("\n".join(wrong))
-    print(f"{kills} kills")
-    return 1 if wrong or not kills else 0
+    folder, *scenarios = sys.argv[1:]
+    failed = False
+    for own in scenarios:
+        name, *events = own.split(",")
+        module, function = name.split(":")
+        place = Path(folder) / function
+        scenario = getattr(importlib.import_module(module), function)(place)
+        kills, wrong = try_kills(scenario, place, [int(n) for n in events])
+        failed |= bool(wrong) or kills < max(1, len(events))
+        print("\n".join([f"{function}: {kills} kills", *wrong]))
+    return int(failed)
 
 
 if __name__ == "__main__":
