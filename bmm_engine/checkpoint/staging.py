@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bmm_engine.checkpoint.files import (
+from bmm_engine.checkpoint.ownership import may_be_written, not_of_the_merge, same_merge, written_by
+from bmm_engine.checkpoint.provenance import RECORD_FILENAME, is_merge_directory
+from bmm_engine.disk.files import (
     Own,
     foreign,
     is_empty,
@@ -25,8 +27,6 @@ from bmm_engine.checkpoint.files import (
     remove_own,
     siblings,
 )
-from bmm_engine.checkpoint.ownership import may_be_written, not_of_the_merge, same_merge, written_by
-from bmm_engine.checkpoint.provenance import RECORD_FILENAME, is_merge_directory
 from bmm_engine.errors import BmmError, OutputExistsError, OutputWriteError
 
 _MARKER = "bmm-partial.json"

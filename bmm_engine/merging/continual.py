@@ -33,10 +33,10 @@ from bmm_engine.checkpoint import (
     open_source,
 )
 from bmm_engine.checkpoint.dtypes import float_dtype
-from bmm_engine.checkpoint.files import foreign, is_file, is_folder, matches, named, remove_own
 from bmm_engine.checkpoint.ownership import WEIGHTS
 from bmm_engine.checkpoint.safetensors_io import byte_view
 from bmm_engine.checkpoint.staging import STAGE, clean_stages
+from bmm_engine.disk.files import foreign, is_file, is_folder, matches, named, remove_own
 from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.merging.align import AlignedExpert, align
 from bmm_engine.merging.output import Target, output_specs, write_record_and_card

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bmm_engine.checkpoint.files import is_file, is_running, siblings
+from bmm_engine.disk.files import is_file, is_running, siblings
 from bmm_engine.errors import CheckpointError, OutputExistsError, OutputWriteError
 
 

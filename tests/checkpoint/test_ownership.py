@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bmm_engine import merge
-from bmm_engine.checkpoint.files import clean_retired, matches, read_identity, remove_own, retire, write_whole
 from bmm_engine.checkpoint.staging import StagedDirectory
+from bmm_engine.disk.files import clean_retired, matches, read_identity, remove_own, retire, write_whole
 from bmm_engine.errors import OutputExistsError
 from tests.killed import models
 
