@@ -32,6 +32,7 @@ ROOMS = [
     "models",
     "executors",
     "ops",
+    "disk",
     "parallel",
     "memory",
     "locks",

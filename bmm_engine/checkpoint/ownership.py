@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from bmm_engine.checkpoint.files import Own, foreign, matches, read_identity
 from bmm_engine.checkpoint.provenance import RECORD_FILENAME, RECORD_FORMAT
 from bmm_engine.checkpoint.sidecars import PATTERNS
+from bmm_engine.disk.files import Own, foreign, matches, read_identity
 
 WEIGHTS = r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json"
 CARD_FILENAME = "README.md"
@@ -33,6 +34,14 @@ def may_be_written(name: str) -> bool:
 def not_of_the_merge(directory: Path) -> list[str]:
     """What lies in a merge's directory that it did not write."""
     return foreign(directory, written_by(directory))
+
+
+def record_digest(directory: Path) -> str | None:
+    """SHA-256 of a merge's record, by which that very merge is known; None where there is none."""
+    try:
+        return hashlib.sha256((directory / RECORD_FILENAME).read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def same_merge(one: Path, other: Path) -> bool:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from bmm_engine.checkpoint.adapter import AdapterSource
-from bmm_engine.checkpoint.files import read_identity
 from bmm_engine.checkpoint.reader import Checkpoint
 from bmm_engine.checkpoint.source import TensorSource
+from bmm_engine.disk.files import read_identity
 from bmm_engine.errors import ConfigError
 
 RECORD_FILENAME = "bmm_merge.json"

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bmm_engine.checkpoint.files import (
+from bmm_engine.checkpoint.ownership import may_be_written, not_of_the_merge, same_merge, written_by
+from bmm_engine.checkpoint.provenance import RECORD_FILENAME, is_merge_directory
+from bmm_engine.disk.files import (
     Own,
     foreign,
     is_empty,
@@ -25,8 +27,6 @@ from bmm_engine.checkpoint.files import (
     remove_own,
     siblings,
 )
-from bmm_engine.checkpoint.ownership import may_be_written, not_of_the_merge, same_merge, written_by
-from bmm_engine.checkpoint.provenance import RECORD_FILENAME, is_merge_directory
 from bmm_engine.errors import BmmError, OutputExistsError, OutputWriteError
 
 _MARKER = "bmm-partial.json"
@@ -62,7 +62,7 @@ class StagedDirectory:
         self._old = self._stage / "old"
         self._new_parents: list[Path] = []
         with self.reporting():
-            self._unfinished = _clean_stale(self.destination)
+            self._unfinished = clean_stages(self.destination)
             self._check_destination()
             anchor = next(parent for parent in self.destination.parents if parent.exists())
             if not os.access(anchor, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
@@ -191,7 +191,7 @@ def _put_back(stage: Path, destination: Path) -> bool:
     return True
 
 
-def _clean_stale(destination: Path) -> list[Path]:
+def clean_stages(destination: Path) -> list[Path]:
     """Remove the stages that dead processes of this host left for `destination`, undoing half-done replacements.
 
     Those stay, and are returned, which say that the merge in `destination` was the last that their process did.

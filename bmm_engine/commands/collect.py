@@ -10,6 +10,7 @@ import typer
 from bmm_engine.commands.common import (
     Json,
     Offline,
+    WriteTo,
     about,
     headline,
     make_console,
@@ -64,6 +65,7 @@ def collect(
         str | None, typer.Option(help="Of a recipe: address of a Ray cluster, or `local`.", show_default=False)
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -74,6 +76,7 @@ def collect(
     from bmm_engine.pipeline.statistics import fisher_sets, gram_sets, sensitivity_sets
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.statistics.calibration import read_calibration
+    from bmm_engine.statistics.records import check_replaceable
     from bmm_engine.statistics.text_file import check_output_path
 
     check_device(device)
@@ -91,7 +94,7 @@ def collect(
     report, progress = reporter_of(as_json), progress_of(as_json)
     sets: list[Any]
     if source.endswith((".yaml", ".yml")):
-        loaded = Recipe.load(source, local_files_only=offline)
+        loaded = Recipe.load(source, local_files_only=offline, write_to=write_to or ())
         paths = [getattr(e, what) for e in loaded.experts]
         if None in paths:
             label = loaded.experts[paths.index(None)].label
@@ -116,6 +119,7 @@ def collect(
             raise ConfigError(
                 "bmm collect CHECKPOINT DATA -o FILE.safetensors: the data and the output file are needed."
             )
+        check_replaceable(output, f"bmm-{what}", what)  # before any model runs
         raw = {"samples": samples, "batch_size": batch_size, "max_length": max_length, "field": field}
         raw |= {"dtype": dtype, "fisher_labels": labels}
         recipe = Recipe.parse({"base": base or source, "experts": [source], "calibration": raw}, "bmm collect")

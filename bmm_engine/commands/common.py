@@ -22,6 +22,15 @@ AllowCode = Annotated[
     ),
 ]
 
+WriteTo = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--write-to",
+        help="A folder, beside the recipe's and the working one, that the recipe's measured files may be written into; repeatable.",
+        show_default=False,
+    ),
+]
+
 
 def make_console(stderr: bool = False, min_width: int = 0) -> Any:
     """Prints text as it is: no markup, since names and paths may hold brackets. What is to be bold is a `Text` (see `headline`)."""

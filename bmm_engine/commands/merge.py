@@ -10,6 +10,7 @@ import typer
 from bmm_engine.commands.common import (
     Json,
     Offline,
+    WriteTo,
     about,
     headline,
     make_console,
@@ -22,7 +23,9 @@ from bmm_engine.commands.common import (
 def merge(
     recipe: Annotated[Path, typer.Argument(help="The YAML recipe, or a mergekit configuration.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT, unless other files lie in it.")
+    ] = False,
     sequential: Annotated[
         bool,
         typer.Option("--sequential", help="Walk through the network (mode: sequential), whatever the recipe says."),
@@ -38,12 +41,14 @@ def merge(
         bool,
         typer.Option("--unchecked-statistics", help="Take Gram files that do not say which weights they belong to."),
     ] = False,
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Carry out a recipe: collect missing Grams, merge, write a Hugging Face checkpoint.
 
-    A sequential merge that was killed goes on where it was when the same command is run again.
+    A merge that was killed is made by the same command run again; a sequential one, whose state lies in OUTPUT.walk, goes on where it was. Grams and
+    the like, which a recipe has measured, are written only into its folder, the working folder, or one named with --write-to.
     """
     from bmm_engine.pipeline.run import run_recipe
     from bmm_engine.recipe.recipe import Recipe
@@ -51,6 +56,7 @@ def merge(
     loaded = Recipe.load(
         recipe,
         local_files_only=offline,
+        write_to=write_to or (),
         mode="sequential" if sequential else None,
         anchor=anchor,
         alpha=alpha,

@@ -10,6 +10,7 @@ import typer
 from bmm_engine.commands.common import (
     Json,
     Offline,
+    WriteTo,
     about,
     headline,
     make_console,
@@ -43,6 +44,7 @@ def sample(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier draws at OUTPUT.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default=False)] = None,
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +59,9 @@ def sample(
     )
     from bmm_engine.recipe.recipe import Recipe
 
-    loaded = Recipe.load(recipe, local_files_only=offline, defaults={"mode": "plain"}, device=device)
+    loaded = Recipe.load(
+        recipe, local_files_only=offline, defaults={"mode": "plain"}, write_to=write_to or (), device=device
+    )
     common: dict[str, Any] = {"local_files_only": offline, "progress": progress_of(as_json)}
     common["report"] = reporter_of(as_json)
     series: dict[str, Any] = {"seed": seed, "temperature": temperature}

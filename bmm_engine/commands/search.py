@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import AllowCode, Json, Offline, about, headline, make_console, print_json, reporter_of
+from bmm_engine.commands.common import (
+    AllowCode,
+    Json,
+    Offline,
+    WriteTo,
+    about,
+    headline,
+    make_console,
+    print_json,
+    reporter_of,
+)
 
 
 def search(
@@ -34,10 +44,13 @@ def search(
     workers: Annotated[int, typer.Option(min=1, help="Local processes (GPUs), one model each.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, or `local`.", show_default=False)] = None,
     join: Annotated[bool, typer.Option("--join", help="Work for the process that drives this search.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT, unless other files lie in it.")
+    ] = False,
     no_merge: Annotated[bool, typer.Option("--no-merge", help="Search only; write no merge.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default=False)] = None,
     allow_code: AllowCode = False,
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -49,7 +62,7 @@ def search(
     from bmm_engine.searching.view import Lines, LiveView
 
     # Absolute, so that the best recipe can lie elsewhere.
-    loaded = Recipe.load(recipe.resolve(), local_files_only=offline, device=device)
+    loaded = Recipe.load(recipe.resolve(), local_files_only=offline, write_to=write_to or (), device=device)
     # A function given on the command line is the user's own word.
     with about(recipe):
         check_code(loaded if objective is None else loaded.with_search(objective="mean"), allow_code)

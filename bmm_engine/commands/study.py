@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import AllowCode, Json, Offline, about, make_console, print_json, reporter_of
+from bmm_engine.commands.common import AllowCode, Json, Offline, WriteTo, about, make_console, print_json, reporter_of
 from bmm_engine.errors import ConfigError, shown
 
 app = typer.Typer(
@@ -39,13 +39,14 @@ def validation_fraction(
     trials: Annotated[int, typer.Option(min=1, help="Trials of each search.")] = 60,
     workers: Workers = 1,
     allow_code: AllowCode = False,
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Test scores against the share of the validation data that a search sees; mean and deviation over seeds."""
     from bmm_engine.searching import studies
 
-    loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, trials)
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, write_to, trials)
     parts = _numbers(shares, "--shares")
     with about(recipe):
         points = studies.validation_fraction(
@@ -64,13 +65,14 @@ def number_of_trials(
     seeds: Seeds = 5,
     workers: Workers = 1,
     allow_code: AllowCode = False,
+    write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Test scores against the number of trials; mean and deviation over seeds."""
     from bmm_engine.searching import studies
 
-    loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, None)
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, write_to, None)
     numbers = [int(n) for n in _numbers(counts, "--counts")]
     with about(recipe):
         points = studies.number_of_trials(
@@ -80,13 +82,20 @@ def number_of_trials(
 
 
 def _load(
-    path: Path, anchors: str, sources: str, seeds: int, offline: bool, allow_code: bool, trials: int | None
+    path: Path,
+    anchors: str,
+    sources: str,
+    seeds: int,
+    offline: bool,
+    allow_code: bool,
+    write_to: Any,
+    trials: int | None,
 ) -> tuple[Any, Any]:
     from bmm_engine.recipe.code import check_code
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.searching.studies import Axes
 
-    loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"})
+    loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"}, write_to=write_to or ())
     with about(path):
         check_code(loaded, allow_code)
     if trials is not None:

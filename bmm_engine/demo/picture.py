@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmm_engine.demo.results import Result
-from bmm_engine.report.document import write_bytes
+from bmm_engine.disk.files import write_whole
 from bmm_engine.report.figures import Chart, Look, label, render, tidy
 
 if TYPE_CHECKING:
@@ -50,5 +50,5 @@ def results_picture(rows: Sequence[Result], path: Path) -> Path:
         figure.legend(handles[::-1], names[::-1], loc="outside upper left", ncols=2, fontsize="small")
 
     chart = Chart("results", "Results", "", draw, 1.1 + 0.42 * len(rows))
-    write_bytes(path, render(chart, Look(dark=False, narrow=False), "png"))
+    write_whole(path, render(chart, Look(dark=False, narrow=False), "png"))
     return path

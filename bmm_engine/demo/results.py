@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bmm_engine.disk.files import write_whole
 from bmm_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,9 +77,4 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write the rows as a JSON list, whole or not at all."""
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_text(json.dumps([asdict(row) for row in self.rows], indent=2) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, (json.dumps([asdict(row) for row in self.rows], indent=2) + "\n").encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from bmm_engine.pipeline.run import run_recipe
 from bmm_engine.progress import track
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.sequential.run import walk_folder
+from bmm_engine.sequential.state import remove_folder
 from bmm_engine.statistics.collect import collect_grams
 from bmm_engine.statistics.grams import GramSet
 
@@ -75,7 +75,8 @@ def run(output: Path, narrator: Narrator) -> list[dict[str, Any]]:
     merged = output / "merged"
     with narrator.stage(f"bmm merge {recipe} -o {merged}"):
         # An interrupted demo's walk goes on only where every number is the same, also those that depend on how many threads there are.
-        shutil.rmtree(walk_folder(merged), ignore_errors=True)
+        if walk_folder(merged).exists():
+            remove_folder(walk_folder(merged), narrator.say)
         merging = time.perf_counter()
         run_recipe(Recipe.load(recipe), merged, overwrite=True, progress=False)
         merging = time.perf_counter() - merging

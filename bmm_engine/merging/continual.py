@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +33,10 @@ from bmm_engine.checkpoint import (
     open_source,
 )
 from bmm_engine.checkpoint.dtypes import float_dtype
+from bmm_engine.checkpoint.ownership import WEIGHTS
 from bmm_engine.checkpoint.safetensors_io import byte_view
+from bmm_engine.checkpoint.staging import STAGE, clean_stages
+from bmm_engine.disk.files import foreign, is_file, is_folder, matches, named, remove_own
 from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.merging.align import AlignedExpert, align
 from bmm_engine.merging.output import Target, output_specs, write_record_and_card
@@ -47,6 +50,8 @@ T = TypeVar("T")
 
 STATE_FILENAME = "continual.json"
 _FORMAT, _VERSION = "bmm-continual", 1
+_LOCK, _STAGED_STATE = ".lock", f".{STATE_FILENAME}.partial"
+_is_sum = matches(WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class ContinualMerge:
     of the linear modules, as in `merge`; `keep_base`: patterns of tensors that stay the base's. All three are settled when the directory is new;
     later they may be left out.
 
+    The directory is ours by its `continual.json`; other files that are put into it later stay there.
+
     Raises `ConfigError` for settings or a base that differ from the directory's, `OutputExistsError` for a directory of something else,
     `CheckpointError` for one that is damaged.
     """
@@ -90,6 +97,8 @@ class ContinualMerge:
         if alpha is not None and not 0 <= alpha < 1:
             raise ConfigError(f"alpha must be in [0, 1), not {alpha}.")
         known = self._read_state()
+        if known is not None and not known.squares:
+            known = None  # begun, and settled by nothing yet
         patterns = known.keep_base if known is not None and keep_base is None else _listed(keep_base) or []
         self._alignment = align(self._base, [], patterns)
         self._dtype = float_dtype(self._base.spec(n).dtype for n in self._alignment.merged)
@@ -157,6 +166,7 @@ class ContinualMerge:
 
         Raises `ConfigError` before the first expert, `OutputExistsError`, `OutputWriteError`; then nothing is left on disk.
         """
+        self._tidy()
         specs = output_specs(self._alignment, None)
         with CheckpointWriter(
             Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite
@@ -228,6 +238,8 @@ class ContinualMerge:
         """None where the directory is new."""
         file = self.path / STATE_FILENAME
         try:
+            if os.path.lexists(file) and not is_file(file):
+                raise ValueError("no regular file")
             content = json.loads(file.read_text(encoding="utf-8"))
             if content.pop("format") != _FORMAT or content.pop("format_version") != _VERSION:
                 raise ValueError("another format")
@@ -238,8 +250,12 @@ class ContinualMerge:
             raise CheckpointError(
                 f"{file}: is no state of a continual merge that can be read ({error}); start another"
             ) from error
-        if self.path.is_file() or any(not _is_ours(entry.name) for entry in _entries(self.path)):
-            raise OutputExistsError(f"{self.path}: exists and is no state of a continual merge; choose another path.")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise OutputExistsError(f"{self.path}: exists and is no folder; choose another path.")
+        if self.path.is_dir() and (theirs := foreign(self.path, lambda name: name in (_LOCK, _STAGED_STATE))):
+            raise OutputExistsError(
+                f"{self.path}: exists and is no state of a continual merge, and holds {named(theirs)}; choose another path."
+            )
         return None
 
     def _same(self, known: _State, asked: _State) -> _State:
@@ -264,7 +280,7 @@ class ContinualMerge:
 
     def _write_state(self, state: _State) -> None:
         text = json.dumps({"format": _FORMAT, "format_version": _VERSION, **asdict(state)}, indent=2) + "\n"
-        partial = self.path / f".{STATE_FILENAME}.partial"
+        partial = self.path / _STAGED_STATE
         try:
             with partial.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -286,7 +302,7 @@ class ContinualMerge:
         """Alone at work on the directory, which is as this object knows it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("w")
+            lock = (self.path / _LOCK).open("a")
         except OSError as error:
             raise OutputWriteError(f"{self.path}: cannot be written ({error.strerror}); choose another path") from error
         with lock:
@@ -297,21 +313,27 @@ class ContinualMerge:
             found = self._read_state()
             if (found.folder if found is not None else "") != self._state.folder:
                 raise ConfigError(f"{self.path}: has been changed since it was opened; open it again.")
+            if found is None:
+                self._write_state(self._state)  # before the first sum: by its state the folder is known for ours
             yield
 
     def _clean(self) -> None:
-        """Remove sums that are no longer, or were never, the state's."""
-        for entry in _entries(self.path):
-            if entry.name.startswith("step-") and entry.name != self._state.folder:
-                shutil.rmtree(entry)
+        """Remove sums that are no longer, or were never, the state's, and what killed runs left of them; what is not ours in them is kept."""
+        for entry in sorted(self.path.iterdir()):
+            if not is_folder(entry) or entry.name == self._state.folder:
+                continue
+            if re.fullmatch(r"step-\d{5,}", entry.name):
+                remove_own(entry, _is_sum)
+            elif left := re.fullmatch(rf"\.(step-\d{{5,}})\.{STAGE}", entry.name):
+                clean_stages(self.path / left[1])
 
-
-def _entries(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else []
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith(("step-", ".step-", ".lock", f".{STATE_FILENAME}"))
+    def _tidy(self) -> None:
+        """Clean up after a run that was killed at its end, unless somebody is at work."""
+        try:
+            with self._locked():
+                self._clean()
+        except (ConfigError, OutputWriteError, OSError):
+            pass
 
 
 def _listed(patterns: Iterable[str] | None) -> list[str] | None:

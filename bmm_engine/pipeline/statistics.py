@@ -38,16 +38,26 @@ FEW_SAMPLES = 16
 def measure(
     recipe: Recipe, models: Models, *, report: Report = lambda line: None, progress: bool | None = None
 ) -> Statistics:
-    """All that the merge of a recipe needs beside its models (its `output_weights` chosen), read from files or measured now."""
+    """All that the merge of a recipe needs beside its models (its `output_weights` chosen), read from files or measured now.
+
+    Where it is kept is checked before anything is measured. Raises `ConfigError`, and what measuring raises.
+    """
     settings = recipe.settings
     sequential, rule = recipe.mode == "sequential", settings.rule
     wants_grams = rule.needs_grams if sequential else settings.needs_grams
+    weighted = recipe.output_weights == "sensitivity" and settings.solves
+    together = rule.needs == "sequential_grams"
+    wants_grams = wants_grams and settings.gram_source != "task_vectors"
+    if wants_grams:
+        check_gram_places(recipe, together)
+    if rule.needs == "fishers":
+        recipe.check_writable("fisher")
+    if weighted:
+        recipe.check_writable("sensitivity")
     grams: list[GramSet] = []
-    if wants_grams and settings.gram_source != "task_vectors":
-        together = rule.needs == "sequential_grams"
+    if wants_grams:
         grams = gram_sets(recipe, models, report=report, sequential=together, progress=progress)
     fishers = fisher_sets(recipe, models, report=report, progress=progress) if rule.needs == "fishers" else []
-    weighted = recipe.output_weights == "sensitivity" and settings.solves
     sensitivities = sensitivity_sets(recipe, models, report=report, progress=progress) if weighted else []
     batches = calibration_batches(recipe, models, report) if sequential else []
     return Statistics(tuple(grams), tuple(fishers), tuple(sensitivities), tuple(batches))
@@ -71,6 +81,12 @@ def _exists(file: str | None) -> bool:
     return file is not None and Path(file).exists()
 
 
+def check_gram_places(recipe: Recipe, together: bool) -> None:
+    """Refuse Gram files that would be written where the recipe may not; those that belong together are all written unless all exist."""
+    exist = all(e.grams is not None and Path(e.grams).exists() for e in recipe.experts)
+    recipe.check_writable("grams", missing_only=exist or not together)
+
+
 def gram_sets(
     recipe: Recipe, models: Models, *, report: Report, sequential: bool = False, progress: bool | None = None
 ) -> list[GramSet]:
@@ -80,6 +96,7 @@ def gram_sets(
     measured.
     """
     files = [e.grams for e in recipe.experts]
+    check_gram_places(recipe, sequential)
     data = _missing_data(recipe, files, "Gram", together=sequential)
     if sequential and data:
         return _walk(recipe, models, [data[i] for i in range(len(files))], report, progress)
@@ -113,6 +130,7 @@ def calibration_batches(recipe: Recipe, models: Models, report: Report = lambda 
 def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: bool | None = None) -> list[FisherSet]:
     """Each expert's Fisher information: from its file where it exists, else collected (and saved there if the recipe names a file)."""
     files = [e.fisher for e in recipe.experts]
+    recipe.check_writable("fisher")
 
     def collect(expert: ExpertRecipe, source: TensorSource, own: CalibrationData) -> FisherSet:
         return fisher_from_checkpoint(source, own, recipe.calibration, device=recipe.device, progress=progress)
@@ -162,6 +180,7 @@ def sensitivity_sets(
 ) -> list[SensitivitySet]:
     """Each expert's sensitivities: from its file where it exists, else collected (and saved there if the recipe names a file)."""
     files = [e.sensitivity for e in recipe.experts]
+    recipe.check_writable("sensitivity")
     pooling = recipe.evaluation.pooling if recipe.evaluation else "mean"
 
     def collect(expert: ExpertRecipe, source: TensorSource, own: CalibrationData) -> SensitivitySet:

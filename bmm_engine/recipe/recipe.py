@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from bmm_engine.anchors import get_anchor
 from bmm_engine.errors import ConfigError, shown
 from bmm_engine.recipe import mergekit
 from bmm_engine.recipe.expert_parameters import with_own_parameters
 from bmm_engine.recipe.explain import explain, parse_section
+from bmm_engine.recipe.places import Places
 from bmm_engine.recipe.references import (
     AnchorRecipe,
     ExpertRecipe,
@@ -60,6 +61,8 @@ class Recipe(Algebra, Named):
     search: SearchRecipe = SearchRecipe()
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     max_shard_size: str | int = "5GB"
+    # Folders that measured files may be written into: the recipe's own, the working folder, and those that its user named.
+    _writable: Places = PrivateAttr(default_factory=Places.here)
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -161,10 +164,12 @@ class Recipe(Algebra, Named):
         *,
         local_files_only: bool = False,
         defaults: Mapping[str, Any] | None = None,
+        write_to: Sequence[str | Path] = (),
         **overrides: Any,
     ) -> Recipe:
         """Read a recipe, or a mergekit configuration, which is translated (see `bmm_engine/recipe/mergekit/`); `overrides` replace top-level keys,
-        `defaults` are for those that it does not give.
+        `defaults` are for those that it does not give. `write_to`: folders, beside the recipe's and the working folder, that measured files may be
+        written into.
 
         Raises `ConfigError` naming the file and key. `local_files_only`: to translate, never ask the hub.
         """
@@ -177,19 +182,31 @@ class Recipe(Algebra, Named):
         if mergekit.is_configuration(raw):
             raw = mergekit.translate(raw, path, local_files_only=local_files_only)
         raw = {**(defaults or {}), **raw, **{key: value for key, value in overrides.items() if value is not None}}
-        recipe = cls.parse(raw, str(path))
+        recipe = cls.parse(raw, str(path), write_to=(path.parent, *write_to))
         try:
             return recipe._resolved(path.parent)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
-    def parse(cls, raw: dict[str, Any], where: str = "recipe") -> Recipe:
-        """Validate plain values. Raises `ConfigError`: which key, its value, what is wrong, and the nearest known key."""
+    def parse(cls, raw: dict[str, Any], where: str = "recipe", *, write_to: Sequence[str | Path] = ()) -> Recipe:
+        """Validate plain values. `write_to`: folders, beside the working folder, that measured files may be written into.
+
+        Raises `ConfigError`: which key, its value, what is wrong, and the nearest known key."""
         try:
-            return cls.model_validate(raw)
+            recipe = cls.model_validate(raw)
         except ValidationError as error:
             raise ConfigError(f"{where}: {explain(error, _owner)}") from error
+        recipe._writable = recipe._writable.and_in(write_to)
+        return recipe
+
+    def check_writable(self, key: str, *, missing_only: bool = True) -> None:
+        """Refuse files of the experts' `key` ("grams", "fisher", "sensitivity") that would be written elsewhere than into the recipe's folder, the
+        working folder, or one that was named. `missing_only`: those that exist are only read. Raises `ConfigError`."""
+        for expert in self.experts:
+            file = getattr(expert, key)
+            if file is not None and not (missing_only and Path(file).exists()):
+                self._writable.check(Path(file), f"expert {expert.label!r}: its `{key}` file")
 
     def with_search(self, **changes: Any) -> Recipe:
         """With some keys of its search replaced. Raises `ConfigError`."""

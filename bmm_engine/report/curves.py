@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmm_engine.report.document import write_bytes
+from bmm_engine.disk.files import write_whole
 from bmm_engine.report.figures import Chart, Look, label, render, tidy
 
 if TYPE_CHECKING:
@@ -33,5 +33,5 @@ def study_picture(rows: Sequence[Mapping[str, Any]], axis: str, path: Path) -> P
         axes.legend(fontsize="small", title="dotted: without a search", title_fontsize="small")
 
     chart = Chart("study", "Study", "", draw, 4.2)
-    write_bytes(path, render(chart, Look(dark=False, narrow=False), "png"))
+    write_whole(path, render(chart, Look(dark=False, narrow=False), "png"))
     return path

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from bmm_engine.disk.files import write_whole
 from bmm_engine.errors import OutputWriteError
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import AnchorRecipe
@@ -33,15 +33,11 @@ def best_recipe(recipe: Recipe, problem: Problem, candidate: Candidate) -> Recip
 
 def write_recipe(recipe: Recipe, path: Path) -> Path:
     """Write a recipe as YAML, whole or not at all; paths in it must be absolute. Raises `OutputWriteError`."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         text = dump_yaml(_plain(recipe.model_dump(exclude_none=True, exclude_defaults=True)))
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise OutputWriteError(f"{path}: the recipe could not be written ({error}).") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

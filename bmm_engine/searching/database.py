@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
+from bmm_engine.disk.files import is_file, siblings
 from bmm_engine.errors import StudyBusyError, StudyError, StudyExistsError
 from bmm_engine.searching.schema import APPLICATION_ID, FORMAT, SCHEMA
 
 BUSY_S = 30.0
+_BESIDE = r"(-wal|-shm|-journal)?"  # the files that SQLite keeps beside a database
 
 
 class Database:
@@ -110,8 +113,9 @@ def create_database(path: Path, fill: Callable[[sqlite3.Connection], None]) -> N
                 f"{path}: there is a study here already. Open it, choose another output, or remove the folder."
             )
         # Of a creation that was killed; and the log of a database that is gone, which SQLite would apply to the new one.
-        for left in [*path.parent.glob(f".{path.name}.*.tmp*"), *path.parent.glob(f"{path.name}-*")]:
-            left.unlink()
+        for left in siblings(path, rf"(\.{re.escape(path.name)}\.\d+\.tmp|{re.escape(path.name)}(?=-)){_BESIDE}"):
+            if is_file(left):
+                left.unlink(missing_ok=True)
         with _typed(path), closing(sqlite3.connect(unfinished, isolation_level=None)) as connection:
             connection.executescript(f"BEGIN; {SCHEMA}")
             fill(connection)
@@ -131,8 +135,8 @@ def create_database(path: Path, fill: Callable[[sqlite3.Connection], None]) -> N
             f"{path}: the study cannot be written ({error}). Choose an output where files can be written."
         ) from error
     finally:
-        for left in path.parent.glob(f"{unfinished.name}*"):
-            left.unlink()
+        for left in siblings(path, rf"{re.escape(unfinished.name)}{_BESIDE}"):
+            left.unlink(missing_ok=True)
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

@@ -11,8 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bmm_engine.checkpoint import RECORD_FILENAME, merge_record
 from bmm_engine.checkpoint.identity import values_digest
-from bmm_engine.errors import ConfigError, SearchError
+from bmm_engine.checkpoint.ownership import record_digest
+from bmm_engine.checkpoint.provenance import RECORD_FORMAT
+from bmm_engine.disk.files import foreign, matches, named, read_identity
+from bmm_engine.errors import ConfigError, OutputExistsError, SearchError
 from bmm_engine.executors import open_executor
 from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.sources import Model, Models
@@ -34,11 +38,16 @@ from bmm_engine.searching.proposer import check_optimizer
 from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.session import Session
 from bmm_engine.searching.space import Candidate
-from bmm_engine.searching.study import Study
+from bmm_engine.searching.study import DATABASE, Study
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import NO_WEIGHTED_PLAIN_SEARCH, RecipeProblem, with_grams, with_search_weights
 from bmm_engine.statistics.sets import Fishers, Grams, Sensitivities, Statistics
 from bmm_engine.statistics.text_file import check_output_path
+
+_WRITING = "writing"  # the fact that says where the best merge is being written
+_is_before_a_study = matches(
+    r"lock|grams/(\.?\d+\.safetensors(\..+\.partial)?)?|\.trials\.sqlite\..+|\.shared-[^/]+/.*"
+)
 
 
 @dataclass(frozen=True)
@@ -89,9 +98,10 @@ def search_recipe(
     check_output_path(output)
     output = output.resolve()
     folder = study_folder(output)
-    taken = _own_result(folder, output)
+    check_study_folder(folder)
+    taken, begun = _own_result(folder, output)
     if write_merge:
-        check_output(output, overwrite or taken)
+        check_output(output, overwrite or taken or begun)
     check_tasks(recipe)
     models = open_models(recipe, local_files_only)
     recipe = with_search_weights(recipe, models, report)
@@ -112,8 +122,11 @@ def search_recipe(
         path = write_recipe(chosen, folder / "best.yaml")
         written = None
         if write_merge:
-            written = run_recipe(chosen, output, overwrite=overwrite or taken, models=models, report=report).path
+            replaced = overwrite or taken or (begun and _is_merge_of(chosen, output))
+            study.set_fact(_WRITING, str(output))
+            written = run_recipe(chosen, output, overwrite=replaced, models=models, report=report).path
         session.finish(best, output if write_merge else None)
+        study.set_fact(_WRITING, None)
         return SearchResult(
             best,
             candidate,
@@ -252,13 +265,31 @@ def open_study(folder: Path, problem: Problem, identity: Mapping[str, Any], reci
     return Study.open_or_create(folder, record)
 
 
-def _own_result(folder: Path, output: Path) -> bool:
-    """Was the merge at `output` written by the study in `folder`?"""
-    if not (folder / "trials.sqlite").exists() or not output.exists():
-        return False
+def check_study_folder(folder: Path) -> None:
+    """Refuse a folder that holds something, but no study nor what a search measures before there is one. Raises `OutputExistsError`."""
+    if not folder.is_dir() or (folder / DATABASE).exists():
+        return
+    if theirs := foreign(folder, _is_before_a_study):
+        raise OutputExistsError(
+            f"{folder}: holds no study, but {named(theirs)}; a search keeps its study under this name. Move it elsewhere, or choose another output."
+        )
+
+
+def _own_result(folder: Path, output: Path) -> tuple[bool, bool]:
+    """Was the merge at `output` written by the study in `folder`? And if that is not known, for the search was killed then: was it about to be?"""
+    if not (folder / DATABASE).exists() or not output.exists():
+        return False, False
     with Study.open(folder, readonly=True) as study:
-        result = study.fact("result") or {}
-    return result.get("output") == str(output.resolve())
+        result, writing = study.fact("result") or {}, study.fact(_WRITING)
+    place = str(output.resolve())
+    own = result.get("output") == place and result.get("record") in (None, record_digest(output))
+    return own, writing == place
+
+
+def _is_merge_of(recipe: Recipe, output: Path) -> bool:
+    """Is the merge at `output` that of a recipe?"""
+    record = read_identity(output / RECORD_FILENAME, RECORD_FORMAT) or {}
+    return bool(record.get("recipe") == merge_record(recipe.plain(), [])["recipe"])
 
 
 __all__ = ["SearchError", "SearchResult", "search", "search_recipe", "study_folder"]

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from bmm_engine.checkpoint.ownership import record_digest
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, Shared, run_all
 from bmm_engine.merging.factors import FactorGroup, plain_alignment
@@ -230,5 +231,6 @@ class Session:
                 "seconds": self.seconds,
                 "finished_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "output": None if output is None else str(output.resolve()),
+                "record": None if output is None else record_digest(output),
             },
         )

@@ -7,7 +7,6 @@ stopped. (Figures of this kind are in the BMM paper, arXiv 2605.12843.)
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bmm_engine.disk.files import write_whole
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.scores import Score
@@ -214,7 +214,8 @@ def _run(
                             cell,
                             report,
                         )
-                        _write(output / "results.json", {"axis": axis, "points": [vars(p) for p in found]})
+                        results = {"axis": axis, "points": [vars(p) for p in found]}
+                        write_whole(output / "results.json", (json.dumps(results, indent=1) + "\n").encode())
     return found
 
 
@@ -279,12 +280,3 @@ def summary(points: Sequence[Point]) -> list[dict[str, Any]]:
             row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
         rows.append(row)
     return rows
-
-
-def _write(path: Path, value: Any) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

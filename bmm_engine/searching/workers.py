@@ -83,9 +83,13 @@ NO_WEIGHTED_PLAIN_SEARCH = "a search in the mode plain weighs all outputs alike:
 
 
 def with_search_weights(recipe: Recipe, models: Models, report: Report) -> Recipe:
-    """The recipe with `output_weights` chosen, where it leaves them open. Raises `ConfigError` for those that a search cannot have."""
+    """The recipe with `output_weights` chosen, where it leaves them open. Raises `ConfigError` for those that a search cannot have, and for a place
+    where what they need may not be written."""
     if recipe.mode == "sequential":
-        return with_output_weights(recipe, models, report)
+        chosen = with_output_weights(recipe, models, report)
+        if chosen.output_weights == "sensitivity":
+            chosen.check_writable("sensitivity")
+        return chosen
     if recipe.output_weights == "sensitivity":
         raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
     return recipe.model_copy(update={"output_weights": "none"})
@@ -108,6 +112,7 @@ def with_grams(recipe: Recipe, folder: Path, executor: Executor, local_files_onl
     """The recipe with a Gram file for every expert: those that are lacking are measured, one expert for each worker, and kept in `folder`."""
     if not wants_grams(recipe):
         return recipe
+    recipe.check_writable("grams")
     experts = [
         e if e.grams is not None else e.model_copy(update={"grams": str(folder / "grams" / f"{i}.safetensors")})
         for i, e in enumerate(recipe.experts)

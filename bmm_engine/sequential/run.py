@@ -111,16 +111,16 @@ def walk_models(
         raise ConfigError(
             f"{len(models.experts)} experts and {len(calibration)} calibration sets (batches); give one for each expert."
         )
+    if destination.path is not None:
+        output = destination.path.expanduser().resolve()
+        check_walk(output)
+        destination = replace(destination, path=output)
     # A walk measures its own inputs, so modules are planned one by one; Grams are for anchors that need them.
     plan = make_plan(settings.but(gram_source="task_vectors"), models, replace(statistics, grams=()))
     prior = settings.anchor_alone("data" if statistics.grams else "task_vectors")
     anchor_plan = make_plan(prior, models, replace(statistics, sensitivities=()))
     anchor_plan.check_statistics()
     skeleton = Skeleton.of(models, plan)
-    if destination.path is not None:
-        output = destination.path.expanduser().resolve()
-        check_walk(output)
-        destination = replace(destination, path=output)
     specs = destination.specs(plan.alignment)
     writer = destination.writer(specs)
     with ExitStack() as stack:

@@ -23,7 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource
-from bmm_engine.checkpoint.files import (
+from bmm_engine.checkpoint.ownership import WEIGHTS
+from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
+from bmm_engine.checkpoint.staging import STAGE, STAGE_ENTRIES, sync_path
+from bmm_engine.disk.files import (
     clean_retired,
     foreign,
     is_folder,
@@ -33,9 +36,6 @@ from bmm_engine.checkpoint.files import (
     remove_own,
     retire,
 )
-from bmm_engine.checkpoint.ownership import WEIGHTS
-from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
-from bmm_engine.checkpoint.staging import STAGE, STAGE_ENTRIES, sync_path
 from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.progress import Report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from bmm_engine.checkpoint.validated import json_object, shown, validated
-from bmm_engine.errors import CheckpointError, OutputWriteError
+from bmm_engine.disk.files import is_file, is_running, siblings
+from bmm_engine.errors import CheckpointError, OutputExistsError, OutputWriteError
 
 
 def write_record(
@@ -22,15 +24,20 @@ def write_record(
 ) -> Path:
     """Write tensors and, as JSON metadata under `format_name`, their record, under a temporary name that is then renamed.
 
-    Raises `OutputWriteError`.
+    Raises `OutputWriteError`, and `OutputExistsError` as `check_replaceable`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    check_replaceable(path, format_name, what)
     staged = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        for left in siblings(path, rf"\.{re.escape(path.name)}\.\d+-\w+\.partial"):  # of writers that were killed
+            if is_file(left) and not is_running(int(left.name.removeprefix(f".{path.name}.").split("-")[0])):
+                left.unlink(missing_ok=True)
+        prefix = f".{path.name}.{os.getpid()}-"
+        handle, staged = tempfile.mkstemp(prefix=prefix, suffix=".partial", dir=path.parent)
         os.close(handle)
         save_file(dict(tensors), staged, metadata={format_name: json.dumps(record)})
         os.replace(staged, path)
@@ -66,6 +73,24 @@ class Record(BaseModel):
 
 
 R = TypeVar("R", bound=Record)
+
+
+def check_replaceable(path: Path, format_name: str, what: str) -> None:
+    """Refuse a place that is taken by anything but a file of the same format. Raises `OutputExistsError`."""
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.lexists(path):
+        return
+    try:
+        if is_file(path):
+            with safe_open(str(path), framework="pt") as file:
+                if format_name in (file.metadata() or {}):
+                    return
+    except (SafetensorError, OSError):
+        pass
+    raise OutputExistsError(
+        f"{path}: exists and is no {what} file, so it is not replaced. Choose another path, or move it elsewhere."
+    )
 
 
 def read_record(

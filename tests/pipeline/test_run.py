@@ -90,7 +90,7 @@ def make_recipe(tmp_path, own, **keys):
         for t in range(2)
     ]
     raw = {"base": str(tmp_path / "base"), "experts": experts, "calibration": {"batch_size": 4}, **keys}
-    return Recipe.parse(raw)
+    return Recipe.parse(raw, write_to=[tmp_path])
 
 
 def test_regmean_plusplus_in_a_recipe(tmp_path):
@@ -198,7 +198,7 @@ def test_calibration_of_an_adapter_runs_the_adapted_model(tmp_path):
         "calibration": {"batch_size": 4},
         "alpha": 0.01,
     }
-    result = run_recipe(Recipe.parse(raw), tmp_path / "out")
+    result = run_recipe(Recipe.parse(raw, write_to=[tmp_path]), tmp_path / "out")
     with torch.no_grad():
         for name, delta in added.items():
             base.get_parameter(name).add_(delta.float())

@@ -123,6 +123,51 @@ def test_a_second_process_is_refused(models, tmp_path):
         lock.close()
 
 
+@pytest.mark.parametrize("theirs", ["thesis.txt", "sweep-1/notes", "identity.json", "lock"])
+def test_a_strangers_folder_is_refused_by_name_before_any_work(models, tmp_path, monkeypatch, theirs):
+    file = tmp_path / "out.walk" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    monkeypatch.setattr("bmm_engine.sequential.run.make_plan", None)
+    name = theirs.split("/")[0]
+    with pytest.raises(
+        OutputExistsError, match=rf"out\.walk: was not made by a sequential merge.*'{name}/?'\. Move it"
+    ):
+        merge_sequential(*models, output=tmp_path / "out")
+    assert file.read_text() == "precious"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_is_no_folder_of_its_own_is_refused(models, tmp_path, kind):
+    place = tmp_path / "out.walk"
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        place.write_text("precious")
+    with pytest.raises(OutputExistsError, match=r"out\.walk: is no folder of its own"):
+        merge_sequential(*models, output=tmp_path / "out")
+    assert place.is_symlink() if kind == "link" else place.read_text() == "precious"
+
+
+def test_an_empty_folder_is_adopted_and_what_is_put_into_it_later_is_kept(models, tmp_path, monkeypatch):
+    folder = tmp_path / "out.walk"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(StoppedError):
+            merge_sequential(*models, output=tmp_path / "out")
+    for name in ("notes", "sweep-1/stage-notes/notes", "sweep-1/stage-000/mine.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("precious")
+    said = []
+    merge_sequential(*models, output=tmp_path / "out", report=said.append)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert [line for line in said if "is kept, since it holds 'notes', 'sweep-1/stage-000/mine.bin'" in line]
+    assert (folder / "notes").read_text() == (folder / "sweep-1/stage-000/mine.bin").read_text() == "precious"
+
+
 def test_hidden_states_that_are_not_as_they_were_written_are_found_out(models, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
