@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from bmm_engine.anchors import get_anchor
+from bmm_engine.checkpoint import parse_size
 from bmm_engine.errors import ConfigError, shown
 from bmm_engine.recipe import mergekit
 from bmm_engine.recipe.expert_parameters import with_own_parameters
@@ -73,6 +74,12 @@ class Recipe(Algebra, Named):
             {"model": item} if isinstance(item, str) or (isinstance(item, dict) and set(item) == {"slices"}) else item
             for item in value
         ]
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, value: str | int) -> str | int:
+        parse_size(value)
+        return value
 
     @field_validator("anchor", mode="before")
     @classmethod
