@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmm_engine.checkpoint.files import parse_json, read_bytes, read_json_object
 from bmm_engine.errors import ConfigError, DataError, EmptyCalibrationError
 from bmm_engine.evaluators.contract import TaskData
 from bmm_engine.recipe.sections import EvaluationRecipe
@@ -129,11 +129,11 @@ def _label_names(path: Path, task: TaskData, needed: bool) -> dict[str, int] | N
     config = task.model_path / "config.json"
     names: dict[str, int] = {}
     if config.is_file() and task.head is None:
-        names = json.loads(config.read_text(encoding="utf-8")).get("label2id") or {}
+        names = read_json_object(config).get("label2id") or {}
     if names and not all(name.startswith("LABEL_") for name in names):
         return {name: int(number) for name, number in names.items()}
     if listed.is_file():
-        found = json.loads(listed.read_text(encoding="utf-8"))
+        found = parse_json(read_bytes(listed), str(listed), "correct it")
         if not isinstance(found, list) or len(set(map(str, found))) != len(found):
             if not needed:
                 return None

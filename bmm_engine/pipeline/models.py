@@ -9,7 +9,8 @@ from bmm_engine.checkpoint import AdapterSource, Checkpoint, TensorSource, open_
 from bmm_engine.checkpoint.compose import LayerRange, StackedSource
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.sources import Models, adapter_options, open_expert
-from bmm_engine.models.architecture import checkpoint_names, load_config, model_class
+from bmm_engine.models.architecture import checkpoint_names, load_config, meta_model, model_class, told
+from bmm_engine.models.bounds import Held
 from bmm_engine.progress import quiet_transformers
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe, ModelRecipe, StackRecipe
@@ -72,13 +73,17 @@ def live_model(
     """
     import torch
 
-    path = model_folder(source)
-    cls = cls or model_class(load_config(path))
+    path, held = model_folder(source), held_by(source)
+    meta_model(path, held)  # one that the files do not account for would fill memory
+    cls = cls or model_class(load_config(path, held))
+    _root(source).check_unchanged()
     try:
         with quiet_transformers(reports):
             live = cls.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load it as {cls.__name__}: {error}") from error
+    except Exception as error:  # of a config or file that it did not foresee, transformers may raise anything
+        raise CheckpointError(
+            f"{path}: transformers cannot load it as {cls.__name__} ({told(error)}); correct its config.json, or download it again"
+        ) from error
     if isinstance(source, AdapterSource):
         with torch.no_grad():
             for name, tensor in source.live_tensors(checkpoint_names(live)):
@@ -88,9 +93,18 @@ def live_model(
 
 def model_folder(source: TensorSource) -> Path:
     """Where a model that can be run lies, with its config and tokenizer: of an adapter, its base. Raises `CheckpointError` for a view."""
+    return _root(source).path
+
+
+def held_by(source: TensorSource) -> Held:
+    """What the files of a model that can be run hold. Raises `CheckpointError` for a view."""
+    return Held.of(_root(source).shapes())
+
+
+def _root(source: TensorSource) -> Checkpoint:
     root = source.base if isinstance(source, AdapterSource) else source
     if not isinstance(root, Checkpoint):
         raise CheckpointError(
             f"{source.label}: cannot be run, since it is no checkpoint of its own; save it as one, or name statistics measured before."
         )
-    return root.path
+    return root

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -203,7 +204,7 @@ class Recipe(Algebra, Named):
     def _resolved(self, folder: Path) -> Recipe:
         def local(value: str) -> str:
             """Relative to the recipe where that exists; a hub id or a path of the working directory stays as it is."""
-            return str(folder / value) if (folder / value).exists() else value
+            return str(folder / value) if os.path.exists(folder / value) else value  # False also for what is no name
 
         def beside(value: str | None) -> str | None:
             return None if value is None else str(folder / value)

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from bmm_engine.errors import StudyBusyError, StudyError, StudyExistsError
-from bmm_engine.searching.schema import APPLICATION_ID, FORMAT, SCHEMA
+from bmm_engine.searching.schema import APPLICATION_ID, FORMAT, SCHEMA, DamagedRow
 
 BUSY_S = 30.0
 
@@ -157,6 +157,10 @@ def _typed(path: Path) -> Iterator[None]:
     """SQLite's errors as typed ones that say what to do."""
     try:
         yield
+    except DamagedRow as error:
+        raise StudyError(
+            f"{path}: {error}; it was changed by something else. Restore it from a copy, or remove the folder to start anew."
+        ) from error
     except sqlite3.OperationalError as error:
         text = str(error)
         if "locked" in text or "busy" in text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmm_engine.checkpoint.files import regular_file
+from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
@@ -72,7 +75,7 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     `.txt` (a text on each line), `.jsonl`, `.tsv` or `.csv` (the column `field`), `.safetensors` (model inputs by name, samples first), or a
     directory of images. Raises `ConfigError` (no such file, no such column, unknown kind) and `EmptyCalibrationError`.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ConfigError(
             f"calibration: {path} does not exist. Give a .txt, .jsonl, .tsv, .csv or .safetensors file, or a folder of images."
         )
@@ -139,6 +142,7 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
+    regular_file(path)
     try:
         yield
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -162,20 +166,17 @@ def _column(row: Any, field: str, where: str) -> Any:
 
 def read_inputs(path: Path, samples: int | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, samples first, or `samples` of them spread evenly. Raises `ConfigError`, `CheckpointError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        inputs = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). Write it again.") from error
+    file = SafetensorsFile.open(path)
+    inputs = {name: file.read(name) for name in file.specs}
     counts = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in inputs.items()}
     if len(set(counts.values())) > 1:
         raise ConfigError(
             f"{path}: the inputs differ in their number of samples: {counts}. The first dimension is the sample."
         )
-    if not inputs:
-        raise EmptyCalibrationError(f"{path} holds no tensors.")
+    if not inputs or not all(counts.values()):
+        raise EmptyCalibrationError(
+            f"calibration: {path} holds no samples; the first dimensions of its tensors are {counts or 'none'}."
+        )
     keep = torch.tensor(spread(range(next(iter(counts.values()))), samples), dtype=torch.long)
     return {name: tensor[keep] for name, tensor in inputs.items()}
 
@@ -195,8 +196,14 @@ def _image_batches(images: tuple[Path, ...], model_path: Path, batch_size: int) 
     for start in range(0, len(images), batch_size):
         pictures = []
         for path in images[start : start + batch_size]:
-            with Image.open(path) as picture:
-                pictures.append(picture.convert("RGB"))
+            regular_file(path)
+            try:
+                with Image.open(path) as picture:
+                    pictures.append(picture.convert("RGB"))
+            except Exception as error:  # of a damaged picture Pillow may raise anything
+                raise ConfigError(
+                    f"{path}: is no picture that can be read ({error}). Remove it, or save it again."
+                ) from error
         yield dict(processor(pictures, return_tensors="pt"))
 
 
@@ -210,7 +217,9 @@ def spread(items: Any, samples: int | None) -> list[Any]:
 
 def _digest(path: Path) -> str:
     if path.is_dir():
-        return hashlib.sha256("\n".join(sorted(p.name for p in path.rglob("*"))).encode()).hexdigest()[:12]
+        return hashlib.sha256(
+            "\n".join(sorted(p.name for p in path.rglob("*"))).encode("utf-8", "surrogateescape")
+        ).hexdigest()[:12]
     with path.open("rb") as file:
         digest = hashlib.sha256()
         for chunk in iter(lambda: file.read(1 << 20), b""):

@@ -20,6 +20,7 @@ from tests.fuzz.material import make_material
 
 def main() -> int:
     options = _options()
+    sys.stdout.reconfigure(errors="backslashreplace")  # what was mutated may be no text
     kinds = options.kind or list(KINDS)
     numbers = [options.case] if options.case is not None else range(options.first, options.first + options.cases)
     verbose = options.case is not None

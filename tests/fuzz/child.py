@@ -58,7 +58,10 @@ def _run(argv: list[str], folder: Path, alarm_s: float) -> int:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * _PAGE
     resource.setrlimit(resource.RLIMIT_AS, (mapped + _ADDRESS_SPACE,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8"), os.fdopen(2, "w", encoding="utf-8")
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w", encoding="utf-8"),
+        os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace"),
+    )
     warnings.resetwarnings()
     from bmm_engine.cli import main
 
