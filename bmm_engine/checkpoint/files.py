@@ -73,7 +73,7 @@ def parse_json(content: str | bytes, where: str, remedy: str = "download it agai
     """The value of a JSON text in UTF-8. Raises CheckpointError that begins with `where` and ends with `remedy`.
 
     Refused are a key that stands twice in one object (readers differ in which one counts), NaN and infinity, unless in a list, where
-    infinity is a range's open end (Mamba 2's `time_step_limit`), and more than `DEEPEST_JSON` levels.
+    infinity is a range's open end (Mamba 2's `time_step_limit`), lone surrogates, and more than `DEEPEST_JSON` levels.
     """
     try:
         text = content.decode("utf-8") if isinstance(content, bytes) else content
@@ -85,9 +85,10 @@ def parse_json(content: str | bytes, where: str, remedy: str = "download it agai
 
 
 def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object whose keys differ. Raises ValueError that names the key."""
+    """For `json.loads`: an object whose keys differ, and are text. Raises ValueError that names the key."""
     result: dict[str, Any] = {}
     for key, value in pairs:
+        key.encode("utf-8")  # a lone surrogate could not be written again
         if key in result:
             raise ValueError(f"the key {_shortened(key, 100)!r} appears twice")
         result[key] = value
@@ -102,6 +103,8 @@ def _check_values(value: Any) -> None:
         for key, listed, item in level:
             if isinstance(item, float) and not math.isfinite(item) and (math.isnan(item) or not listed):
                 raise ValueError(f"the value of {_shortened(key, 100)!r} is {item}, which is no finite number")
+            if isinstance(item, str) and not item.isascii():
+                item.encode("utf-8")
             if isinstance(item, dict):
                 below += [(name, False, own) for name, own in item.items()]
             elif isinstance(item, list):

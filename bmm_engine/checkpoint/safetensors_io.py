@@ -132,10 +132,16 @@ def _read_header(path: Path, length_bytes: bytes, file: Any, file_bytes: int) ->
         raise CheckpointError(f"{path}: the safetensors header is malformed ({error}); download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object; download it again")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        return header, 8 + length
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: the metadata in its header is no map from names to texts; download it again")
     return header, 8 + length
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:100]} ..."
 
 
 def _check_no_gaps(path: Path, entries: list[tuple[int, int, TensorSpec]], file_bytes: int) -> None:
@@ -165,13 +171,13 @@ def _entries(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int, Ten
             ) from error
         if not isinstance(tag, str) or tag not in DTYPES:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has the dtype {tag!r}, which is not supported (known: {', '.join(DTYPES)}); "
+                f"{path}: tensor {name!r} has the dtype {_shortened(repr(tag))}, which is not supported (known: {', '.join(DTYPES)}); "
                 "convert the checkpoint to one of these"
             )
         spec = TensorSpec(name, shape, DTYPES[tag], path.name)
         if spec.nbytes != end - begin:
             raise CheckpointError(
-                f"{path}: tensor {name!r} of shape {shape} and dtype {tag} needs {spec.nbytes} bytes, its header "
+                f"{path}: tensor {name!r} of shape {_shortened(str(shape))} and dtype {tag} needs {spec.nbytes} bytes, its header "
                 f"gives it {end - begin}; download it again"
             )
         yield begin, end, spec

@@ -92,7 +92,7 @@ def test_a_device_is_not_read() -> None:
 def test_names_that_no_system_takes(model: Path) -> None:
     for name in ("n" * 300 + ".safetensors", "\ud800.safetensors", "a\0.safetensors"):
         (model / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
-        with pytest.raises(CheckpointError, match="not a plain name") as caught:
+        with pytest.raises(CheckpointError, match="not a plain name|surrogates") as caught:
             Checkpoint.open(model)
         assert len(str(caught.value)) < 1500
     for path in (Path("x" * 5000), Path("\ud800"), Path("a/" * 3000)):
@@ -151,3 +151,9 @@ def test_a_record_that_was_edited_by_hand(tmp_path: Path, text: str) -> None:
     (tmp_path / "bmm_merge.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"bmm_merge\.json: .*carry out the merge again"):
         read_merge_record(tmp_path / "bmm_merge.json")
+
+
+def test_texts_that_could_not_be_written_again(tmp_path: Path) -> None:
+    for text in ('{"\\ud800": 1}', '{"a": "\\udfff"}', '{"a": ["\\ud800"]}'):
+        with pytest.raises(CheckpointError, match="surrogates not allowed"):
+            parse_json(text, "x.json")

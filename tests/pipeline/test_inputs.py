@@ -9,12 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bmm_engine import collect_grams
 from bmm_engine.checkpoint import Checkpoint
-from bmm_engine.errors import BmmError, CheckpointError, CollectionError, ConfigError, EmptyCalibrationError
+from bmm_engine.errors import (
+    BmmError,
+    CheckpointError,
+    CollectionError,
+    ConfigError,
+    EmptyCalibrationError,
+    NonFiniteWeightError,
+)
 from bmm_engine.models.inputs import check_inputs
 from bmm_engine.pipeline.measure import collect_from_checkpoint
 from bmm_engine.pipeline.models import live_model
@@ -166,6 +173,21 @@ def test_a_file_that_was_cut_before_transformers_maps_it(models: Path, tmp_path:
     os.truncate(tmp_path / "bert" / "model.safetensors", 5000)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: changed on disk"):
         live_model(checkpoint)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+def test_a_file_that_lacks_a_tensor_is_not_run(models: Path, tmp_path: Path, architecture: str) -> None:
+    shutil.copytree(models / architecture, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(("query.weight", "c_attn.weight", "q_proj.weight")))
+    save_file({n + "_" * (n == name): t for n, t in tensors.items()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model: its files lack 1 tensors .*the first is"):
+        live_model(Checkpoint.open(tmp_path / "model"))
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteWeightError, match=r"model: the weight '.*' holds NaN or infinity in float32"):
+        live_model(Checkpoint.open(tmp_path / "model"))
 
 
 def test_an_empty_mask_is_told_of_its_file(models: Path, tmp_path: Path) -> None:
