@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from bmm_engine.checkpoint.files import read_json_object, regular_file, unreadable
+from bmm_engine.checkpoint.guard import read_json_object, regular_file, unreadable
 from bmm_engine.errors import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")

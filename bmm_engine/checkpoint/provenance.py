@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bmm_engine.checkpoint.adapter import AdapterSource
-from bmm_engine.checkpoint.files import read_bytes
+from bmm_engine.checkpoint.guard import read_bytes
 from bmm_engine.checkpoint.reader import Checkpoint
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import CheckpointError, ConfigError

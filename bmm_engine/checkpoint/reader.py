@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bmm_engine.checkpoint import hub
-from bmm_engine.checkpoint.files import read_json_object, regular_file
+from bmm_engine.checkpoint.guard import read_json_object, regular_file
 from bmm_engine.checkpoint.layout import Layout, contained, file_stamp, find_weights
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.checkpoint.source import StateDictSource, TensorSource, TensorSpec, missing_tensor

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
-from bmm_engine.checkpoint.files import read_bytes, read_json_object
+from bmm_engine.checkpoint.guard import read_bytes, read_json_object
 from bmm_engine.checkpoint.layout import contained
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import ConfigError

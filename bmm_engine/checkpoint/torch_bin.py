@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from bmm_engine.checkpoint.files import regular_file
+from bmm_engine.checkpoint.guard import regular_file
 from bmm_engine.checkpoint.layout import check_weight_file, file_stamp
 from bmm_engine.checkpoint.source import TensorSpec, check_tensors, own_copy, shared_storage
 from bmm_engine.errors import CheckpointError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.checkpoint.files import parse_json, read_bytes, read_json_object
+from bmm_engine.checkpoint.guard import parse_json, read_bytes, read_json_object
 from bmm_engine.errors import ConfigError, DataError, EmptyCalibrationError
 from bmm_engine.evaluators.contract import TaskData
 from bmm_engine.recipe.sections import EvaluationRecipe

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.checkpoint.files import regular_file
+from bmm_engine.checkpoint.guard import regular_file
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError
 

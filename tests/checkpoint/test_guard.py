@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bmm_engine import merge
 from bmm_engine.checkpoint import Checkpoint, is_adapter, open_adapter
-from bmm_engine.checkpoint.files import DEEPEST_JSON, parse_json, read_bytes, read_json_object
+from bmm_engine.checkpoint.guard import DEEPEST_JSON, parse_json, read_bytes, read_json_object
 from bmm_engine.checkpoint.provenance import read_merge_record
 from bmm_engine.errors import CheckpointError
 
@@ -92,7 +94,7 @@ def test_a_device_is_not_read() -> None:
 def test_names_that_no_system_takes(model: Path) -> None:
     for name in ("n" * 300 + ".safetensors", "\ud800.safetensors", "a\0.safetensors"):
         (model / INDEX).write_text(json.dumps({"weight_map": {"w": name}}))
-        with pytest.raises(CheckpointError, match="not a plain name|surrogates") as caught:
+        with pytest.raises(CheckpointError, match=r"not a plain name|surrogates") as caught:
             Checkpoint.open(model)
         assert len(str(caught.value)) < 1500
     for path in (Path("x" * 5000), Path("\ud800"), Path("a/" * 3000)):
@@ -157,3 +159,16 @@ def test_texts_that_could_not_be_written_again(tmp_path: Path) -> None:
     for text in ('{"\\ud800": 1}', '{"a": "\\udfff"}', '{"a": ["\\ud800"]}'):
         with pytest.raises(CheckpointError, match="surrogates not allowed"):
             parse_json(text, "x.json")
+
+
+def test_a_folder_whose_name_is_no_text(model: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"d\xff")
+    try:
+        odd.mkdir()
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    shutil.move(model, odd / "base")
+    shutil.copytree(odd / "base", odd / "expert")
+    merged = merge(odd / "base", [odd / "expert"], output=odd / "out", alpha=float("inf"))
+    assert "d\\udcff/expert" in (merged.path / "README.md").read_text(encoding="utf-8")
+    assert torch.equal(Checkpoint.open(merged.path).load("w"), torch.ones(4, 3))
