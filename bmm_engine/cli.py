@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import Annotated, Any
 
@@ -55,6 +56,11 @@ app.add_typer(study.app)
 
 def main() -> None:
     """Entry point of the command `bmm`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # names that the terminal's encoding lacks are no reason to fail
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         app()

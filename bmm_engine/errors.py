@@ -2,9 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+LONGEST_MESSAGE = 1500  # characters
+LONGEST_VALUE = 200
+
+
+def cut(text: str, limit: int = LONGEST_VALUE) -> str:
+    """`text` in at most `limit` characters: what is too much is left out of the middle, and counted there."""
+    if len(text) <= limit:
+        return text
+    kept = limit - 32
+    left_out = f" ... {len(text) - kept} characters ... "
+    return text[: kept - kept // 3] + left_out + text[len(text) - kept // 3 :]
+
+
+def shown(value: Any, limit: int = LONGEST_VALUE) -> str:
+    """A value from outside as a message shows it: its repr, shortened. Never raises."""
+    try:
+        text = repr(value)
+    except (
+        Exception
+    ):  # of integers with thousands of digits, of what nests too deeply, of objects with a repr of their own
+        text = f"a value of type {type(value).__name__}"
+    return cut(text, limit)
+
+
+def listed(names: Iterable[Any], limit: int = 300) -> str:
+    """Names, separated by commas, as many as `limit` characters hold; how many more there are."""
+    names = [cut(str(name), 100) for name in names]
+    found: list[str] = []
+    for name in names:
+        if found and sum(map(len, found)) + 2 * len(found) + len(name) > limit:
+            return f"{', '.join(found)} and {len(names) - len(found)} more"
+        found.append(name)
+    return ", ".join(found)
+
 
 class BmmError(Exception):
-    """Base of every error that the engine raises on purpose; the CLI prints it as one paragraph, exit code 2."""
+    """Base of every error that the engine raises on purpose; the CLI prints it as one paragraph, exit code 2.
+
+    Its text has at most `LONGEST_MESSAGE` characters, whatever was put into it: the start names the file, the end the remedy.
+    """
+
+    def __str__(self) -> str:
+        return cut(super().__str__(), LONGEST_MESSAGE)
 
 
 class ConfigError(BmmError, ValueError):

@@ -139,6 +139,7 @@ def test_errors_are_one_paragraph_and_exit_code_2(project, monkeypatch, capsys):
     assert err.startswith("error: recipe.yaml: unknown key 'aplha'; did you mean 'alpha'?")
     assert "Traceback" not in err
     assert not (project / "merged").exists()
+    monkeypatch.setenv("BMM_DEBUG", "")  # so that what --debug sets ends with this test
     monkeypatch.setattr(sys, "argv", ["bmm", "--debug", "merge", "recipe.yaml", "-o", "merged"])
     with pytest.raises(Exception, match="aplha"):
         main()
@@ -186,3 +187,113 @@ def test_usage_errors_exit_with_2_and_help_with_0(monkeypatch, capsys):
     assert code == 0
     for command in ("merge", "collect", "inspect", "anchors", "demo"):
         assert command in out
+
+
+NAMES = ("[bold]x[/]", "[/red]", ":smile:")
+
+
+@pytest.fixture
+def bracketed(project):
+    """The project's recipe in a folder, and with experts, whose names are markup."""
+    folder = project / "[bold]in[/bold]"
+    folder.mkdir(parents=True)
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    for expert, name, letter in zip(recipe["experts"], NAMES, "ab", strict=False):
+        model = (project / expert["model"]).rename(project / f"[red]{expert['model']}")
+        expert |= {"name": name, "model": str(model), "grams": f"[i]{letter}[/i].safetensors"}
+        expert["calibration"] = str(project / expert["calibration"])
+    (folder / "[red]r.yaml").write_text(yaml.safe_dump({**recipe, "base": str(project / "base")}))
+    return folder / "[red]r.yaml"
+
+
+def test_names_and_paths_with_brackets_are_printed_as_they_are(bracketed, monkeypatch, capsys):
+    out = bracketed.parent / "out[/red]"
+    code, said, err = bmm(monkeypatch, capsys, "merge", bracketed, "-o", out)
+    assert code == 0, err
+    assert f"{out}: 13 modules solved" in said
+    assert all(f"{name}: Grams of 13 modules collected" in err for name in NAMES[:2])
+    code, said, err = bmm(monkeypatch, capsys, "inspect", bracketed)
+    assert code == 0, err
+    assert all(f"[red]{name}" in said for name in ("expert-0", "expert-1"))
+    code, said, err = bmm(monkeypatch, capsys, "inspect", out)
+    assert code == 0, err
+    assert "out[/red]" in said
+    code, said, err = bmm(monkeypatch, capsys, "collect", bracketed)
+    assert code == 0, err
+    assert "[i]a[/i].safetensors: " in said
+    for argument in NAMES:
+        code, _, err = bmm(monkeypatch, capsys, "merge", f"{argument}.yaml", "-o", "m")
+        assert code == 2
+        assert err.startswith(f"error: {argument}.yaml: ")
+    bracketed.write_text(bracketed.read_text() + "'[/red]': 1\n")
+    assert "[red]r.yaml: unknown key '[/red]'" in bmm(monkeypatch, capsys, "inspect", bracketed)[2]
+
+
+def test_tables_and_progress_show_brackets_as_they_are(monkeypatch, capsys):
+    from bmm_engine.commands.common import make_console
+    from bmm_engine.commands.search import _table
+    from bmm_engine.progress import track
+    from bmm_engine.recipe.sections import SearchRecipe
+    from bmm_engine.searching.view import Lines, LiveView
+
+    score = {"value": 0.5, "samples": 0, "low": 0.0, "high": 1.0}
+    rows = [{"name": name, "validation": {"objective": 1.0, "scores": dict.fromkeys(NAMES, score)}} for name in NAMES]
+    console = make_console(min_width=200)
+    console.print(_table(rows))
+    printed = capsys.readouterr().out
+    assert [printed.count(name) for name in NAMES] == [2, 2, 2]
+    console.print(LiveView(console, SearchRecipe()).render())
+    Lines(lambda line: console.print(line)).report("[/red] :smile:")
+    assert "[/red] :smile:" in capsys.readouterr().out
+    for name in NAMES:
+        assert list(track([1], name, show=True)) == [1]  # markup that closes nothing would be an error
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "mps", "bogus", "", "meta", "cuda:-1", "cpu:7", "cuda:0x1"])
+@pytest.mark.parametrize("command", ["merge", "collect"])
+def test_a_device_that_is_not_there_is_refused_before_any_work(project, monkeypatch, capsys, device, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ["recipe.yaml"] if command == "merge" else ["expert-0", "a.txt"]
+    code, _, err = bmm(monkeypatch, capsys, command, *arguments, "-o", "out.safetensors", f"--device={device}")
+    assert code == 2
+    assert f"device = '{device}': " in err
+    assert "cpu" in err
+    assert not list(project.glob("out*"))
+    assert not (project / "grams").exists()
+
+
+def test_a_recipes_device_is_checked_where_work_starts(project, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    recipe = (project / "recipe.yaml").read_text()
+    (project / "recipe.yaml").write_text(recipe + "device: cuda:2\n")
+    assert bmm(monkeypatch, capsys, "inspect", "recipe.yaml")[0] == 0
+    code, _, err = bmm(monkeypatch, capsys, "merge", "recipe.yaml", "-o", "merged")
+    assert code == 2
+    assert "recipe.yaml: device = 'cuda:2': this machine has cuda:0 to cuda:1" in err
+    (project / "recipe.yaml").write_text(recipe + "device: gpu\n")
+    assert "recipe.yaml: device = 'gpu': it must be cpu, cuda or cuda:N" in bmm(
+        monkeypatch, capsys, "inspect", "recipe.yaml"
+    )[2]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("o" * 230, "is too long"), ("o\udcff", "is not UTF-8"), ("o/" * 2100, "is too long")]
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(project, monkeypatch, capsys, name, words):
+    for arguments in (["merge", "recipe.yaml"], ["collect", "expert-0", "a.txt"]):
+        code, _, err = bmm(monkeypatch, capsys, *arguments, "-o", name)
+        assert code == 2
+        assert words in err
+        assert len(err) < 1600
+    assert not (project / "grams").exists()
+
+
+def test_what_standard_output_cannot_encode_is_no_failure(project, monkeypatch, capsys):
+    import os
+
+    folder = os.fsdecode(os.fsencode(str(project / "base")) + b"\xff")
+    os.rename(project / "base", folder)
+    code, out, err = bmm(monkeypatch, capsys, "inspect", folder)
+    assert code in (0, 2), err
+    assert "\\udcff" in out + err

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.anchors.settings import PER_EXPERT, DepthMap, Each, Setting
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 
 Scope = Literal["tensor", "module", "model"]
 Others = Literal["mean", "scaled", "base"]
@@ -105,8 +105,8 @@ class Parameters:
         for name in names:
             if (found := setting.at(name, depth(name), experts)) != first:
                 raise ConfigError(
-                    f"anchor {self.rule!r}: {parameter} is {first} for {names[0]!r} and {found} for {name!r}, but here it is decided over the whole"
-                    " model; give one value for all tensors."
+                    f"anchor {self.rule!r}: {parameter} is {first} for {names[0]!r} and {found} for {shown(name)}, but here it is decided over the"
+                    " whole model; give one value for all tensors."
                 )
         return first
 
@@ -295,18 +295,20 @@ def anchor(
     def register(rule: Callable[..., Tensor]) -> Anchor:
         name = rule.__name__
         if (scope == "model") != (reduce is not None):
-            raise ConfigError(f"anchor {name!r}: a rule has a `reduce` exactly if its scope is 'model'.")
+            raise ConfigError(f"anchor {shown(name)}: a rule has a `reduce` exactly if its scope is 'model'.")
         known = _registry.get(name)
         if known is not None and (known.rule.__module__, known.rule.__qualname__) != (
             rule.__module__,
             rule.__qualname__,
         ):
-            raise ConfigError(f"anchor {name!r} is already registered by {known.rule.__module__}; choose another name.")
+            raise ConfigError(
+                f"anchor {shown(name)} is already registered by {known.rule.__module__}; choose another name."
+            )
         apart = linear or scope == "module"
         made = Anchor(name, rule, scope, paper, elementwise, stored, symmetric, others, needs, experts, reduce, apart)
         lacking = [key for key, (_, _, default) in made._fields.items() if default is inspect.Parameter.empty]
         if lacking:
-            raise ConfigError(f"anchor {name!r}: its parameter {lacking[0]!r} has no default; give one.")
+            raise ConfigError(f"anchor {shown(name)}: its parameter {shown(lacking[0])} has no default; give one.")
         _registry[name] = made
         return made
 
@@ -326,7 +328,7 @@ def get_anchor(name: str) -> Anchor:
     if name not in _registry:
         close = difflib.get_close_matches(name, _registry, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(_registry))}."
-        raise ConfigError(f"there is no anchor {name!r}; {hint}")
+        raise ConfigError(f"there is no anchor {shown(name)}; {hint}")
     return _registry[name]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, TypeVar
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 
 T = TypeVar("T")
 Check = Callable[[Any], Any]
@@ -147,7 +147,7 @@ class Setting:
         if set(raw) == {"gradient"} and isinstance(raw["gradient"], (list, tuple)) and raw["gradient"]:
             return self._gradient(raw["gradient"])
         raise ConfigError(
-            f"{self._where}: {dict(raw)!r} is no value; write a value, {{gradient: [first, ..., last]}}, or a list of {{filter, value}}."
+            f"{self._where}: {shown(dict(raw))} is no value; write a value, {{gradient: [first, ..., last]}}, or a list of {{filter, value}}."
         )
 
     def _filters(self, raw: Sequence[Mapping[str, Any]], per_expert: bool) -> _Filters:
@@ -157,7 +157,7 @@ class Setting:
             pattern = case.get("filter")
             if unknown or not (pattern is None or isinstance(pattern, str)):
                 raise ConfigError(
-                    f"{self._where}: {dict(case)!r} must have `value` and, as text, `filter`, nothing else."
+                    f"{self._where}: {shown(dict(case))} must have `value` and, as text, `filter`, nothing else."
                 )
             cases.append((None if pattern == "*" else pattern, self._parse(case["value"], per_expert)))
         return _Filters(tuple(cases), self._default)
@@ -170,4 +170,4 @@ class Setting:
             return self._check(raw)
         except ValueError as error:
             reason = str(error)
-        raise ConfigError(f"{self._where} = {raw!r}: {reason}.")
+        raise ConfigError(f"{self._where} = {shown(raw)}: {reason}.")

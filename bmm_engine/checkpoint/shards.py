@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bmm_engine.checkpoint.safetensors_io import MAX_HEADER_BYTES, TAGS
 from bmm_engine.checkpoint.source import TensorSpec
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 
 INDEX_FILENAME = "model.safetensors.index.json"
 _UNITS = {"": 1, "B": 1}
@@ -30,13 +30,15 @@ class Shard:
 def parse_size(size: int | str) -> int:
     """Bytes of `"5GB"` (10^9), `"512MiB"` (2^20), `"1.5 gb"` or a positive integer. Raises ConfigError."""
     if isinstance(size, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", size.strip())
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)", size.strip())
         unit = _UNITS.get(match[2].upper()) if match else None
         nbytes = int(float(match[1]) * unit) if match and unit else 0
     else:
         nbytes = size if type(size) is int else 0
     if nbytes < 1:
-        raise ConfigError(f"size {size!r} is not a positive number of bytes; write it as 5GB, 512MiB or 5000000000")
+        raise ConfigError(
+            f"size {shown(size)} is not a positive number of bytes; write it as 5GB, 512MiB or 5000000000"
+        )
     return nbytes
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, make_console, print_json
+from bmm_engine.commands.common import Json, headline, make_console, print_json
 
 
 def anchors(
@@ -48,13 +48,12 @@ def anchors(
 def _explain_anchor(console: Any, rule: Any) -> None:
     import inspect
 
-    from rich.markup import escape
     from rich.table import Table
 
     from bmm_engine.anchors.table import plain
 
-    text = escape(inspect.getdoc(rule.rule) or "")
-    console.print(f"[bold]{rule.name}[/bold], {rule.scope} scope: {escape(rule.paper)}\n\n{text}\n", highlight=False)
+    text = inspect.getdoc(rule.rule) or ""
+    console.print(headline(rule.name, f", {rule.scope} scope: {rule.paper}\n\n{text}\n"), highlight=False)
     parameters = Table("parameter", "type", "default", "for each expert")
     for p in rule.schema:
         parameters.add_row(p["name"], p["type"], plain(p["default"]), "yes" if p["per_expert"] else "no")

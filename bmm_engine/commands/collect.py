@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json, progress_of, reporter_of
+from bmm_engine.commands.common import (
+    Json,
+    Offline,
+    about,
+    headline,
+    make_console,
+    print_json,
+    progress_of,
+    reporter_of,
+)
 from bmm_engine.errors import ConfigError
 
 
@@ -59,12 +68,17 @@ def collect(
     as_json: Json = False,
 ) -> None:
     """Measure an expert on its calibration data, once for all merges: its Grams, its Fisher information, or its sensitivities."""
+    from bmm_engine.executors.devices import check_device
     from bmm_engine.pipeline.measure import collect_from_checkpoint, fisher_from_checkpoint, sensitivity_from_checkpoint
     from bmm_engine.pipeline.models import ModelOpener, open_models
     from bmm_engine.pipeline.statistics import fisher_sets, gram_sets, sensitivity_sets
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.statistics.calibration import read_calibration
+    from bmm_engine.statistics.text_file import check_output_path
 
+    check_device(device)
+    if output is not None:
+        check_output_path(output)
     if fisher and sensitivity:
         raise ConfigError("--fisher and --sensitivity are measured one at a time.")
     if head is not None and not sensitivity:
@@ -82,17 +96,20 @@ def collect(
         if None in paths:
             label = loaded.experts[paths.index(None)].label
             raise ConfigError(f"{source}: expert {label!r} has no `{what}` to save to; give every expert a path there.")
-        if fisher:
-            sets = fisher_sets(loaded, open_models(loaded, offline), report=report, progress=progress)
-        elif sensitivity:
-            sets = sensitivity_sets(loaded, open_models(loaded, offline), report=report, progress=progress)
-        else:
-            from bmm_engine.anchors import get_anchor
+        with about(source):
+            if fisher:
+                sets = fisher_sets(loaded, open_models(loaded, offline), report=report, progress=progress)
+            elif sensitivity:
+                sets = sensitivity_sets(loaded, open_models(loaded, offline), report=report, progress=progress)
+            else:
+                from bmm_engine.anchors import get_anchor
 
-            walk = get_anchor(loaded.anchor.name).needs == "sequential_grams"
-            if (workers > 1 or ray is not None) and not walk:
-                _spread(loaded, Path(source), workers, ray, offline, report)
-            sets = gram_sets(loaded, open_models(loaded, offline), report=report, sequential=walk, progress=progress)
+                walk = get_anchor(loaded.anchor.name).needs == "sequential_grams"
+                if (workers > 1 or ray is not None) and not walk:
+                    _spread(loaded, Path(source), workers, ray, offline, report)
+                sets = gram_sets(
+                    loaded, open_models(loaded, offline), report=report, sequential=walk, progress=progress
+                )
         files = [str(path) for path in paths]
     else:
         if data is None or output is None:
@@ -118,7 +135,7 @@ def collect(
     if as_json:
         return print_json(summaries)
     for summary in summaries:
-        make_console().print(f"[bold]{summary['file']}[/bold]: {summary['what']}, from {summary['calibration']}.")
+        make_console().print(headline(summary["file"], f": {summary['what']}, from {summary['calibration']}."))
 
 
 def _spread(recipe: Any, source: Path, workers: int, ray: str | None, offline: bool, report: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json
+from bmm_engine.commands.common import Json, Offline, about, make_console, print_json
 
 
 def inspect(
@@ -23,7 +23,8 @@ def inspect(
 
     if source.endswith((".yaml", ".yml")):
         loaded = Recipe.load(source, local_files_only=offline)
-        plan = plan_recipe(loaded, local_files_only=offline)
+        with about(source):
+            plan = plan_recipe(loaded, local_files_only=offline)
         description = describe_plan(plan, loaded.gram_source or plan.settings.gram_source, loaded.mode or "plain")
     else:
         description = describe_checkpoint(source, local_files_only=offline)

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json, progress_of, reporter_of
+from bmm_engine.commands.common import (
+    Json,
+    Offline,
+    about,
+    headline,
+    make_console,
+    print_json,
+    progress_of,
+    reporter_of,
+)
 
 
 def merge(
@@ -45,22 +54,24 @@ def merge(
         dtype=dtype,
         device=device,
     )
-    result = run_recipe(
-        loaded,
-        output,
-        overwrite=overwrite,
-        local_files_only=offline,
-        progress=progress_of(as_json),
-        report=reporter_of(as_json),
-    )
+    with about(recipe):
+        result = run_recipe(
+            loaded,
+            output,
+            overwrite=overwrite,
+            local_files_only=offline,
+            progress=progress_of(as_json),
+            report=reporter_of(as_json),
+        )
     summary = {"output": str(result.path), **result.summary()}
     if as_json:
         return print_json(summary)
     console = make_console()
-    console.print(
-        f"[bold]{result.path}[/bold]: {summary['solved_modules']} modules solved, {summary['tensors_from_anchor']} tensors from the anchor"
+    done = (
+        f": {summary['solved_modules']} modules solved, {summary['tensors_from_anchor']} tensors from the anchor"
         f" ({loaded.anchor.name}), {summary['tensors_from_base']} from the base."
     )
+    console.print(headline(result.path, done))
     _print_left_out(console, summary)
     jittered = [m["module"] for m in summary["modules"] if m["jitter"]]
     if jittered:

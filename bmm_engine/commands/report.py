@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bmm_engine.commands.common import Json, make_console, print_json
+from bmm_engine.commands.common import Json, headline, make_console, print_json
 
 
 def report(
@@ -46,4 +46,4 @@ def report(
         path = write_report(study, output)  # says that there is none
     if as_json:
         return print_json({"report": str(path), "pictures": sorted(str(p) for p in path.parent.glob("*.png"))})
-    make_console().print(f"[bold]{path}[/bold]: open it in a browser.", highlight=False)
+    make_console().print(headline(path, ": open it in a browser."), highlight=False)

@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json, progress_of, reporter_of
+from bmm_engine.commands.common import (
+    Json,
+    Offline,
+    about,
+    headline,
+    make_console,
+    print_json,
+    progress_of,
+    reporter_of,
+)
 from bmm_engine.solving.posterior import DEFAULT_TEMPERATURE
 
 
@@ -53,19 +62,22 @@ def sample(
     common["report"] = reporter_of(as_json)
     series: dict[str, Any] = {"seed": seed, "temperature": temperature}
     judged = split is not None or output is None
-    # Both are refused before any model runs.
-    if output is not None:
-        check_draws(loaded, count, output=output, first=first, overwrite=overwrite, **series)
-    if judged:
-        check_evaluation(loaded, split)
-    prepared = prepare_samples(loaded, **common)
+    evaluation = None
     result: dict[str, Any] = {"samples": [], "evaluation": None}
-    if output is not None:
-        paths = draw(
-            loaded, count, output=output, first=first, overwrite=overwrite, prepared=prepared, **series, **common
-        )
-        result["samples"] = [str(path) for path in paths]
-    evaluation = evaluate_samples(loaded, count, split=split, prepared=prepared, **series, **common) if judged else None
+    with about(recipe):
+        # Both are refused before any model runs.
+        if output is not None:
+            check_draws(loaded, count, output=output, first=first, overwrite=overwrite, **series)
+        if judged:
+            check_evaluation(loaded, split)
+        prepared = prepare_samples(loaded, **common)
+        if output is not None:
+            paths = draw(
+                loaded, count, output=output, first=first, overwrite=overwrite, prepared=prepared, **series, **common
+            )
+            result["samples"] = [str(path) for path in paths]
+        if judged:
+            evaluation = evaluate_samples(loaded, count, split=split, prepared=prepared, **series, **common)
     if evaluation is not None:
         result["evaluation"] = evaluation.plain()
     if as_json:
@@ -74,4 +86,4 @@ def sample(
     if evaluation is not None:
         console.print(render(evaluation))
     if output is not None:
-        console.print(f"[bold]{output}[/bold]: {count} draws, sample-{first} to sample-{first + count - 1}.")
+        console.print(headline(output, f": {count} draws, sample-{first} to sample-{first + count - 1}."))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json, reporter_of
+from bmm_engine.commands.common import AllowCode, Json, Offline, about, headline, make_console, print_json, reporter_of
 
 
 def search(
@@ -37,10 +37,12 @@ def search(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier merge at OUTPUT.")] = False,
     no_merge: Annotated[bool, typer.Option("--no-merge", help="Search only; write no merge.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default=False)] = None,
+    allow_code: AllowCode = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Search the ridge of each module group on validation data, and merge with the best. Killed or stopped, the same command goes on."""
+    from bmm_engine.recipe.code import check_code
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.searching.join import join_search
     from bmm_engine.searching.run import search_recipe
@@ -48,11 +50,15 @@ def search(
 
     # Absolute, so that the best recipe can lie elsewhere.
     loaded = Recipe.load(recipe.resolve(), local_files_only=offline, device=device)
+    # A function given on the command line is the user's own word.
+    with about(recipe):
+        check_code(loaded if objective is None else loaded.with_search(objective="mean"), allow_code)
     changes = {"trials": trials, "minutes": minutes, "seed": seed, "objective": objective, "optimizer": optimizer}
     loaded = loaded.with_search(**{key: value for key, value in changes.items() if value is not None})
     report = reporter_of(as_json)
     if join:
-        done = join_search(loaded, output, local_files_only=offline, report=report)
+        with about(recipe):
+            done = join_search(loaded, output, local_files_only=offline, report=report)
         if as_json:
             return print_json({"trials": done})
         make_console().print(f"{done} trials run here.")
@@ -61,17 +67,18 @@ def search(
     shown = console.is_terminal and not as_json
     watcher: Any = LiveView(console, loaded.search) if shown else Lines(report)
     try:
-        result = search_recipe(
-            loaded,
-            output,
-            workers=workers,
-            ray=ray,
-            overwrite=overwrite,
-            write_merge=not no_merge,
-            local_files_only=offline,
-            watcher=watcher,
-            report=report,
-        )
+        with about(recipe):
+            result = search_recipe(
+                loaded,
+                output,
+                workers=workers,
+                ray=ray,
+                overwrite=overwrite,
+                write_merge=not no_merge,
+                local_files_only=offline,
+                watcher=watcher,
+                report=report,
+            )
     except KeyboardInterrupt:
         report("Stopped. Every finished trial is kept; run the same command again to go on.")
         raise
@@ -89,7 +96,7 @@ def search(
     console = make_console(min_width=120)
     console.print(_table(result.rows))
     if result.output is not None:
-        console.print(f"[bold]{result.output}[/bold]: merged with the best of {result.trials} trials.")
+        console.print(headline(result.output, f": merged with the best of {result.trials} trials."))
     console.print(f"The best as a recipe: {result.recipe}; see all trials: bmm report {result.study}", highlight=False)
 
 

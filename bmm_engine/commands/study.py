@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.commands.common import Json, Offline, make_console, print_json, reporter_of
+from bmm_engine.commands.common import AllowCode, Json, Offline, about, make_console, print_json, reporter_of
+from bmm_engine.errors import ConfigError, shown
 
 app = typer.Typer(
     name="study", help="How much validation data, and how many trials, a search needs.", no_args_is_help=True
@@ -36,22 +38,19 @@ def validation_fraction(
     seeds: Seeds = 5,
     trials: Annotated[int, typer.Option(min=1, help="Trials of each search.")] = 60,
     workers: Workers = 1,
+    allow_code: AllowCode = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Test scores against the share of the validation data that a search sees; mean and deviation over seeds."""
     from bmm_engine.searching import studies
 
-    loaded, axes = _load(recipe, anchors, sources, seeds, offline, trials)
-    points = studies.validation_fraction(
-        loaded,
-        output,
-        axes,
-        _numbers(shares, "--shares"),
-        workers=workers,
-        local_files_only=offline,
-        report=reporter_of(as_json),
-    )
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, trials)
+    parts = _numbers(shares, "--shares")
+    with about(recipe):
+        points = studies.validation_fraction(
+            loaded, output, axes, parts, workers=workers, local_files_only=offline, report=reporter_of(as_json)
+        )
     _show(points, output, "share of the validation data", as_json)
 
 
@@ -64,30 +63,32 @@ def number_of_trials(
     sources: Sources = "data,task_vectors",
     seeds: Seeds = 5,
     workers: Workers = 1,
+    allow_code: AllowCode = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
     """Test scores against the number of trials; mean and deviation over seeds."""
     from bmm_engine.searching import studies
 
-    loaded, axes = _load(recipe, anchors, sources, seeds, offline, None)
-    points = studies.number_of_trials(
-        loaded,
-        output,
-        axes,
-        [int(n) for n in _numbers(counts, "--counts")],
-        workers=workers,
-        local_files_only=offline,
-        report=reporter_of(as_json),
-    )
+    loaded, axes = _load(recipe, anchors, sources, seeds, offline, allow_code, None)
+    numbers = [int(n) for n in _numbers(counts, "--counts")]
+    with about(recipe):
+        points = studies.number_of_trials(
+            loaded, output, axes, numbers, workers=workers, local_files_only=offline, report=reporter_of(as_json)
+        )
     _show(points, output, "trials", as_json)
 
 
-def _load(path: Path, anchors: str, sources: str, seeds: int, offline: bool, trials: int | None) -> tuple[Any, Any]:
+def _load(
+    path: Path, anchors: str, sources: str, seeds: int, offline: bool, allow_code: bool, trials: int | None
+) -> tuple[Any, Any]:
+    from bmm_engine.recipe.code import check_code
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.searching.studies import Axes
 
     loaded = Recipe.load(path.resolve(), local_files_only=offline, defaults={"mode": "plain"})
+    with about(path):
+        check_code(loaded, allow_code)
     if trials is not None:
         loaded = loaded.with_search(trials=trials)
     return loaded, Axes(tuple(_names(anchors)), tuple(_names(sources)), seeds)
@@ -98,12 +99,13 @@ def _names(text: str) -> list[str]:
 
 
 def _numbers(text: str, option: str) -> list[float]:
-    from bmm_engine.errors import ConfigError
-
     try:
-        return sorted(float(part) for part in _names(text))
+        found = sorted(float(part) for part in _names(text))
     except ValueError:
-        raise ConfigError(f"{option}: {text!r} is no list of numbers; separate them by commas.") from None
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise ConfigError(f"{option}: {shown(text)} is no list of numbers; separate them by commas.")
+    return found
 
 
 def _show(points: list[Any], output: Path, axis: str, as_json: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.errors import CheckpointError, ConfigError
+from bmm_engine.errors import CheckpointError, ConfigError, shown
 from bmm_engine.evaluators.contract import TaskData
 from bmm_engine.evaluators.data import LabelledData, check_labels, read_labelled
 from bmm_engine.evaluators.scores import Score, classification_score
@@ -56,7 +56,7 @@ class ClassificationEvaluator:
     def probabilities(self, model: nn.Module, task: str) -> Tensor:
         """Softmax of the logits (n, classes), float32, in the file's order."""
         if task not in self._tasks:
-            raise ConfigError(f"there is no task {task!r}; there are {', '.join(self.tasks)}.")
+            raise ConfigError(f"there is no task {shown(task)}; there are {', '.join(self.tasks)}.")
         weight = next(p for p in model.parameters() if p.is_floating_point())
         was_training = model.training
         model.eval()
@@ -67,7 +67,7 @@ class ClassificationEvaluator:
                 logits = getattr(output, "logits", None)
                 if logits is None or logits.dim() != 2:
                     raise CheckpointError(
-                        f"task {task!r}: {type(model).__name__} gives no logits (samples, classes); it needs a classification head, of its own"
+                        f"task {shown(task)}: {type(model).__name__} gives no logits (samples, classes); it needs a classification head, of its own"
                         " architecture or as a file (`head`)."
                     )
                 if result is None:

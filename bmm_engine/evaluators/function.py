@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmm_engine.errors import ConfigError, DataError
+from bmm_engine.errors import ConfigError, DataError, shown
 from bmm_engine.evaluators.scores import Score, plain_score
 
 
@@ -39,7 +39,7 @@ class FunctionEvaluator:
         except (TypeError, ValueError, RuntimeError):
             value = math.nan
         if not math.isfinite(value):
-            raise DataError(f"task {task!r}: the evaluation returned {found!r}, not a finite number.")
+            raise DataError(f"task {shown(task)}: the evaluation returned {shown(found)}, not a finite number.")
         return plain_score(value, "function")
 
 
@@ -50,8 +50,8 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"{key}: {name!r} cannot be imported ({error}). It is written package.module:name; is its folder on PYTHONPATH?"
+            f"{key}: {shown(name)} cannot be imported ({error}). It is written package.module:name; is its folder on PYTHONPATH?"
         ) from error
     if not callable(found):
-        raise ConfigError(f"{key}: {name!r} is of type {type(found).__name__}, and not a function.")
+        raise ConfigError(f"{key}: {shown(name)} is of type {type(found).__name__}, and not a function.")
     return found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.errors import CheckpointError
+from bmm_engine.statistics.text_file import check_regular
 
 
 class EncoderWithHead(nn.Module):
@@ -43,7 +44,8 @@ def mean_over(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def with_head(encoder: nn.Module, head: Path, pooling: str) -> EncoderWithHead:
-    """The encoder with the head of a safetensors file: `weight` (classes, width) and `bias` (classes,). Raises `CheckpointError`."""
+    """The encoder with the head of a safetensors file: `weight` (classes, width) and `bias` (classes,). Raises `CheckpointError`, `ConfigError`."""
+    check_regular(head, "the head")
     try:
         file = SafetensorsFile.open(head)
         weight, bias = file.read("weight"), file.read("bias")

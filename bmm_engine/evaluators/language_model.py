@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 from bmm_engine.evaluators.contract import TaskData
 from bmm_engine.evaluators.scores import Score, likelihood_score
 from bmm_engine.recipe.sections import EvaluationRecipe
@@ -25,7 +25,7 @@ class LanguageModelEvaluator:
         self._batches: dict[str, list[dict[str, Tensor]]] = {}
         for task in tasks:
             if task.path is None:
-                raise ConfigError(f"task {task.name!r} has no {split} texts; give their file.")
+                raise ConfigError(f"task {shown(task.name)} has no {split} texts; give their file.")
             data: CalibrationData = read_calibration(task.path, samples=options.samples, field=options.field)
             batches = data.batches(task.model_path, batch_size=options.batch_size, max_length=options.max_length)
             self._batches[task.name] = list(batches)
@@ -33,7 +33,7 @@ class LanguageModelEvaluator:
     @torch.inference_mode()
     def __call__(self, model: nn.Module, task: str) -> Score:
         if task not in self._batches:
-            raise ConfigError(f"there is no task {task!r}; there are {', '.join(self.tasks)}.")
+            raise ConfigError(f"there is no task {shown(task)}; there are {', '.join(self.tasks)}.")
         device = next(model.parameters()).device
         was_training = model.training
         model.eval()

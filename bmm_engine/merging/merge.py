@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bmm_engine.checkpoint import InputRecords
 from bmm_engine.errors import ConfigError
+from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, write_sidecars
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Model, Models
@@ -138,6 +139,7 @@ def merge_models(
     progress: bool | None = None,
 ) -> MergeResult:
     """`merge` of what is open and checked: what keywords and recipes come to. Raises as it does."""
+    check_device(settings.device)
     plan = make_plan(settings, models, statistics)
     plan.check_statistics()
     if posterior is not None and statistics.sensitivities:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bmm_engine.checkpoint import AdapterSource, Checkpoint, TensorSource, open_adapter
 from bmm_engine.checkpoint.compose import LayerRange, StackedSource
 from bmm_engine.errors import CheckpointError, NonFiniteWeightError
+from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.sources import Models, adapter_options, open_expert
 from bmm_engine.models.architecture import checkpoint_names, load_config, meta_model, model_class, told
 from bmm_engine.models.bounds import Held
@@ -70,10 +71,11 @@ def live_model(
     """A checkpoint, or an adapter on one, as a live model of its own architecture (or of the class `cls`); and where its tokenizer lies.
     `reports`: let transformers say what the files lack.
 
-    Raises `CheckpointError` for what transformers cannot load.
+    Raises `CheckpointError` for what transformers cannot load, `ConfigError` for a device that is not there.
     """
     import torch
 
+    check_device(device)
     path, held = model_folder(source), held_by(source)
     meta_model(path, held)  # one that the files do not account for would fill memory
     cls = cls or model_class(load_config(path, held))

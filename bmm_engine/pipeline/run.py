@@ -8,6 +8,7 @@ from pathlib import Path
 from bmm_engine.checkpoint.staging import StagedDirectory
 from bmm_engine.checkpoint.tokenizer import check_same_tokenizer
 from bmm_engine.errors import ConfigError
+from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.merge import MergeResult, merge_models
 from bmm_engine.merging.output import Destination
 from bmm_engine.merging.plan import MergePlan, make_plan
@@ -20,6 +21,7 @@ from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.sequential.run import walk_models
 from bmm_engine.solving.posterior import Posterior
 from bmm_engine.statistics.sets import Statistics
+from bmm_engine.statistics.text_file import check_output_path
 
 
 def plan_recipe(recipe: Recipe, *, local_files_only: bool = False, models: Models | None = None) -> MergePlan:
@@ -73,6 +75,7 @@ def prepare_recipe(
 ) -> PreparedMerge:
     """Check a recipe against its models, and measure what is missing (Grams, Fisher information, sensitivities), once for all its merges.
     `models`: the recipe's, where they are open."""
+    check_device(recipe.device)
     models = models or open_models(recipe, local_files_only)
     plan_recipe(recipe, models=models)  # names and shapes, before any model runs
     recipe = with_output_weights(recipe, models, report)
@@ -103,5 +106,6 @@ def run_recipe(
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a taken destination before any model runs. Raises `OutputExistsError`, `OutputWriteError`."""
+    """Refuse a taken destination, or one that cannot be, before any model runs. Raises `OutputExistsError`, `OutputWriteError`, `ConfigError`."""
+    check_output_path(output)
     StagedDirectory(output, overwrite=overwrite, needed_bytes=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.checkpoint.provenance import is_merge_directory
-from bmm_engine.errors import ConfigError, OutputExistsError
+from bmm_engine.errors import ConfigError, OutputExistsError, shown
 from bmm_engine.pipeline.models import open_models
 from bmm_engine.pipeline.run import PreparedMerge, check_output, prepare_recipe
 from bmm_engine.pipeline.tasks import RecipeTasks, evaluation_of, task_names
@@ -175,7 +175,7 @@ def check_evaluation(recipe: Recipe, split: str | None) -> str:
         raise ConfigError(f"split must be 'validation' or 'test', not {split!r}.")
     lacking = [e.label for e in experts if getattr(e, split) is None]
     if lacking:
-        raise ConfigError(f"expert {lacking[0]!r} has no `{split}` file to judge draws on; give every expert one.")
+        raise ConfigError(f"expert {shown(lacking[0])} has no `{split}` file to judge draws on; give every expert one.")
     return split
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 from bmm_engine.evaluators.build import build_evaluator
 from bmm_engine.evaluators.contract import Evaluator, TaskData
 from bmm_engine.evaluators.heads import with_head
@@ -46,12 +46,12 @@ def check_tasks(recipe: Recipe) -> None:
     labels = [e.label for e in recipe.experts]
     for label in labels:
         if labels.count(label) > 1:
-            raise ConfigError(f"two experts are called {label!r}; give each a `name`, by which its task goes too.")
+            raise ConfigError(f"two experts are called {shown(label)}; give each a `name`, by which its task goes too.")
     if options.kind not in ("lm_eval", "function"):
         for expert in recipe.experts:
             if expert.validation is None:
                 raise ConfigError(
-                    f"expert {expert.label!r} has no `validation`, the data of its task that a merge is scored by; give every expert its file."
+                    f"expert {shown(expert.label)} has no `validation`, the data of its task that a merge is scored by; give every expert its file."
                 )
 
 
@@ -88,7 +88,7 @@ class RecipeTasks:
                 return None
             if lacking:
                 raise ConfigError(
-                    f"expert {lacking[0]!r} has no `{split}` file, others have one; give it to all experts, or to none."
+                    f"expert {shown(lacking[0])} has no `{split}` file, others have one; give it to all experts, or to none."
                 )
         return build_evaluator(self.options, [self._data(i, split) for i in range(len(self.recipe.experts))], split)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bmm_engine.anchors import get_anchor
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 from bmm_engine.recipe.references import AnchorRecipe, ExpertRecipe
 
 
@@ -22,7 +22,7 @@ def with_own_parameters(anchor: AnchorRecipe, experts: Sequence[ExpertRecipe]) -
                 rule.parameters({key: None})  # raises, with the nearest name
             if not schema[key]["per_expert"]:
                 raise ConfigError(
-                    f"expert {expert.label!r}: parameters.{key}: anchor {rule.name!r} has one {key} for all experts; give it under `anchor`."
+                    f"expert {shown(expert.label)}: parameters.{key}: anchor {rule.name!r} has one {key} for all experts; give it under `anchor`."
                 )
     for key in {key for parameters in own for key in parameters}:
         common = given.get(key, schema[key]["default"])
@@ -47,8 +47,8 @@ def _share(raw: Any, expert: int, experts: int) -> Any:
     if isinstance(raw, (list, tuple)):
         if len(raw) != experts:
             raise ConfigError(
-                f"anchor: {list(raw)!r} has {len(raw)} values for {experts} experts; give one for each, or one for all. (A gradient over depth is"
-                " written {gradient: [...]} here.)"
+                f"anchor: {shown(list(raw))} has {len(raw)} values for {experts} experts; give one for each, or one for all. (A gradient over depth"
+                " is written {gradient: [...]} here.)"
             )
         return raw[expert]
     return raw

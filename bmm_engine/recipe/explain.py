@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, cut, listed, shown
 
 S = TypeVar("S", bound=BaseModel)
 # The type whose key the last part of a location is.
 Owner = Callable[[Sequence[str]], type[BaseModel]]
+MOST_FAULTS = 4
 
 
 def parse_section(section: type[S], raw: Mapping[str, Any], name: str) -> S:
@@ -24,25 +25,27 @@ def parse_section(section: type[S], raw: Mapping[str, Any], name: str) -> S:
 
 
 def explain(error: ValidationError, owner: Owner, under: Sequence[str] = ()) -> str:
-    """All that a validation found, in one line. `under`: keys above those of the value that was validated."""
-    return "; ".join(_explain_one({**e, "loc": (*under, *e["loc"])}, owner) for e in error.errors())
+    """What a validation found, in one line: its first faults, and how many more there are. `under`: keys above those of the value validated."""
+    found = error.errors(include_url=False, include_context=False)
+    more = f"; and {len(found) - MOST_FAULTS} more such faults." if len(found) > MOST_FAULTS else ""
+    return "; ".join(_explain_one({**e, "loc": (*under, *e["loc"])}, owner) for e in found[:MOST_FAULTS]) + more
 
 
 def unknown_key(key: str, known: Iterable[str], where: str = "") -> str:
     """The sentence for a key that nobody knows."""
     known = list(known)
-    close = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"known keys are {', '.join(known)}."
-    return f"unknown key {where or key!r}; {hint}"
+    close = difflib.get_close_matches(cut(key), known, 1, 0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys are {listed(known, 800)}."
+    return f"unknown key {shown(where or key)}; {hint}"
 
 
 def _explain_one(error: Mapping[str, Any], owner: Owner) -> str:
     loc = [str(part) for part in error["loc"]]
     steps = [part for part in loc if not part.startswith("<")]
-    where = ".".join(steps) or "recipe"
+    where = cut(".".join(steps)) or "recipe"
     if error["type"] == "extra_forbidden":
-        return unknown_key(steps[-1], owner(loc).model_fields, where)
+        return unknown_key(steps[-1], owner(loc).model_fields, ".".join(steps))
     if error["type"] == "missing":
-        return f"the key {where!r} is missing."
-    text = error["msg"].removeprefix("Value error, ").rstrip(".")
-    return f"{where} = {error['input']!r}: {text}." if error["loc"] else f"{text}."
+        return f"the key {where!r} is missing; add it."
+    text = cut(error["msg"].removeprefix("Value error, ").rstrip("."), 700)
+    return f"{where} = {shown(error['input'])}: {text}." if error["loc"] else f"{text}."

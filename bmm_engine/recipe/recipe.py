@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from bmm_engine.anchors import get_anchor
-from bmm_engine.errors import ConfigError
+from bmm_engine.checkpoint import parse_size
+from bmm_engine.errors import ConfigError, shown
 from bmm_engine.recipe import mergekit
 from bmm_engine.recipe.expert_parameters import with_own_parameters
 from bmm_engine.recipe.explain import explain, parse_section
@@ -26,6 +26,8 @@ from bmm_engine.recipe.references import (
 )
 from bmm_engine.recipe.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, SequentialRecipe, Strict
 from bmm_engine.recipe.settings import Algebra, MergeSettings, SequentialOptions, defaults_of, plain_values
+from bmm_engine.recipe.yaml_file import load_yaml
+from bmm_engine.statistics.text_file import check_path
 
 
 class Named(Strict):
@@ -70,6 +72,12 @@ class Recipe(Algebra, Named):
             for item in value
         ]
 
+    @field_validator("max_shard_size")
+    @classmethod
+    def _size(cls, value: str | int) -> str | int:
+        parse_size(value)
+        return value
+
     @field_validator("anchor", mode="before")
     @classmethod
     def _plain_name(cls, value: Any) -> Any:
@@ -89,7 +97,7 @@ class Recipe(Algebra, Named):
         lacking = [e.label for e in self.experts if e.calibration is None]
         if lacking:
             raise ValueError(
-                f"mode 'sequential' runs every expert on its own data; expert {lacking[0]!r} has no `calibration`"
+                f"mode 'sequential' runs every expert on its own data; expert {shown(lacking[0])} has no `calibration`"
             )
         if self.gram_source not in (None, "data"):
             raise ValueError(
@@ -104,19 +112,19 @@ class Recipe(Algebra, Named):
             if any(measured) and not all(measured):
                 lacking = self.experts[measured.index(False)].label
                 raise ValueError(
-                    f"expert {lacking!r} has neither `grams` nor `calibration`, others have; give all of them one, or none"
+                    f"expert {shown(lacking)} has neither `grams` nor `calibration`, others have; give all of them one, or none"
                 )
             only_data = self.mode == "sequential" or self.fit_bias or self.alpha == math.inf
             self.gram_source = "task_vectors" if not all(measured) else "data" if only_data else "hybrid"
         elif self.gram_source != "task_vectors" and not all(measured) and self.alpha != math.inf:
             lacking = self.experts[measured.index(False)].label
             raise ValueError(
-                f"gram_source {self.gram_source!r} needs `grams` or `calibration` for every expert; {lacking!r} has none"
+                f"gram_source {self.gram_source!r} needs `grams` or `calibration` for every expert; {shown(lacking)} has none"
             )
         for expert in self.experts:
             if expert.calibration is not None and isinstance(expert.model, StackRecipe):
                 raise ValueError(
-                    f"expert {expert.label!r}: `calibration` runs the model, so it needs a checkpoint of its own; name its Grams with `grams`"
+                    f"expert {shown(expert.label)}: `calibration` runs the model, so it needs a checkpoint of its own; name its Grams with `grams`"
                 )
         return self
 
@@ -128,7 +136,7 @@ class Recipe(Algebra, Named):
         lacking = [e.label for e in self.experts if e.fisher is None and e.calibration is None]
         if lacking and rule.needs == "fishers":
             raise ConfigError(
-                f"expert {lacking[0]!r} has no `fisher`, which anchor {rule.name!r} needs; give every expert its file, or `calibration` to make it."
+                f"expert {shown(lacking[0])} has no `fisher`, which anchor {rule.name!r} needs; give every expert its file, or `calibration`."
             )
         return self
 
@@ -168,12 +176,7 @@ class Recipe(Algebra, Named):
         Raises `ConfigError` naming the file and key. `local_files_only`: to translate, never ask the hub.
         """
         path = Path(path)
-        try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{path}: the recipe cannot be read ({error.strerror}).") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raw = load_yaml(path)
         if not isinstance(raw, dict):
             raise ConfigError(
                 f"{path}: a recipe is a mapping with at least `base` and `experts`; this file holds a {type(raw).__name__}."
@@ -182,7 +185,10 @@ class Recipe(Algebra, Named):
             raw = mergekit.translate(raw, path, local_files_only=local_files_only)
         raw = {**(defaults or {}), **raw, **{key: value for key, value in overrides.items() if value is not None}}
         recipe = cls.parse(raw, str(path))
-        return recipe._resolved(path.parent)
+        try:
+            return recipe._resolved(path.parent)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
     def parse(cls, raw: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -202,38 +208,38 @@ class Recipe(Algebra, Named):
         return plain_values(self.model_dump(exclude_none=True))
 
     def _resolved(self, folder: Path) -> Recipe:
-        def local(value: str) -> str:
+        """Paths relative to the recipe's `folder` made whole. Raises `ConfigError` for those that no file can have."""
+
+        def local(value: str, key: str) -> str:
             """Relative to the recipe where that exists; a hub id or a path of the working directory stays as it is."""
-            return str(folder / value) if os.path.exists(folder / value) else value  # False also for what is no name
+            found = beside(value, key)
+            return found if os.path.exists(found) else value
 
-        def beside(value: str | None) -> str | None:
-            return None if value is None else str(folder / value)
+        def beside(value: str, key: str) -> str:
+            check_path(value, key)
+            found = str(folder / value)
+            check_path(found, key)
+            return found
 
-        def located(model: Any) -> Any:
+        def located(model: Any, key: str) -> Any:
             if isinstance(model, str):
-                return local(model)
+                return local(model, key)
             if isinstance(model, StackRecipe):
-                return StackRecipe(slices=[located(part) for part in model.slices])
-            adapter = None if model.adapter is None else local(model.adapter)
-            return model.model_copy(update={"model": local(model.model), "adapter": adapter})
+                slices = [located(part, f"{key}.slices.{i}") for i, part in enumerate(model.slices)]
+                return StackRecipe(slices=slices)
+            adapter = None if model.adapter is None else local(model.adapter, f"{key}.adapter")
+            return model.model_copy(update={"model": local(model.model, f"{key}.model"), "adapter": adapter})
 
-        experts = [
-            e.model_copy(
-                update={
-                    "model": located(e.model),
-                    "grams": beside(e.grams),
-                    "calibration": beside(e.calibration),
-                    "fisher": beside(e.fisher),
-                    "sensitivity": beside(e.sensitivity),
-                    "validation": beside(e.validation),
-                    "test": beside(e.test),
-                    "head": beside(e.head),
-                }
-            )
-            for e in self.experts
-        ]
-        return self.model_copy(update={"base": located(self.base), "experts": experts})
+        experts = []
+        for i, e in enumerate(self.experts):
+            given = {key: value for key in EXPERT_PATHS if (value := getattr(e, key)) is not None}
+            paths = {key: beside(value, f"experts.{i}.{key}") for key, value in given.items()}
+            experts.append(e.model_copy(update={"model": located(e.model, f"experts.{i}.model"), **paths}))
+        return self.model_copy(update={"base": located(self.base, "base"), "experts": experts})
 
+
+# Files of an expert, beside its model.
+EXPERT_PATHS = ("grams", "calibration", "fisher", "sensitivity", "validation", "test", "head")
 
 SECTIONS: dict[str, type[BaseModel]] = {
     "calibration": CalibrationRecipe,

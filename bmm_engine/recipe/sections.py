@@ -54,7 +54,7 @@ class SequentialRecipe(Strict):
         description="gains (and biases) of normalisations: the anchor's, or solved too, feature by feature, every error of a task alike: neither"
         " mean_weight nor sensitivities reach them",
     )
-    sweeps: int = Field(1, ge=1, description="walks, each with the result of the one before as its anchor")
+    sweeps: int = Field(1, ge=1, le=1000, description="walks, each with the result of the one before as its anchor")
     hidden_memory: str | int = Field("4GB", description="hidden states kept in memory, in all; the rest in files")
     hidden_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="how hidden states are kept; null: as the models run"
@@ -119,7 +119,7 @@ class SearchRecipe(Strict):
 
     trials: int | None = Field(60, ge=1)
     minutes: float | None = Field(None, gt=0, description="stop asking after so long; trials: null for no other limit")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     optimizer: str = Field("BO", description="any optimiser that Nevergrad registers")
     objective: str = Field("mean", description="mean, worst, cvar@q (q in (0, 1]), or package.module:function")
     groups: Literal["role_depth", "role", "depth", "all", "module"] | dict[str, list[str]] = "role_depth"

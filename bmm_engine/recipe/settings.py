@@ -18,6 +18,7 @@ from bmm_engine.anchors import Anchor, Setting, get_anchor
 from bmm_engine.checkpoint import parse_size
 from bmm_engine.checkpoint.dtypes import parse_dtype
 from bmm_engine.errors import ConfigError
+from bmm_engine.executors.devices import device_fault
 from bmm_engine.recipe.explain import explain
 from bmm_engine.recipe.sections import SequentialRecipe, Strict
 
@@ -61,6 +62,14 @@ def _task_weights(value: Any) -> str | tuple[float, ...] | None:
         raise ValueError("it must be 'none', 'energy' or one number per expert") from None
 
 
+def _device(value: Any) -> Any:
+    """The name of a device that there may be; whether there is one is checked where work starts."""
+    name = str(value) if isinstance(value, torch.device) else value
+    if isinstance(name, str) and (fault := device_fault(name)):
+        raise ValueError(fault)
+    return name
+
+
 def _patterns(value: Any) -> Any:
     """One pattern is a list of one."""
     if isinstance(value, str):
@@ -78,7 +87,7 @@ Scale = Annotated[
 ]
 TaskWeights = Annotated[Literal["none", "energy"] | tuple[float, ...], PlainValidator(_task_weights)]
 Patterns = Annotated[list[str], BeforeValidator(_patterns)]
-Device = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, torch.device) else value)]
+Device = Annotated[str, BeforeValidator(_device)]
 
 
 class Checked(BaseModel):

@@ -7,11 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bmm_engine.errors import OutputWriteError
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import AnchorRecipe
+from bmm_engine.recipe.yaml_file import dump_yaml
 from bmm_engine.searching.problem import Problem
 from bmm_engine.searching.space import Candidate
 
@@ -36,7 +35,7 @@ def write_recipe(recipe: Recipe, path: Path) -> Path:
     """Write a recipe as YAML, whole or not at all; paths in it must be absolute. Raises `OutputWriteError`."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        text = yaml.safe_dump(_plain(recipe.model_dump(exclude_none=True, exclude_defaults=True)), sort_keys=False)
+        text = dump_yaml(_plain(recipe.model_dump(exclude_none=True, exclude_defaults=True)))
         unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:

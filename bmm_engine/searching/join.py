@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bmm_engine.errors import BmmError, ConfigError, SearchError
 from bmm_engine.executors import WorkerInfo, open_executor
+from bmm_engine.executors.devices import check_device
 from bmm_engine.pipeline.models import open_models
 from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
@@ -26,6 +27,7 @@ def join_search(
 
     Raises `SearchError` if no process drives the study, `ConfigError` if it is a study of another recipe.
     """
+    check_device(recipe.device)
     if recipe.search.schedule == "synchronous":
         raise ConfigError(
             "a synchronous search takes no joined workers: its batches are as large as its own workers are many."

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 from bmm_engine.evaluators.function import load_function
 from bmm_engine.evaluators.scores import Score
 
@@ -25,7 +25,9 @@ class Objective:
         """Raises `ConfigError` if a function of the user's does not return a finite number."""
         value = self.function(normalized)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"search.objective {self.name!r} returned {value!r}; it must return a finite number.")
+            raise ConfigError(
+                f"search.objective {self.name!r} returned {shown(value)}; it must return a finite number."
+            )
         return float(value)
 
 
@@ -67,13 +69,13 @@ def get_objective(name: str | Function) -> Objective:
         except ValueError:
             share = math.nan
         if not 0 < share <= 1:
-            raise ConfigError(f"search.objective {name!r}: the share must be in (0, 1], for example cvar@0.25.")
+            raise ConfigError(f"search.objective {shown(name)}: the share must be in (0, 1], for example cvar@0.25.")
         return Objective(name, conditional_value_at_risk(share))
     if ":" in name:
         return Objective(name, load_function(name, "search.objective"))
     close = difflib.get_close_matches(name, ("mean", "worst", "cvar@0.5"), 1)
     hint = f"did you mean {close[0]!r}?" if close else "use mean, worst, cvar@q, or package.module:function."
-    raise ConfigError(f"search.objective: unknown objective {name!r}; {hint}")
+    raise ConfigError(f"search.objective: unknown objective {shown(name)}; {hint}")
 
 
 def objective_name(name: str | Function) -> str:
@@ -94,6 +96,6 @@ def normalized(scores: Mapping[str, float], experts: Mapping[str, float]) -> dic
     for task, score in experts.items():
         if not score > 0:
             raise ConfigError(
-                f"task {task!r}: its own expert scores {score:g}, so nothing can be measured relative to it. Check its data and head."
+                f"task {shown(task)}: its own expert scores {score:g}, so nothing can be measured relative to it. Check its data and head."
             )
     return {task: scores[task] / experts[task] for task in scores}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.anchors import DepthMap, get_anchor
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.function import FunctionEvaluator
 from bmm_engine.evaluators.scores import Score
@@ -114,7 +114,7 @@ class Problem:
         for name, value in alpha.items():
             if not low <= value <= high:
                 raise ConfigError(
-                    f"alpha is {value:g} for the search group {name!r}, outside search.alpha_range = [{low:g}, {high:g}]; change one of them."
+                    f"alpha is {value:g} for the search group {shown(name)}, outside search.alpha_range = [{low:g}, {high:g}]; change one of them."
                 )
         weightings = () if self.search.weightings == "free" else tuple(self.search.weightings)
         default_weights = self.settings.task_weights
@@ -203,7 +203,7 @@ def anchor_choices(recipe: Recipe) -> dict[str, tuple[str, dict[str, Any]]]:
         given = ",".join(f"{key}={value}" for key, value in own.anchor.parameters.items()).replace(" ", "")
         label = f"{own.anchor.name}({given})" if given else own.anchor.name
         if label in found:
-            raise ConfigError(f"search.anchors: {label!r} is there twice; each choice must differ.")
+            raise ConfigError(f"search.anchors: {shown(label)} is there twice; each choice must differ.")
         found[label] = (own.anchor.name, parameters)
     return found
 

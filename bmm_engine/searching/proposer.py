@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from bmm_engine.errors import ConfigError, SearchExhaustedError
+from bmm_engine.errors import ConfigError, SearchExhaustedError, shown
 from bmm_engine.searching.space import Candidate, Space
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def check_optimizer(name: str) -> None:
     if name not in ng.optimizers.registry:
         close = difflib.get_close_matches(name, list(ng.optimizers.registry), 3, 0.5)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "for example BO, NGOpt, TwoPointsDE, CMA."
-        raise ConfigError(f"search.optimizer: Nevergrad registers no {name!r}; {hint}")
+        raise ConfigError(f"search.optimizer: Nevergrad registers no {shown(name)}; {hint}")
 
 
 class Proposer:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bmm_engine.checkpoint.identity import values_digest
 from bmm_engine.errors import ConfigError, SearchError
 from bmm_engine.executors import open_executor
+from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.sources import Model, Models
 from bmm_engine.models.roles import Layers, module_role
 from bmm_engine.pipeline.models import open_models
@@ -37,6 +38,7 @@ from bmm_engine.searching.study import Study
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import NO_WEIGHTED_PLAIN_SEARCH, RecipeProblem, with_grams, with_search_weights
 from bmm_engine.statistics.sets import Fishers, Grams, Sensitivities, Statistics
+from bmm_engine.statistics.text_file import check_output_path
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,10 @@ def search_recipe(
     Called again with the same recipe, it goes on where it stopped, however it was stopped; a larger budget continues a finished study.
     Raises `ConfigError` (a wrong recipe, another study in the place), `StudyBusyError`, `SearchError`, and what a merge raises.
     """
+    check_device(recipe.device)
     check_optimizer(recipe.search.optimizer)
     get_objective(recipe.search.objective)
+    check_output_path(output)
     output = output.resolve()
     folder = study_folder(output)
     taken = _own_result(folder, output)
@@ -175,6 +179,7 @@ def search(
     else:
         measured = Statistics.open(None, (), sensitivities, batches)
         settings, walk = settings_of("sequential", {**algebra, **(sequential or {})}), lambda: measured
+    check_device(settings.device)
     parameters = {settings.anchor: settings.anchor_parameters}
     problem = Problem(
         Models.open(base, experts),

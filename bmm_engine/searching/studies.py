@@ -19,6 +19,7 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, open_executor
+from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.pipeline.live import LiveModels
 from bmm_engine.pipeline.models import open_models
@@ -33,6 +34,7 @@ from bmm_engine.searching.schema import Trial
 from bmm_engine.searching.session import Prepared, Session, prepare
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import RecipeProblem, with_grams, with_search_weights
+from bmm_engine.statistics.text_file import check_output_path
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,8 @@ def _run(
     local_files_only: bool,
     report: Report,
 ) -> list[Point]:
+    check_device(recipe.device)
+    check_output_path(output)
     check_tasks(recipe)
     if any(e.test is None for e in recipe.experts) and recipe.evaluation is not None and not recipe.evaluation.tasks:
         raise ConfigError("a study is judged on test data: give every expert a `test` file.")

@@ -18,6 +18,7 @@ from bmm_engine.checkpoint.compose import checkpoints_of
 from bmm_engine.checkpoint.dtypes import float_dtype
 from bmm_engine.checkpoint.identity import as_texts, model_digest, values_digest
 from bmm_engine.errors import ConfigError, OutputExistsError
+from bmm_engine.executors.devices import check_device
 from bmm_engine.locks import LockFile
 from bmm_engine.merging.merge import MergeResult, run_stream, tensors_of
 from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, output_specs, write_sidecars
@@ -96,6 +97,7 @@ def walk_models(
     report: Report = lambda line: None,
 ) -> MergeResult:
     """`merge_sequential` of what is open and checked: what keywords and recipes come to. Raises as it does."""
+    check_device(settings.device)
     calibration = statistics.batches
     if len(calibration) != len(models.experts):
         raise ConfigError(

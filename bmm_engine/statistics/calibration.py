@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmm_engine.checkpoint.guard import regular_file
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
-from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError
+from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError, cut, listed, shown
+from bmm_engine.statistics.rows import read_lines, read_rows, text_of
+from bmm_engine.statistics.text_file import check_path, check_regular
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
@@ -73,14 +70,16 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     """Read up to `samples` samples (spread evenly over the file) from
 
     `.txt` (a text on each line), `.jsonl`, `.tsv` or `.csv` (the column `field`), `.safetensors` (model inputs by name, samples first), or a
-    directory of images. Raises `ConfigError` (no such file, no such column, unknown kind) and `EmptyCalibrationError`.
+    directory of images. Raises `ConfigError` (no such file, no such column, unknown kind, what is no text, with its line) and
+    `EmptyCalibrationError`.
     """
-    if not os.path.lexists(path):
+    check_path(path, "calibration")
+    if not path.exists():
         raise ConfigError(
             f"calibration: {path} does not exist. Give a .txt, .jsonl, .tsv, .csv or .safetensors file, or a folder of images."
         )
     if path.is_dir():
-        images = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        images = image_files(path)
         data = CalibrationData(path, images=tuple(spread(images, samples)))
     elif path.suffix == ".safetensors":
         data = CalibrationData(path, inputs=read_inputs(path, samples))
@@ -94,15 +93,23 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     return data
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, in order. Raises `ConfigError` for what is called one and is no regular file."""
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    for path in found:
+        check_regular(path, "the image")
+    return found
+
+
 def load_tokenizer(path: Path) -> Any:
     """The checkpoint's tokenizer, able to pad. Raises `CheckpointError`."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: has no tokenizer that transformers can load ({str(error).splitlines()[0]}). Copy the base's tokenizer files there, or give"
+            f"{path}: has no tokenizer that transformers can load ({_first_line(error)}). Copy the base's tokenizer files there, or give"
             " calibration as .safetensors of model inputs."
         ) from error
     tokenizer.padding_side = "right"  # on the left, absolute positions and the first token would depend on the batch
@@ -114,71 +121,35 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _read_texts(path: Path, field: str) -> Iterator[str]:
-    if path.suffix != ".txt":
-        yield from (str(text) for (text,) in read_rows(path, [field]))
-        return
-    with _readable(path), path.open(encoding="utf-8") as file:
-        yield from (line.rstrip("\n") for line in file)
-
-
-def read_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """The columns `fields` of each row of a `.jsonl`, `.csv` or `.tsv` file (without quoting). Raises `ConfigError`."""
-    with _readable(path), path.open(encoding="utf-8", newline="" if path.suffix == ".csv" else None) as file:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _columns(json.loads(line), fields, f"{path}, line {number}")
-        elif path.suffix == ".csv":
-            yield from (_columns(row, fields, str(path)) for row in csv.DictReader(file))
-        elif path.suffix == ".tsv":
-            header = file.readline().rstrip("\n").split("\t")
-            for line in file:
-                # Text may hold tabs where its column is the last.
-                cells = line.rstrip("\n").split("\t", len(header) - 1)
-                yield _columns(dict(zip(header, cells, strict=False)), fields, str(path))
-        else:
-            raise ConfigError(f"{path} is of a kind that is not read; use .txt, .jsonl, .tsv, .csv or .safetensors.")
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    regular_file(path)
-    try:
-        yield
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}). It must be UTF-8 text of the kind its name says."
-        ) from error
-
-
-def _columns(row: Any, fields: Sequence[str], where: str) -> tuple[Any, ...]:
-    return tuple(_column(row, field, where) for field in fields)
-
-
-def _column(row: Any, field: str, where: str) -> Any:
-    if not isinstance(row, dict) or field not in row:
-        has = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise ConfigError(
-            f"{where} has no column {field!r} (it has: {has}). Name the column of texts with `field`, of labels with `label_field`."
-        )
-    return row[field]
+    if path.suffix == ".txt":
+        yield from read_lines(path)
+    else:
+        yield from (text_of(row[field], row.where, field) for row in read_rows(path, [field]))
 
 
 def read_inputs(path: Path, samples: int | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, samples first, or `samples` of them spread evenly. Raises `ConfigError`, `CheckpointError`."""
-    file = SafetensorsFile.open(path)
-    inputs = {name: file.read(name) for name in file.specs}
-    counts = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in inputs.items()}
+    check_regular(path)
+    file = SafetensorsFile.open(path)  # read, not mapped
+    if scalars := [name for name, spec in file.specs.items() if not spec.shape]:
+        raise ConfigError(
+            f"{path}: {listed(scalars)} has no dimensions. The first dimension of a model input is the sample."
+        )
+    counts = {name: spec.shape[0] for name, spec in file.specs.items()}
     if len(set(counts.values())) > 1:
         raise ConfigError(
-            f"{path}: the inputs differ in their number of samples: {counts}. The first dimension is the sample."
+            f"{path}: the inputs differ in their number of samples: {shown(counts)}. The first dimension is the sample."
         )
-    if not inputs or not all(counts.values()):
+    if not counts or not all(counts.values()):
         raise EmptyCalibrationError(
-            f"calibration: {path} holds no samples; the first dimensions of its tensors are {counts or 'none'}."
+            f"calibration: {path} holds no samples: the first dimensions of its tensors are {shown(counts)}."
         )
     keep = torch.tensor(spread(range(next(iter(counts.values()))), samples), dtype=torch.long)
-    return {name: tensor[keep] for name, tensor in inputs.items()}
+    return {name: file.read(name)[keep] for name in file.specs}
+
+
+def _first_line(error: Exception) -> str:
+    return cut((str(error).splitlines() or [type(error).__name__])[0])
 
 
 def _image_batches(images: tuple[Path, ...], model_path: Path, batch_size: int) -> Iterator[dict[str, Tensor]]:
@@ -187,22 +158,22 @@ def _image_batches(images: tuple[Path, ...], model_path: Path, batch_size: int) 
     try:
         from PIL import Image
 
-        processor = AutoImageProcessor.from_pretrained(model_path, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
     except (ImportError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{model_path}: images cannot be prepared ({str(error).splitlines()[0]}). It needs pillow and the checkpoint's preprocessor_config.json;"
+            f"{model_path}: images cannot be prepared ({_first_line(error)}). It needs pillow and the checkpoint's preprocessor_config.json;"
             " or give calibration as .safetensors with `pixel_values`."
         ) from error
     for start in range(0, len(images), batch_size):
         pictures = []
         for path in images[start : start + batch_size]:
-            regular_file(path)
             try:
                 with Image.open(path) as picture:
                     pictures.append(picture.convert("RGB"))
-            except Exception as error:  # of a damaged picture Pillow may raise anything
+            # Image libraries raise whatever a damaged file leads them to.
+            except Exception as error:
                 raise ConfigError(
-                    f"{path}: is no picture that can be read ({error}). Remove it, or save it again."
+                    f"{path}: the image cannot be read ({cut(str(error))}). Write it again, or take it out of the folder."
                 ) from error
         yield dict(processor(pictures, return_tensors="pt"))
 

@@ -63,7 +63,7 @@ BAD = {
     "mask of twos": ({"input_ids": IDS, "attention_mask": MASK * 2}, "attention_mask holds values between 2 and 2"),
     "all padding": ({"input_ids": IDS, "attention_mask": MASK * 0}, "all padding"),
     "samples differ": ({"input_ids": IDS, "attention_mask": MASK[1:]}, "differ in their number of samples"),
-    "scalar": ({"input_ids": torch.tensor(3)}, "holds no samples"),
+    "scalar": ({"input_ids": torch.tensor(3)}, "has no dimensions"),
     "nothing": ({"input_ids": IDS[:0]}, "holds no samples"),
     "three dimensions": ({"input_ids": IDS[..., None]}, r"cannot run on a batch of input_ids \(4, 9, 1\)"),
 }  # fmt: skip
@@ -139,12 +139,12 @@ def test_a_live_model_that_refuses_its_batch() -> None:
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".tsv", ".safetensors"])
 def test_a_pipe_is_not_waited_for(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"rows{suffix}")
-    with pytest.raises(CheckpointError, match="is not a regular file but a pipe"):
+    with pytest.raises(BmmError, match="pipe"):
         read_calibration(tmp_path / f"rows{suffix}")
     (tmp_path / f"loop{suffix}").symlink_to(f"loop{suffix}")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(BmmError, match=f"loop{suffix}"):
         read_calibration(tmp_path / f"loop{suffix}")
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match="is too long"):
         read_calibration(tmp_path / ("n" * 300 + suffix))
 
 

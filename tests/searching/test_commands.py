@@ -152,3 +152,38 @@ def test_language_models_with_tied_embeddings(tmp_path, monkeypatch, capsys):
     score = evaluator(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), "t")
     assert score.value == pytest.approx(best["value"], rel=1e-5)
     assert score.details["perplexity"] == pytest.approx(1 / score.value)
+
+
+def test_code_of_a_recipe_runs_only_where_its_reader_allows_it(project, monkeypatch, capsys):
+    monkeypatch.delenv("BMM_ALLOW_CODE", raising=False)
+    monkeypatch.syspath_prepend(project)
+    (project / "sent_judge.py").write_text(
+        "from pathlib import Path\nPath('imported').touch()\n\ndef judge(model, task):\n    return 1.0\n\ndef least(values):\n"
+        "    return min(values.values())\n"
+    )
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    judged = {**recipe, "evaluation": {"kind": "function", "function": "sent_judge:judge"}}
+    aimed = {**recipe, "search": {"objective": "sent_judge:least"}}
+    for own, key in ((judged, "evaluation.function"), (aimed, "search.objective")):
+        (project / "recipe.yaml").write_text(yaml.safe_dump(own))
+        for command in (["search"], ["search", "--join"], ["study", "validation-fraction"], ["study", "trials"]):
+            code, _, err = run(monkeypatch, capsys, *command, "recipe.yaml", "-o", "merged")
+            assert code == 2
+            assert f"{key} = 'sent_judge:" in err
+            assert "--allow-code" in err
+            assert "BMM_ALLOW_CODE=sent_judge" in err
+    assert sorted(p.name for p in project.glob("merged*")) == []
+    assert not (project / "imported").exists()
+    (project / "recipe.yaml").write_text(yaml.safe_dump(judged))
+    code, out, err = run(
+        monkeypatch, capsys, "search", "recipe.yaml", "-o", "merged", "--trials", "2", "--no-merge", "--allow-code",
+        "--objective", "sent_judge:least", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert (project / "imported").exists()
+    assert json.loads(out)["best"]["value"] == 1.0
+    # What comes out of the search names the same code, and merging it runs none.
+    (project / "imported").unlink()
+    code, _, err = run(monkeypatch, capsys, "inspect", "merged.study/best.yaml")
+    assert code == 0, err
+    assert not (project / "imported").exists()

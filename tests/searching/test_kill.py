@@ -30,6 +30,7 @@ def project(tmp_path, monkeypatch):
 
 def start(output, *options):
     command = [sys.executable, "-c", "from bmm_engine.cli import main; main()", "search", "recipe.yaml", "-o", output]
+    command.append("--allow-code")  # the judge of the recipe
     return subprocess.Popen([*command, "--json", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -58,7 +58,7 @@ def test_mistakes(tmp_path):
     with pytest.raises(ConfigError, match=r"x\.parquet is of a kind"):
         read_calibration(tmp_path / "x.parquet")
     (tmp_path / "bad.jsonl").write_text("{oops\n")
-    with pytest.raises(ConfigError, match=r"bad\.jsonl cannot be read"):
+    with pytest.raises(ConfigError, match=r"bad\.jsonl, line 1: cannot be read"):
         read_calibration(tmp_path / "bad.jsonl")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     with pytest.raises(CheckpointError, match=r"cut\.safetensors"):

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 
 
 def parse_reference(value: Any, where: str) -> str | dict[str, Any]:
@@ -14,7 +14,7 @@ def parse_reference(value: Any, where: str) -> str | dict[str, Any]:
     if isinstance(value, str):
         model, *loras = value.split("+")
         if len(loras) > 1:
-            raise ConfigError(f"{where} = {value!r}: more than one '+'; write {{model: ..., lora: ...}}.")
+            raise ConfigError(f"{where} = {shown(value)}: more than one '+'; write {{model: ..., lora: ...}}.")
         value = {"model": model, "lora": loras[0] if loras else None}
     check_keys(value, ("model", "lora", "override_architecture"), where)
     if value.get("override_architecture"):
@@ -38,7 +38,7 @@ def _located(value: Any, where: str) -> tuple[str, str | None]:
     else:
         path, _, revision = str(value).partition("@")
     if not isinstance(path, str) or not path or (revision and "@" in revision):
-        raise ConfigError(f"{where} = {value!r}: write a path, path@revision, or {{path: ..., revision: ...}}.")
+        raise ConfigError(f"{where} = {shown(value)}: write a path, path@revision, or {{path: ..., revision: ...}}.")
     return path, revision or None
 
 
@@ -51,13 +51,13 @@ def reference_text(reference: str | Mapping[str, Any]) -> str:
 def items(value: Mapping[str, Any], key: str, where: str) -> list[Any]:
     found = value.get(key)
     if not isinstance(found, list) or not found:
-        raise ConfigError(f"{where}.{key} = {found!r}: it must be a list.".lstrip("."))
+        raise ConfigError(f"{where}.{key} = {shown(found)}: it must be a list.".lstrip("."))
     return found
 
 
 def check_keys(value: Any, known: Sequence[str], where: str) -> None:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} = {value!r}: it must be a mapping with {', '.join(known)}.")
+        raise ConfigError(f"{where} = {shown(value)}: it must be a mapping with {', '.join(known)}.")
     for key in value:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 1, 0.5)

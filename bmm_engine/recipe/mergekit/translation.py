@@ -12,7 +12,7 @@ from typing import Any
 
 from bmm_engine.checkpoint import Checkpoint
 from bmm_engine.checkpoint.compose import LayerStack, stands_before
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, cut, shown
 from bmm_engine.recipe.mergekit.keys import check_keys, items, parse_reference, reference_text
 from bmm_engine.recipe.mergekit.methods import KNOWN, METHODS, REQUIRED, VECTORS, Parameter, switch
 from bmm_engine.recipe.mergekit.values import Chain, cases, chain_at, rendered
@@ -32,6 +32,7 @@ _TOP = (
     "chat_template",
     "modules",
 )
+MOST_LAYERS = 100_000  # far beyond any network; what a file says is checked before it is counted through
 _GLOBS = frozenset("*?[")
 
 
@@ -57,10 +58,10 @@ class Translation:
         self.raw, self.path, self.local_files_only = raw, path, local_files_only
         check_keys(raw, _TOP, "")
         name = raw["merge_method"]
-        if name not in METHODS:
-            close = difflib.get_close_matches(str(name), METHODS, 1)
+        if not isinstance(name, str) or name not in METHODS:
+            close = difflib.get_close_matches(cut(str(name)), METHODS, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(METHODS))}."
-            raise ConfigError(f"merge_method {name!r} is not known here; {hint}")
+            raise ConfigError(f"merge_method {shown(name)} is not known here; {hint}")
         self.name, self.method = str(name), METHODS[name]
         self.base_model = None if raw.get("base_model") is None else parse_reference(raw["base_model"], "base_model")
         self.parameters = self._scope(raw, "")
@@ -144,9 +145,13 @@ class Translation:
             layers = item.get("layer_range")
             if not (isinstance(layers, list) and len(layers) == 2 and all(type(v) is int for v in layers)):
                 raise ConfigError(
-                    f"{where}.layer_range = {layers!r}: give the first layer and the one after the last, as [0, 16]."
+                    f"{where}.layer_range = {shown(layers)}: give the first layer and the one after the last, as [0, 16]."
                 )
             layers = (layers[0], layers[1])
+            if not 0 <= layers[0] < layers[1] <= MOST_LAYERS:
+                raise ConfigError(
+                    f"{where}.layer_range = {shown(layers)}: the first layer must come before the last, from 0 to {MOST_LAYERS}."
+                )
         return _Source(parse_reference(item["model"], f"{where}.model"), layers, self._scope(item, where), where)
 
     def _slice(
@@ -243,11 +248,11 @@ class Translation:
             return
         if _GLOBS & set(pattern):
             raise ConfigError(
-                f"parameters.{name}: the filter {pattern!r} is taken to the letter by mergekit and matches nothing; write the part of the name."
+                f"parameters.{name}: the filter {shown(pattern)} is taken to the letter by mergekit and matches nothing; write the part of the name."
             )
         if any(c.isdigit() for c in pattern) and self._renumbers():
             raise ConfigError(
-                f"parameters.{name}: the filter {pattern!r} names a layer, and slices number layers anew; give the parameter to the slice."
+                f"parameters.{name}: the filter {shown(pattern)} names a layer, and slices number layers anew; give the parameter to the slice."
             )
 
     def _renumbers(self) -> bool:
@@ -289,7 +294,7 @@ class Translation:
             if value := self.raw.get(key):
                 name = str(value).removeprefix("torch.")
                 if name not in ("float32", "bfloat16", "float16", "float64"):
-                    raise ConfigError(f"{key} = {value!r}: it must be float32, bfloat16, float16 or float64.")
+                    raise ConfigError(f"{key} = {shown(value)}: it must be float32, bfloat16, float16 or float64.")
                 return name
         return None
 

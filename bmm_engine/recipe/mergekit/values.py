@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import ConfigError, shown
 from bmm_engine.recipe.mergekit.keys import check_keys
 
 
@@ -40,7 +40,7 @@ def cases(setting: Any, where: str, convert: Callable[[Any], Any]) -> Iterator[t
     for case in setting:
         check_keys(case, ("filter", "value"), where)
         if "value" not in case:
-            raise ConfigError(f"{where}: {dict(case)!r} has no value.")
+            raise ConfigError(f"{where}: {shown(dict(case))} has no value.")
         pattern = case.get("filter")
         yield (None if pattern in (None, "*") else str(pattern)), _scalars(case["value"], where, convert)
 
@@ -52,7 +52,7 @@ def _scalars(value: Any, where: str, convert: Callable[[Any], Any]) -> Any:
             return Gradient(tuple(convert(item) for item in value))
         return convert(value)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where} = {value!r}: {error}.") from error
+        raise ConfigError(f"{where} = {shown(value)}: {error}.") from error
 
 
 def chain_at(chain: Chain, t: float) -> Chain:
