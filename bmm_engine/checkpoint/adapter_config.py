@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bmm_engine.checkpoint.layout import contained, read_json_object
+from bmm_engine.checkpoint.guard import read_json_object
+from bmm_engine.checkpoint.layout import contained
 from bmm_engine.errors import CheckpointError
 
 CONFIG_FILENAME = "adapter_config.json"

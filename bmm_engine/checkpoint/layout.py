@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from bmm_engine.checkpoint.guard import read_json_object, regular_file, unreadable
 from bmm_engine.errors import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -57,24 +55,12 @@ def full_weights(directory: Path) -> str | None:
     return next((name for pair in _SINGLE_OR_INDEX for name in pair if os.path.lexists(directory / name)), None)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises CheckpointError when it cannot be read or is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path}: holds a JSON {type(value).__name__} where an object is expected; download it again"
-        )
-    return value
-
-
 def is_plain_name(name: str) -> bool:
-    """True for a file name without any path in it."""
-    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    """True for a file name without any path in it, as every system takes it."""
+    encoded = name.encode("utf-8", "replace")
+    return (
+        name not in ("", ".", "..") and not set(name) & set("/\\\0") and encoded.decode() == name and len(encoded) < 256
+    )
 
 
 def contained(directory: Path, name: str, *, asked_by: str) -> Path:
@@ -86,14 +72,16 @@ def contained(directory: Path, name: str, *, asked_by: str) -> Path:
     path = directory / name
     if not is_plain_name(name):
         raise CheckpointError(
-            f"{asked_by} names the file {name!r}, which is not a plain name inside {directory}; "
+            f"{asked_by} names the file {name[:200]!r}, which is not a plain name inside {directory}; "
             "do not use this checkpoint unless you trust where it came from, and correct the name"
         )
-    root = directory.resolve()
+    try:
+        root, target = directory.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise unreadable(path, error) from error
     repository = root.parent.parent
     if root.parent.name == "snapshots" and repository.name.startswith("models--"):
         root = repository
-    target = path.resolve()
     if not target.is_relative_to(root):
         raise CheckpointError(f"{path}: is a link to {target}, outside {root}; replace the link by a copy of the file")
     return path
@@ -101,16 +89,12 @@ def contained(directory: Path, name: str, *, asked_by: str) -> Path:
 
 def check_weight_file(path: Path) -> None:
     """Refuse what is no weight file at all. Raises CheckpointError that says what it is instead."""
+    info = regular_file(path)
     try:
-        info = path.stat()
-        if not stat.S_ISREG(info.st_mode):
-            raise CheckpointError(f"{path}: is not a regular file; pass the weights as a plain file")
         with path.open("rb") as file:
             head = file.read(512).lstrip().lower()
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from error
+        raise unreadable(path, error) from error
     if info.st_size == 0:
         raise CheckpointError(f"{path}: is empty (0 bytes); download it again")
     if head.startswith(b"version https://git-lfs"):

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from bmm_engine.checkpoint.adapter import AdapterSource
+from bmm_engine.checkpoint.guard import read_bytes
 from bmm_engine.checkpoint.reader import Checkpoint
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.disk.files import read_identity
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import CheckpointError, ConfigError
 
 RECORD_FILENAME = "bmm_merge.json"
 RECORD_FORMAT = "bmm-merge"
@@ -29,6 +30,19 @@ RECORD_VERSION = 1
 def is_merge_directory(path: Path) -> bool:
     """True when `path` holds a `bmm_merge.json` of this engine's format, as a file of its own (no link)."""
     return read_identity(path / RECORD_FILENAME, RECORD_FORMAT) is not None
+
+
+def read_merge_record(path: Path) -> dict[str, Any]:
+    """A `bmm_merge.json`, which may hold NaN (what was measured may be). Raises CheckpointError for what is no JSON object."""
+    try:
+        record = json.loads(read_bytes(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); carry out the merge again") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(record).__name__}, no record; carry out the merge again")
+    return record
 
 
 def input_record(role: str, source: TensorSource, stop: Event | None = None) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from bmm_engine.checkpoint import hub
-from bmm_engine.checkpoint.layout import Layout, contained, find_weights, read_json_object
+from bmm_engine.checkpoint.guard import read_json_object, regular_file
+from bmm_engine.checkpoint.layout import Layout, contained, file_stamp, find_weights
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.checkpoint.source import StateDictSource, TensorSource, TensorSpec, missing_tensor
 from bmm_engine.checkpoint.ties import config_ties
@@ -33,6 +34,8 @@ class WeightFile(Protocol):
     def specs(self) -> dict[str, TensorSpec]: ...
     @property
     def aliases(self) -> dict[str, str]: ...
+    @property
+    def stamp(self) -> tuple[int, int, int]: ...
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor: ...
     def release(self) -> None: ...
 
@@ -119,6 +122,18 @@ class Checkpoint(TensorSource):
 
     def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
         return self._read(self._resolve(name), rows)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor in the files."""
+        return {name: file.specs[name].shape for name, file in self._holder.items()}
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError unless the weight files are those that were opened: one that is mapped (transformers does) and was cut meanwhile
+        would end the process."""
+        for file in self._files:
+            regular_file(file.path)
+            if file_stamp(file.path) != file.stamp:
+                raise CheckpointError(f"{file.path}: changed on disk since it was opened; open the checkpoint again")
 
     def shard_sizes(self) -> dict[str, int]:
         """Base name of each weight file -> its size in bytes."""
@@ -226,6 +241,7 @@ def _check_consistent(layout: Layout, files: list[WeightFile]) -> None:
 def file_sha256(path: Path, stop: Event | None = None) -> str:
     """Hex SHA-256 of a file, read in blocks. Raises InterruptedError once `stop` is set: nobody waits for the result then."""
     digest = hashlib.sha256()
+    regular_file(path)
     try:
         with path.open("rb") as file:
             while block := file.read(_HASH_BLOCK_BYTES):

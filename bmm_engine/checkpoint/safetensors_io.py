@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from bmm_engine.checkpoint.guard import unique_keys
 from bmm_engine.checkpoint.layout import check_weight_file, file_stamp
 from bmm_engine.checkpoint.source import TensorSpec, row_span
 from bmm_engine.errors import CheckpointError
@@ -73,14 +73,7 @@ class SafetensorsFile:
             )
         specs = {spec.name: spec for _, _, spec in entries}
         offsets = {spec.name: data_start + begin for begin, _, spec in entries}
-        # The library has the last word on holes and overlaps; it maps the file only for this check.
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path}: is not a valid safetensors file of {stamp[0]} bytes ({error}); download it again"
-            ) from error
+        _check_no_gaps(path, entries, stamp[0])
         return cls(path, specs, offsets, stamp)
 
     @property
@@ -131,22 +124,36 @@ def _read_header(path: Path, length_bytes: bytes, file: Any, file_bytes: int) ->
             f"the file has {file_bytes}; download it again"
         )
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
+        text = file.read(length).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=unique_keys)
+        if isinstance(header, dict) and not text.startswith("{"):  # the format's own rule
+            raise ValueError("it does not begin with '{'")
     except (ValueError, RecursionError) as error:  # ValueError also for what is not UTF-8
         raise CheckpointError(f"{path}: the safetensors header is malformed ({error}); download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object; download it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        return header, 8 + length
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the metadata in its header is no map from names to texts; download it again")
     return header, 8 + length
 
 
-def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {key!r} appears twice")
-        result[key] = value
-    return result
+def _shortened(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:100]} ..."
+
+
+def _check_no_gaps(path: Path, entries: list[tuple[int, int, TensorSpec]], file_bytes: int) -> None:
+    """The tensors lie one behind the other, from the first byte of the data on: no hole, no byte of two tensors."""
+    expected, before = 0, "the header"
+    for begin, end, spec in entries:
+        if begin != expected:
+            raise CheckpointError(
+                f"{path}: is not a valid safetensors file of {file_bytes} bytes (tensor {spec.name!r} begins at byte {begin} "
+                f"of the data, {before} ends at {expected}); download it again"
+            )
+        expected, before = end, f"tensor {spec.name!r}"
 
 
 def _entries(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int, TensorSpec]]:
@@ -156,19 +163,21 @@ def _entries(path: Path, header: dict[str, Any]) -> Iterable[tuple[int, int, Ten
             tag, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
                 raise ValueError("sizes must be non-negative integers")
+            if math.prod(size or 1 for size in shape) >= 2**63:  # even where a size is 0: nothing could hold it
+                raise ValueError("the shape is too large")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: the header of tensor {name!r} is malformed ({error}); download it again"
             ) from error
         if not isinstance(tag, str) or tag not in DTYPES:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has the dtype {tag!r}, which is not supported (known: {', '.join(DTYPES)}); "
+                f"{path}: tensor {name!r} has the dtype {_shortened(repr(tag))}, which is not supported (known: {', '.join(DTYPES)}); "
                 "convert the checkpoint to one of these"
             )
         spec = TensorSpec(name, shape, DTYPES[tag], path.name)
         if spec.nbytes != end - begin:
             raise CheckpointError(
-                f"{path}: tensor {name!r} of shape {shape} and dtype {tag} needs {spec.nbytes} bytes, its header "
+                f"{path}: tensor {name!r} of shape {_shortened(str(shape))} and dtype {tag} needs {spec.nbytes} bytes, its header "
                 f"gives it {end - begin}; download it again"
             )
         yield begin, end, spec

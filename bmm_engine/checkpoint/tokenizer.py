@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
-from bmm_engine.checkpoint.layout import contained, read_json_object
+from bmm_engine.checkpoint.guard import read_bytes, read_json_object
+from bmm_engine.checkpoint.layout import contained
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import ConfigError
 
@@ -46,7 +47,7 @@ def vocabulary_of(directory: Path) -> dict[str, Any] | None:
         tokens.update({t["content"]: t["id"] for t in parsed.get("added_tokens") or ()})
         return tokens
     files = {
-        name: contained(directory, name, asked_by=str(directory)).read_bytes()
+        name: read_bytes(contained(directory, name, asked_by=str(directory)))
         for name in _PLAIN_FILES
         if (directory / name).exists()
     }

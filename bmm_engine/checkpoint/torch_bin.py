@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from bmm_engine.checkpoint.guard import regular_file
 from bmm_engine.checkpoint.layout import check_weight_file, file_stamp
 from bmm_engine.checkpoint.source import TensorSpec, check_tensors, own_copy, shared_storage
 from bmm_engine.errors import CheckpointError
@@ -20,7 +21,7 @@ class TorchBinFile:
     def __init__(self, path: Path):
         check_weight_file(path)
         self.path = path
-        self._stamp = file_stamp(path)
+        self.stamp = file_stamp(path)
         self._mapped: dict[str, torch.Tensor] | None = None
         tensors = self._tensors()
         self.aliases = shared_storage(tensors)
@@ -31,6 +32,9 @@ class TorchBinFile:
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """One tensor, or a range of its rows, in fresh memory. Raises CheckpointError when the file changed."""
+        # A mapped file that was cut meanwhile would end the process with SIGBUS.
+        if regular_file(self.path).st_size != self.stamp[0]:
+            raise CheckpointError(f"{self.path}: changed on disk since it was opened; open the checkpoint again")
         return own_copy(self._tensors()[name], name, rows)
 
     def release(self) -> None:
@@ -41,7 +45,7 @@ class TorchBinFile:
         mapped = self._mapped  # another thread may release the file meanwhile
         if mapped is None:
             try:
-                changed = file_stamp(self.path) != self._stamp
+                changed = file_stamp(self.path) != self.stamp
                 state_dict = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # a damaged or hostile pickle may raise anything
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]

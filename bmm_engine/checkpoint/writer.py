@@ -142,7 +142,7 @@ class CheckpointWriter:
         if not is_plain_name(filename) or filename in reserved:
             raise ConfigError(f"{filename!r}: is not a free plain file name in the output directory; choose another")
         with self._writing():
-            _write_file(self._stage.out / filename, text.encode())
+            _write_file(self._stage.out / filename, text.encode("utf-8", "backslashreplace"))
         self._beside.add(filename)
 
     def copy_sidecars(self, source: Checkpoint) -> tuple[str, ...]:

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.errors import CheckpointError
 from bmm_engine.statistics.text_file import check_regular
 
@@ -48,11 +47,11 @@ def with_head(encoder: nn.Module, head: Path, pooling: str) -> EncoderWithHead:
     """The encoder with the head of a safetensors file: `weight` (classes, width) and `bias` (classes,). Raises `CheckpointError`, `ConfigError`."""
     check_regular(head, "the head")
     try:
-        tensors = load_file(head)
-        weight, bias = tensors["weight"], tensors["bias"]
-    except (OSError, SafetensorError, KeyError) as error:
+        file = SafetensorsFile.open(head)
+        weight, bias = file.read("weight"), file.read("bias")
+    except KeyError as error:
         raise CheckpointError(
-            f"{head}: no linear head can be read ({error}). It must be a safetensors file with `weight` (classes, width) and `bias`."
+            f"{head}: no linear head can be read (it lacks {error}). It must be a safetensors file with `weight` (classes, width) and `bias`."
         ) from error
     width = getattr(getattr(encoder, "config", None), "hidden_size", weight.shape[-1] if weight.dim() else 0)
     if weight.dim() != 2 or bias.shape != weight.shape[:1] or weight.shape[1] != width:

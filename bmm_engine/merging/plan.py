@@ -29,6 +29,7 @@ from bmm_engine.models.architecture import (
     matrix_modules,
     select_modules,
 )
+from bmm_engine.models.bounds import Held
 from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.statistics.grams import GramSet
 from bmm_engine.statistics.sequential_grams import check_sequential
@@ -121,7 +122,8 @@ def find_linear_modules(
         # What a view (stacked layers, another vocabulary) says otherwise than the file.
         overrides = {key: value for key, value in base.config.items() if value != (root.config or {}).get(key)}
         try:
-            return _merged(checkpoint_linear_modules(root.path, stored, modules, overrides), merged)
+            held = Held.of({n: base.spec(n).shape for n in base.names()})
+            return _merged(checkpoint_linear_modules(root.path, stored, modules, overrides, held), merged)
         except (
             CheckpointError
         ) as error:  # not an architecture of transformers: the Grams or the patterns may still name the modules

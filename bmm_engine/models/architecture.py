@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmm_engine.errors import CheckpointError, ConfigError
+from bmm_engine.errors import BmmError, CheckpointError, ConfigError
+from bmm_engine.models.bounds import Held
 
 if TYPE_CHECKING:
     import torch
@@ -141,17 +142,20 @@ def module_checkpoint_names(model: nn.Module, modules: Iterable[str]) -> dict[st
     return saved
 
 
-def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Any:
-    """The transformers config of a checkpoint directory, with some keys replaced. Raises `CheckpointError` if transformers cannot read it."""
-    from transformers import AutoConfig
+def load_config(path: Path, held: Held, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The transformers config of a checkpoint directory whose files hold `held`, with some keys replaced.
 
-    try:
+    Raises `CheckpointError` if transformers cannot read it, or if it has more layers or labels than the files can account for.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    with _typed(path):
+        raw, _ = PreTrainedConfig.get_config_dict(path, local_files_only=True)
+        held.check_counts(raw, f"{path}/config.json")
+        names = raw.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"architectures={str(names)[:100]} is no list of names")
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **(overrides or {}))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path}: transformers cannot read its config.json ({_first_line(error)}). Give the linear modules in the recipe:"
-            " `modules: ['*.q_proj', ...]`, and every matching 2-D weight is taken as (out, in)."
-        ) from error
 
 
 def model_class(config: Any) -> Any:
@@ -159,41 +163,63 @@ def model_class(config: Any) -> Any:
     import transformers
 
     for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
+        if isinstance(getattr(transformers, str(name), None), type):
             return getattr(transformers, name)
     return transformers.AutoModel
 
 
-def meta_model(path: Path, overrides: Mapping[str, Any] | None = None) -> nn.Module:
-    """The architecture of a checkpoint directory on the meta device: shapes and names, no memory."""
+def meta_model(path: Path, held: Held, overrides: Mapping[str, Any] | None = None) -> nn.Module:
+    """The architecture of a checkpoint directory on the meta device: shapes and names, no memory. Raises `CheckpointError`, also for one that
+    is far larger than what the files hold."""
     import torch
-    import transformers
 
-    config = load_config(path, overrides)
-    cls = model_class(config)
-    with torch.device("meta"):
-        return transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+    config = load_config(path, held, overrides)
+    with _typed(path), torch.device("meta"), held.limiting(f"{path}/config.json"):
+        return _build(config)
 
 
-def weightless_model(path: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> nn.Module:
+def weightless_model(
+    path: Path, dtype: torch.dtype, held: Held, overrides: Mapping[str, Any] | None = None
+) -> nn.Module:
     """The architecture of a checkpoint directory in evaluation mode: its parameters on the meta device, its buffers as they are made
     (rotary frequencies, position ids), so that it runs with tensors that stand in for the parameters (`torch.func.functional_call`).
 
-    Raises `CheckpointError`.
+    Raises `CheckpointError` as `meta_model` does.
     """
     import torch
-    import transformers
 
-    config = load_config(path, overrides)
-    cls = model_class(config)
+    meta_model(path, held, overrides)  # too large a one would fill memory before its parameters go to the meta device
+    config = load_config(path, held, overrides)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with _parameters_on_meta():
-            model = transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+        with _typed(path), _parameters_on_meta():
+            model = _build(config)
     finally:
         torch.set_default_dtype(before)
     return model.eval()
+
+
+def _build(config: Any) -> nn.Module:
+    import transformers
+
+    cls = model_class(config)
+    model: nn.Module = transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+    return model
+
+
+@contextmanager
+def _typed(path: Path) -> Iterator[None]:
+    """What transformers raises of a config that it cannot use, of any type, as a `CheckpointError`."""
+    try:
+        yield
+    except BmmError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: transformers cannot read its config.json ({told(error)}). Give the linear modules in the recipe: `modules: ['*.q_proj', ...]`,"
+            " and every matching 2-D weight is taken as (out, in); or correct the config."
+        ) from error
 
 
 @contextmanager
@@ -215,12 +241,12 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def stored_layout(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Of the checkpoint at `path`: live parameter name -> its name in the files, and the weights that are stored as (in, out).
+def stored_layout(path: Path, held: Held) -> tuple[dict[str, str], list[str]]:
+    """Of the checkpoint at `path`, whose files hold `held`: live parameter name -> its name in the files, and the weights stored as (in, out).
 
     Raises `CheckpointError` for an architecture that transformers does not know.
     """
-    model = meta_model(path)
+    model = meta_model(path, held)
     names = checkpoint_names(model)
     flipped = [m.weight for m in linear_modules(model, ["*"]).values() if m.transposed]
     return names, [names.get(weight, weight) for weight in flipped]
@@ -231,16 +257,17 @@ def checkpoint_linear_modules(
     stored: Mapping[str, tuple[int, ...]],
     patterns: Iterable[str] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    held: Held | None = None,
 ) -> dict[str, LinearModule]:
     """The linear modules of the checkpoint at `path`, by the names that its files use; `patterns` as in `linear_modules`.
 
     `stored`: name -> shape of each tensor in the files. A file may carry the base model's prefix where the architecture does not,
     and the other way round; both are understood. Modules that the files do not hold under one name are left out. `overrides`: keys of the
-    config that differ from the file's.
+    config that differ from the file's. `held`: what the files hold in all, where `stored` is a part of it.
 
     Raises `CheckpointError` for an architecture that transformers does not know, `ConfigError` for a pattern without a match.
     """
-    model = meta_model(path, overrides)
+    model = meta_model(path, held or Held.of(stored), overrides)
     found = linear_modules(model, None if patterns is None else ["*"])
     prefix = getattr(model, "base_model_prefix", "")
     by_file, live_names = {}, {}
@@ -270,5 +297,8 @@ def _with_and_without(name: str, prefix: str) -> tuple[str, ...]:
     return (name, other)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+def told(error: BaseException) -> str:
+    """What an error of transformers says, in a line: its first, or the one that says more than which class it was about."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[0] if len(lines) == 1 or not lines[0].endswith(":") else f"{lines[0]} {lines[1]}"
+    return line if len(line) <= 300 else f"{line[:280]} ..."

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from bmm_engine.errors import CollectionError, ConfigError
 from bmm_engine.models.architecture import linear_module
-from bmm_engine.models.calling import Mask, call_model, mask_of, placement, to_device
+from bmm_engine.models.calling import Mask, Stop, call_model, mask_of, placement, to_device
 
 
 def find_blocks(model: nn.Module, pattern: str | None = None) -> str:
@@ -46,10 +46,6 @@ def _are_blocks(modules: Iterable[nn.Module]) -> bool:
     items = list(modules)
     holds = [any(linear_module(name, inner) for name, inner in item.named_modules()) for item in items]
     return bool(items) and len({type(item) for item in items}) == 1 and all(holds)
-
-
-class Stop(Exception):
-    """Ends a forward pass that has come far enough."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
+from bmm_engine.errors import BmmError, CollectionError, ConfigError, EmptyCalibrationError
 
 Mask = str | Callable[[Any], Tensor | None] | None
+
+
+class Stop(Exception):
+    """Ends a forward pass that has come far enough."""
 
 
 @contextmanager
@@ -99,9 +103,37 @@ def row_mask(name: str, x: Tensor, mask: Tensor | None) -> Tensor | None:
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:
-    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a mapping, a tuple or neither."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple):
-        return model(*batch)
-    return model(batch)
+    """`model(**batch)`, `model(*batch)` or `model(batch)`, as the batch is a mapping, a tuple or neither.
+
+    Raises `CollectionError` for whatever the model raises: a batch that does not fit it may end anywhere in it.
+    """
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple):
+            return model(*batch)
+        return model(batch)
+    except (BmmError, Stop):
+        raise
+    except Exception as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise CollectionError(
+            f"{getattr(type(model), '__name__', 'The model')} cannot run on a batch of {_described(batch)} ({type(error).__name__}: {first[:300]})."
+            " Check the names, shapes and values of its inputs."
+        ) from error
+
+
+def _described(batch: Any) -> str:
+    """Names and shapes of a batch's tensors."""
+    named = (
+        batch.items()
+        if isinstance(batch, Mapping)
+        else enumerate(batch)
+        if isinstance(batch, tuple)
+        else [("one input", batch)]
+    )
+    shapes = [
+        f"{str(name)[:60]} {tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}"
+        for name, value in named
+    ]
+    return ", ".join(shapes[:8])

@@ -29,7 +29,7 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
-        "architecture": (config.get("architectures") or [config.get("model_type", "unknown")])[0],
+        "architecture": _architecture(config),
         "files": checkpoint.shard_sizes(),
         "tensors": len(specs),
         "parameters": sum(s.nbytes // s.dtype.itemsize for s in specs),
@@ -38,6 +38,11 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
         "linear_modules": {m.name: [m.out_features, m.in_features] for m in linear.values()},
         "linear_modules_unknown": unknown,
     }
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    named = config.get("architectures")
+    return str(named[0] if isinstance(named, list) and named else config.get("model_type", "unknown"))
 
 
 def describe_plan(plan: MergePlan, gram_source: str, mode: str = "plain") -> dict[str, Any]:

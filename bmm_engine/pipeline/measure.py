@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from bmm_engine.checkpoint import Checkpoint, TensorSource
+from bmm_engine.errors import CollectionError, EmptyCalibrationError
 from bmm_engine.evaluators.heads import with_head
+from bmm_engine.models.inputs import check_inputs
 from bmm_engine.pipeline.models import live_model
 from bmm_engine.recipe.sections import CalibrationRecipe
 from bmm_engine.statistics.calibration import CalibrationData
@@ -34,10 +38,10 @@ def collect_from_checkpoint(
     """
     source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
     live, path = live_model(source, dtype=options.dtype, device=device)
+    batches = batches_of(data, path, options, live)
     without_logits(live)
-    return collect_grams(
-        live, batches_of(data, path, options), modules=modules, calibration=data.describe(), progress=progress
-    )
+    with naming(data):
+        return collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
 
 
 def fisher_from_checkpoint(
@@ -52,14 +56,16 @@ def fisher_from_checkpoint(
     """The same for the diagonal Fisher information, with labels as `options.fisher_labels` says. Raises as `collect_fisher`."""
     source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
     live, path = live_model(source, dtype=options.dtype, device=device)
-    return collect_fisher(
-        live,
-        batches_of(data, path, options),
-        labels=options.fisher_labels,
-        examples=options.samples,
-        calibration=data.describe(),
-        progress=progress,
-    )
+    batches = batches_of(data, path, options, live)
+    with naming(data):
+        return collect_fisher(
+            live,
+            batches,
+            labels=options.fisher_labels,
+            examples=options.samples,
+            calibration=data.describe(),
+            progress=progress,
+        )
 
 
 def sensitivity_from_checkpoint(
@@ -79,19 +85,34 @@ def sensitivity_from_checkpoint(
     source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
     # A head of its own reads no pooler; that the file lacks one is no news.
     live, path = live_model(source, dtype=options.dtype, device=device, reports=head is None)
-    return collect_sensitivity(
-        live,
-        batches_of(data, path, options),
-        logits=None if head is None else with_head(live, head, pooling).logits,
-        modules=modules,
-        calibration=data.describe(),
-        progress=progress,
-    )
+    batches = batches_of(data, path, options, live)
+    with naming(data):
+        return collect_sensitivity(
+            live,
+            batches,
+            logits=None if head is None else with_head(live, head, pooling).logits,
+            modules=modules,
+            calibration=data.describe(),
+            progress=progress,
+        )
 
 
-def batches_of(data: CalibrationData, path: Path, options: CalibrationRecipe) -> list[Any]:
-    """Calibration data as model inputs, made by the tokenizer or processor at `path`."""
-    return list(data.batches(path, batch_size=options.batch_size, max_length=options.max_length))
+def batches_of(data: CalibrationData, path: Path, options: CalibrationRecipe, model: nn.Module) -> list[Any]:
+    """Calibration data as model inputs, made by the tokenizer or processor at `path`, once all of them fit the `model` that is to read them
+    (which may be on the meta device). Raises `ConfigError`, and what making them raises."""
+    batches = list(data.batches(path, batch_size=options.batch_size, max_length=options.max_length))
+    for batch in batches:
+        check_inputs(model, batch, str(data.source), ready=data.inputs is not None)
+    return batches
+
+
+@contextmanager
+def naming(data: CalibrationData) -> Iterator[None]:
+    """What is wrong with a batch, said of the file that it comes from."""
+    try:
+        yield
+    except (CollectionError, EmptyCalibrationError) as error:
+        raise type(error)(f"{data.source}: {error}") from error
 
 
 def without_logits(live: Any) -> None:

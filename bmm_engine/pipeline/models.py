@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmm_engine.checkpoint import AdapterSource, Checkpoint, TensorSource, open_adapter
 from bmm_engine.checkpoint.compose import LayerRange, StackedSource
-from bmm_engine.errors import CheckpointError
+from bmm_engine.errors import CheckpointError, NonFiniteWeightError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.sources import Models, adapter_options, open_expert
-from bmm_engine.models.architecture import checkpoint_names, load_config, model_class
+from bmm_engine.models.architecture import checkpoint_names, load_config, meta_model, model_class, told
+from bmm_engine.models.bounds import Held
 from bmm_engine.progress import quiet_transformers
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe, ModelRecipe, StackRecipe
@@ -74,13 +76,20 @@ def live_model(
     import torch
 
     check_device(device)
-    path = model_folder(source)
-    cls = cls or model_class(load_config(path))
+    path, held = model_folder(source), held_by(source)
+    meta_model(path, held)  # one that the files do not account for would fill memory
+    cls = cls or model_class(load_config(path, held))
+    _root(source).check_unchanged()
     try:
         with quiet_transformers(reports):
-            live = cls.from_pretrained(path, dtype=getattr(torch, dtype), local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: transformers cannot load it as {cls.__name__}: {error}") from error
+            live, told_of = cls.from_pretrained(
+                path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # of a config or file that it did not foresee, transformers may raise anything
+        raise CheckpointError(
+            f"{path}: transformers cannot load it as {cls.__name__} ({told(error)}); correct its config.json, or download it again"
+        ) from error
+    _check_whole(path, live, told_of["missing_keys"])
     if isinstance(source, AdapterSource):
         with torch.no_grad():
             for name, tensor in source.live_tensors(checkpoint_names(live)):
@@ -88,11 +97,41 @@ def live_model(
     return live.to(device), path
 
 
+def _check_whole(path: Path, live: nn.Module, missing: Iterable[str]) -> None:
+    """Raise `CheckpointError` unless the body of a model that was loaded is what its files hold: transformers makes up what they lack, and takes NaN
+    as it is. Heads and poolers may be missing: a bare encoder has none."""
+    import torch
+
+    prefix = getattr(live, "base_model_prefix", "")
+    bare = not (prefix and hasattr(live, prefix))
+    lacking = [name for name in missing if (bare or name.startswith(f"{prefix}.")) and "pooler" not in name]
+    if lacking:
+        raise CheckpointError(
+            f"{path}: its files lack {len(lacking)} tensors that {type(live).__name__} has (the first is {lacking[0]!r}), and a model that is run"
+            " needs them all. Correct its config.json or the names in its files, or download it again."
+        )
+    for name, parameter in live.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NonFiniteWeightError(
+                f"{path}: the weight {name!r} holds NaN or infinity in {str(parameter.dtype).removeprefix('torch.')}, so what is measured would too."
+                " Train it again, or run it in a wider dtype."
+            )
+
+
 def model_folder(source: TensorSource) -> Path:
     """Where a model that can be run lies, with its config and tokenizer: of an adapter, its base. Raises `CheckpointError` for a view."""
+    return _root(source).path
+
+
+def held_by(source: TensorSource) -> Held:
+    """What the files of a model that can be run hold. Raises `CheckpointError` for a view."""
+    return Held.of(_root(source).shapes())
+
+
+def _root(source: TensorSource) -> Checkpoint:
     root = source.base if isinstance(source, AdapterSource) else source
     if not isinstance(root, Checkpoint):
         raise CheckpointError(
             f"{source.label}: cannot be run, since it is no checkpoint of its own; save it as one, or name statistics measured before."
         )
-    return root.path
+    return root

@@ -12,7 +12,7 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.merging.belonging import check_fishers, check_sensitivities, measured_modules
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
-from bmm_engine.models.architecture import load_config, model_class
+from bmm_engine.models.architecture import load_config, meta_model, model_class
 from bmm_engine.pipeline.measure import (
     batches_of,
     collect_from_checkpoint,
@@ -20,7 +20,7 @@ from bmm_engine.pipeline.measure import (
     sensitivity_from_checkpoint,
     without_logits,
 )
-from bmm_engine.pipeline.models import live_model, model_folder
+from bmm_engine.pipeline.models import held_by, live_model, model_folder
 from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe
@@ -123,7 +123,8 @@ def calibration_batches(recipe: Recipe, models: Models, report: Report = lambda 
                 f"warning: {expert.label}: {len(data)} calibration samples ({expert.calibration}) are few for the mode sequential: below"
                 f" {FEW_SAMPLES} the mode plain can be better. Give more, or say `mode: plain`."
             )
-        found.append(batches_of(data, model_folder(source), options))
+        path = model_folder(source)
+        found.append(batches_of(data, path, options, meta_model(path, held_by(source))))
     return found
 
 
@@ -171,7 +172,7 @@ def _can_be_weighed(expert: ExpertRecipe, source: TensorSource) -> bool:
         return False
     if expert.head is not None:
         return True
-    name: str = model_class(load_config(model_folder(source))).__name__
+    name: str = model_class(load_config(model_folder(source), held_by(source))).__name__
     return name.endswith("Classification")
 
 
@@ -265,7 +266,7 @@ def _walk(
         # As the base's class: a bare encoder as the base has experts without their heads.
         live, path = live_model(source, cls=type(base), dtype=options.dtype, device=recipe.device)
         experts.append(live)
-        batches.append(batches_of(own, path, options))
+        batches.append(batches_of(own, path, options, live))
     for live in (base, *experts):
         without_logits(live)
     sets = collect_sequential(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bmm_engine.checkpoint import RECORD_FILENAME
+from bmm_engine.checkpoint.provenance import read_merge_record
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching.objective import Objective, get_objective, normalized
 from bmm_engine.searching.schema import Trial
@@ -122,7 +122,7 @@ def _inputs(output: str | None, tasks: int) -> tuple[Mapping[str, Any], ...]:
     path = None if output is None else Path(output) / RECORD_FILENAME
     if path is None or not path.is_file():
         return ()
-    found = (json.loads(path.read_text(encoding="utf-8")).get("modules") or {}).get("inputs") or ()
+    found = (read_merge_record(path).get("modules") or {}).get("inputs") or ()
     return tuple(own for own in found if len(own["before"]) == tasks)
 
 

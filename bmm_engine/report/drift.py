@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmm_engine.checkpoint import RECORD_FILENAME
+from bmm_engine.checkpoint.provenance import read_merge_record
 from bmm_engine.errors import ConfigError
 from bmm_engine.models.roles import ROLES, Layers, module_role
 from bmm_engine.report.document import document, save, table
@@ -34,7 +35,7 @@ def write_merge_report(folder: Path, output: Path | None = None) -> Path:
     path = folder / RECORD_FILENAME
     if not path.is_file():
         raise ConfigError(f"{folder}: holds neither a study nor a merge by this engine ({RECORD_FILENAME}).")
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_merge_record(path)
     inputs = (record.get("modules") or {}).get("inputs") or []
     if not inputs:
         raise ConfigError(

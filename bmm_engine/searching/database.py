@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bmm_engine.disk.files import is_file, siblings
 from bmm_engine.errors import StudyBusyError, StudyError, StudyExistsError
-from bmm_engine.searching.schema import APPLICATION_ID, FORMAT, SCHEMA
+from bmm_engine.searching.schema import APPLICATION_ID, FORMAT, SCHEMA, DamagedRow
 
 BUSY_S = 30.0
 _BESIDE = r"(-wal|-shm|-journal)?"  # the files that SQLite keeps beside a database
@@ -161,6 +161,10 @@ def _typed(path: Path) -> Iterator[None]:
     """SQLite's errors as typed ones that say what to do."""
     try:
         yield
+    except DamagedRow as error:
+        raise StudyError(
+            f"{path}: {error}; it was changed by something else. Restore it from a copy, or remove the folder to start anew."
+        ) from error
     except sqlite3.OperationalError as error:
         text = str(error)
         if "locked" in text or "busy" in text:

@@ -139,14 +139,70 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
 
 
+class DamagedRow(ValueError):
+    """A row that does not hold what this engine writes; `Database` raises it as a `StudyError` that names the file."""
+
+
+def loaded(text: Any, where: str) -> Any:
+    """The value of a column of JSON text. Raises `DamagedRow`."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DamagedRow(f"{where} is no JSON ({str(error)[:200]})") from error
+
+
+# What a column holds, beside NULL; SQLite itself takes any type in any column.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "number": (int,),
+    "kind": (str,),
+    "state": (str,),
+    "value": (int, float),
+    "seconds": (int, float),
+    "evaluation_seconds": (int, float),
+    "worker": (str,),
+    "attempts": (int,),
+    "error": (str,),
+    "pruned_after": (str,),
+    "ask_event": (int,),
+    "tell_event": (int,),
+    "started_at": (str,),
+    "finished_at": (str,),
+    "samples": (int,),
+    "low": (int, float),
+    "high": (int, float),
+    "metric": (str,),
+}
+
+
+def _column(row: sqlite3.Row, key: str, where: str) -> Any:
+    try:
+        value = row[key]
+    except IndexError:
+        raise DamagedRow(f"{where} has no column {key!r}") from None
+    if value is not None and not isinstance(value, _TYPES[key]):
+        raise DamagedRow(f"{where}: {key} is {str(value)[:100]!r}, of another type than this engine writes")
+    if value is not None and key.endswith("_at"):
+        try:
+            datetime.fromisoformat(str(value))
+        except ValueError:
+            raise DamagedRow(f"{where}: {key} is {str(value)[:100]!r}, which is no time") from None
+    return value
+
+
 def _score(row: sqlite3.Row) -> Score:
+    where = f"the score of trial {row['trial']} on task {str(row['task'])[:100]!r}"
+    details = loaded(row["details"], f"{where}: details")
+    try:
+        numbers = {key: float(value) for key, value in details.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise DamagedRow(f"{where}: details are no mapping of numbers") from None
     return Score(
-        value=_number(row["value"]),
-        samples=row["samples"],
-        low=_number(row["low"]),
-        high=_number(row["high"]),
-        metric=row["metric"],
-        details={key: float(value) for key, value in json.loads(row["details"]).items()},
+        value=_number(_column(row, "value", where)),
+        samples=_column(row, "samples", where),
+        low=_number(_column(row, "low", where)),
+        high=_number(_column(row, "high", where)),
+        metric=_column(row, "metric", where),
+        details=numbers,
     )
 
 
@@ -155,5 +211,9 @@ def _number(value: float | None) -> float:
 
 
 def _trial(row: sqlite3.Row, scores: dict[str, Score]) -> Trial:
-    own = {key: row[key] for key in Trial.__dataclass_fields__ if key not in ("parameters", "scores")}
-    return Trial(parameters=json.loads(row["parameters"]), scores=scores, **own)
+    where = f"trial {row['number']}"
+    own = {key: _column(row, key, where) for key in Trial.__dataclass_fields__ if key not in ("parameters", "scores")}
+    parameters = loaded(row["parameters"], f"{where}: parameters")
+    if not isinstance(parameters, dict):
+        raise DamagedRow(f"{where}: parameters are no mapping")
+    return Trial(parameters=parameters, scores=scores, **own)

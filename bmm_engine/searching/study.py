@@ -5,7 +5,6 @@ A study is a folder with `trials.sqlite` and `lock` (see `study_locks`).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -21,7 +20,7 @@ from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching.canonical import digest, dumps, first_difference, plain
 from bmm_engine.searching.database import Database, create_database
 from bmm_engine.searching.participants import Participant, Participants
-from bmm_engine.searching.schema import IN_FLIGHT, KINDS, TOLD, Trial, insert_scores, now, select_trials
+from bmm_engine.searching.schema import IN_FLIGHT, KINDS, TOLD, Trial, insert_scores, loaded, now, select_trials
 from bmm_engine.searching.study_locks import DRIVER_BYTE, StudyLocks, creating
 
 DATABASE = "trials.sqlite"
@@ -43,12 +42,13 @@ class Study:
             self._participants = Participants(self._database, self._locks)
             with self._database.reading() as connection:
                 row = connection.execute("SELECT value FROM meta WHERE key = 'record'").fetchone()
-            if row is None:
+                record = None if row is None else loaded(row["value"], "its record")
+            if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
                 raise StudyError(
                     f"{folder / DATABASE}: does not say what the study is; it was changed by something else. Restore it from a copy, or remove"
                     " the folder to start anew."
                 )
-            self.record: dict[str, Any] = json.loads(row["value"])
+            self.record: dict[str, Any] = record
             undo.pop_all()
 
     @classmethod
@@ -272,7 +272,7 @@ class Study:
         """What `set_fact` kept, as JSON holds it (infinity and NaN as the texts "inf", "-inf", "nan"); None where nothing was."""
         with self._database.reading() as connection:
             row = connection.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row["value"])
+            return None if row is None else loaded(row["value"], f"the fact {key!r}")
 
     def set_fact(self, key: str, value: Any) -> None:
         """Keep JSON values under `key`, in the place of what was there."""

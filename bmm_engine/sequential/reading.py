@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.errors import CollectionError
-from bmm_engine.models.blocks import Stop, forwarding
+from bmm_engine.models.blocks import forwarding
+from bmm_engine.models.calling import Stop
 from bmm_engine.sequential.additions import Additions
 
 Run = Callable[[int], Any]

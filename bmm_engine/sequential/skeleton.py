@@ -19,6 +19,7 @@ from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import weightless_model
 from bmm_engine.models.blocks import block_list, find_blocks
+from bmm_engine.models.bounds import Held
 from bmm_engine.models.calling import placement
 
 Load = Callable[[str], Tensor]
@@ -122,7 +123,9 @@ def architecture(live: nn.Module | None, alignment: Alignment, dtype: torch.dtyp
         )
     # What a view (stacked layers, another vocabulary) says otherwise than the file.
     overrides = {k: v for k, v in (alignment.base.config or {}).items() if v != root.config.get(k)}
-    found = weightless_model(root.path, dtype, overrides)
+    base = alignment.base
+    held = Held.of({name: base.spec(name).shape for name in base.names()})
+    found = weightless_model(root.path, dtype, held, overrides)
     outputs: Any = getattr(found, "get_output_embeddings", None)
     if outputs is not None and outputs() is not None:
         found.set_output_embeddings(nn.Identity())  # type: ignore[operator]  # logits over a vocabulary are large, and nobody reads them

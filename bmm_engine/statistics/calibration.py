@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError, cut, listed, shown
 from bmm_engine.statistics.rows import read_lines, read_rows, text_of
 from bmm_engine.statistics.text_file import check_path, check_regular
@@ -128,29 +129,23 @@ def _read_texts(path: Path, field: str) -> Iterator[str]:
 
 def read_inputs(path: Path, samples: int | None = None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, samples first, or `samples` of them spread evenly. Raises `ConfigError`, `CheckpointError`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     check_regular(path)
-    try:
-        inputs = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({cut(str(error))}). Write it again."
-        ) from error
-    if scalars := [name for name, tensor in inputs.items() if not tensor.dim()]:
+    file = SafetensorsFile.open(path)  # read, not mapped
+    if scalars := [name for name, spec in file.specs.items() if not spec.shape]:
         raise ConfigError(
             f"{path}: {listed(scalars)} has no dimensions. The first dimension of a model input is the sample."
         )
-    counts = {name: tensor.shape[0] for name, tensor in inputs.items()}
+    counts = {name: spec.shape[0] for name, spec in file.specs.items()}
     if len(set(counts.values())) > 1:
         raise ConfigError(
             f"{path}: the inputs differ in their number of samples: {shown(counts)}. The first dimension is the sample."
         )
-    if not inputs:
-        raise EmptyCalibrationError(f"{path} holds no tensors.")
+    if not counts or not all(counts.values()):
+        raise EmptyCalibrationError(
+            f"calibration: {path} holds no samples: the first dimensions of its tensors are {shown(counts)}."
+        )
     keep = torch.tensor(spread(range(next(iter(counts.values()))), samples), dtype=torch.long)
-    return {name: tensor[keep] for name, tensor in inputs.items()}
+    return {name: file.read(name)[keep] for name in file.specs}
 
 
 def _first_line(error: Exception) -> str:
@@ -193,7 +188,9 @@ def spread(items: Any, samples: int | None) -> list[Any]:
 
 def _digest(path: Path) -> str:
     if path.is_dir():
-        return hashlib.sha256("\n".join(sorted(p.name for p in path.rglob("*"))).encode()).hexdigest()[:12]
+        return hashlib.sha256(
+            "\n".join(sorted(p.name for p in path.rglob("*"))).encode("utf-8", "surrogateescape")
+        ).hexdigest()[:12]
     with path.open("rb") as file:
         digest = hashlib.sha256()
         for chunk in iter(lambda: file.read(1 << 20), b""):

@@ -58,6 +58,12 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "no offsets": (raw({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "header of tensor 'a' is malformed"),
     "no entry": (raw({"a": 3}), "header of tensor 'a' is malformed"),
     "unknown dtype": (raw({"a": entry(dtype="F4", shape=(8,))}, bytes(4)), "'a' has the dtype 'F4', which is .*BF16"),
+    "metadata is a list": (raw({"__metadata__": []}), "metadata in its header is no map"),
+    "metadata of numbers": (raw({"__metadata__": {"a": 1}}), "metadata in its header is no map"),
+    "surrogate": (raw({"\ud800": entry()}, bytes(4)), "header is malformed .*surrogates"),
+    "space in front": (raw(b" " + json.dumps({"a": entry()}).encode(), bytes(4)), "does not begin with"),
+    "many dimensions": (raw({"a": entry(shape=(2,) + (1,) * 3000)}, bytes(4)), "needs 8 bytes"),
+    "overflow": (raw({"a": entry(shape=(0, 2**40, 2**40), offsets=(0, 0))}), "the shape is too large"),
     "dtype is no text": (raw({"a": entry(dtype=["F32"])}, bytes(4)), "'a' has the dtype"),  # type: ignore[arg-type]
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def test_files_of_inputs_whose_parts_do_not_fit(tmp_path):
     with pytest.raises(ConfigError, match="the inputs none"):
         evaluator(task, "image_classification")
     path.write_bytes(b"no safetensors at all")
-    with pytest.raises(CheckpointError, match=r"d\.safetensors is not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match=r"d\.safetensors: is no safetensors file"):
         evaluator(task, "image_classification")
 
 

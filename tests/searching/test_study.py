@@ -565,3 +565,41 @@ def test_a_killed_creation_leaves_nothing_or_a_study(tmp_path):
                 assert study.trials() == []
             assert not list(folder.glob(".*")), "leftovers are cleaned up"
         assert len(list(place.iterdir())) >= made
+
+
+# Rows that were changed by hand
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE trials SET parameters = '{'", "trial 0: parameters is no JSON"),
+        ("UPDATE trials SET parameters = '[1]'", "trial 0: parameters are no mapping"),
+        (f"UPDATE trials SET parameters = '{'[' * 5000}'", "trial 0: parameters is no JSON"),
+        ("UPDATE trials SET parameters = x'ff'", "trial 0: parameters is no JSON"),
+        ("UPDATE trials SET value = 'high'", "trial 0: value is 'high', of another type"),
+        ("UPDATE trials SET finished_at = 'yesterday'", "trial 0: finished_at is 'yesterday', which is no time"),
+        ("UPDATE scores SET details = 'null'", "the score of trial 0 on task 'b': details are no mapping"),
+        ('UPDATE scores SET details = \'{"loss": "x"}\'', "task 'b': details are no mapping of numbers"),
+        ("UPDATE scores SET samples = 'ten'", "task 'b': samples is 'ten'"),
+        ("UPDATE meta SET value = '{'", "its record is no JSON"),
+        ("UPDATE meta SET value = '{}'", "does not say what the study is"),
+        ("UPDATE facts SET value = 'x'", "the fact 'best' is no JSON"),
+    ],
+)
+def test_a_row_that_was_changed_by_hand(tmp_path, statement, message):
+    with Study.create(tmp_path / "x.study", RECORD) as study:
+        run_trial(study, 0.5)
+        study.set_fact("best", 0)
+    with sqlite3.connect(tmp_path / "x.study" / DATABASE) as connection:
+        connection.execute(statement)
+    connection.close()
+
+    def read():
+        with Study.open(tmp_path / "x.study") as study:
+            return study.fact("best"), study.trials()
+
+    with pytest.raises(StudyError, match=message) as caught:
+        read()
+    assert str(tmp_path / "x.study" / DATABASE) in str(caught.value)
+    assert len(str(caught.value)) < 1500

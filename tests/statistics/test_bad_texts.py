@@ -117,7 +117,7 @@ def test_inputs_without_samples(tmp_path):
     with pytest.raises(ConfigError, match=r"d\.safetensors: input_ids has no dimensions"):
         read_calibration(tmp_path / "d.safetensors")
     (tmp_path / "d.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"d\.safetensors is not a readable"):
+    with pytest.raises(CheckpointError, match=r"d\.safetensors: is empty"):
         read_calibration(tmp_path / "d.safetensors")
 
 
