@@ -72,7 +72,7 @@ class _Bars:
     def __init__(self, console: Console):
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}"))
         self._progress = Progress(SpinnerColumn(), *columns, TimeElapsedColumn(), console=console, transient=True)
         self._rows: dict[str, Any] = {}
 
