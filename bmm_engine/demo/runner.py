@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from bmm_engine.demo.data import Task, load_tasks
 from bmm_engine.demo.evaluate import Evaluator, calibration_batches
 from bmm_engine.demo.results import Results
 from bmm_engine.demo.train import Expert, train_experts
+from bmm_engine.disk.files import foreign, named, read_identity, write_whole
+from bmm_engine.errors import OutputExistsError, OutputWriteError
 from bmm_engine.merging.merge import merge
 from bmm_engine.pipeline.run import run_recipe
 from bmm_engine.recipe.recipe import Recipe
@@ -27,6 +30,7 @@ ANCHORS = ("average", "task_arithmetic", "ties", "iso_c")
 # Small enough that RegMean's closed form is reached to working precision, large enough for float32 Grams that lack full rank.
 REGMEAN_ALPHA = 1e-5
 CALIBRATION_SAMPLES = 256
+_IDENTITY, _FORMAT = "bmm-demo.json", "bmm-demo"
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def run(output: Path, *, console: Any) -> list[dict[str, Any]]:
     Raises `DownloadError`, `DataError`, `TrainingError`, and whatever a merge raises.
     """
     started = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
+    _take(output)
     with console.status("reading the tasks"):
         tasks = load_tasks(output / "data")
         base = save_base(base_package_dir(), output / "base")
@@ -85,6 +89,18 @@ def run(output: Path, *, console: Any) -> list[dict[str, Any]]:
     )
     console.print(f'Load it: AutoModel.from_pretrained("{merged}", add_pooling_layer=False)', highlight=False)
     return [asdict(row) for row in results.rows]
+
+
+def _take(output: Path) -> None:
+    """Make the demo's folder, or go on in one. Raises `OutputExistsError` for a folder of something else, `OutputWriteError`."""
+    if output.is_dir() and read_identity(output / _IDENTITY, _FORMAT) is None:
+        if theirs := foreign(output, lambda name: False):
+            raise OutputExistsError(f"{output}: holds {named(theirs)}, but no demo; choose another folder.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / _IDENTITY, (json.dumps({"format": _FORMAT}) + "\n").encode())
+    except OSError as error:
+        raise OutputWriteError(f"{output}: cannot be written ({error}); choose another folder.") from error
 
 
 def _collect(task: Task, expert: Expert, folder: Path) -> GramSet:
