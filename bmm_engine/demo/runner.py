@@ -93,9 +93,9 @@ def run(output: Path, *, console: Any) -> list[dict[str, Any]]:
 
 def _take(output: Path) -> None:
     """Make the demo's folder, or go on in one. Raises `OutputExistsError` for a folder of something else, `OutputWriteError`."""
-    if output.is_dir() and read_identity(output / _IDENTITY, _FORMAT) is None:
-        if theirs := foreign(output, lambda name: False):
-            raise OutputExistsError(f"{output}: holds {named(theirs)}, but no demo; choose another folder.")
+    known = read_identity(output / _IDENTITY, _FORMAT) is not None
+    if output.is_dir() and not known and (theirs := foreign(output, lambda name: False)):
+        raise OutputExistsError(f"{output}: holds {named(theirs)}, but no demo; choose another folder.")
     try:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / _IDENTITY, (json.dumps({"format": _FORMAT}) + "\n").encode())
