@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from bmm_engine.demo.narrator import Narrator
 from bmm_engine.demo.picture import results_picture
 from bmm_engine.demo.results import Result, Results
 from bmm_engine.demo.train import Expert, Settings, train_experts
-from bmm_engine.errors import ConfigError
+from bmm_engine.disk.files import foreign, named, read_identity, write_whole
+from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.merging.merge import merge
 from bmm_engine.pipeline.run import run_recipe
 from bmm_engine.progress import track
@@ -35,6 +37,7 @@ REGMEAN_ALPHA = 1e-5
 CALIBRATION_SAMPLES = 128
 # Sorted by length: short sentences are not padded to the longest of a random draw.
 TRAINING = Settings(sort_within=16)
+_IDENTITY, _FORMAT = "bmm-demo.json", "bmm-demo"
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def run(output: Path, narrator: Narrator) -> list[dict[str, Any]]:
 
     Raises `DownloadError`, `DataError`, `TrainingError`, and whatever a merge raises.
     """
-    output.mkdir(parents=True, exist_ok=True)
+    _take(output)
     with narrator.stage("reading the tasks"):
         tasks = load_tasks(output / "data")
         base = save_base(base_package_dir(), output / "base")
@@ -90,6 +93,18 @@ def run(output: Path, narrator: Narrator) -> list[dict[str, Any]]:
     narrator.show(closing(output, merged, recipe, picture))
     narrator.say("done")
     return [asdict(row) for row in results.rows]
+
+
+def _take(output: Path) -> None:
+    """Make the demo's folder, or go on in one. Raises `OutputExistsError` for a folder of something else, `OutputWriteError`."""
+    known = read_identity(output / _IDENTITY, _FORMAT) is not None
+    if output.is_dir() and not known and (theirs := foreign(output, lambda name: False)):
+        raise OutputExistsError(f"{output}: holds {named(theirs)}, but no demo; choose another folder.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / _IDENTITY, (json.dumps({"format": _FORMAT}) + "\n").encode())
+    except OSError as error:
+        raise OutputWriteError(f"{output}: cannot be written ({error}); choose another folder.") from error
 
 
 def _collect(task: Task, expert: Expert, folder: Path) -> GramSet:

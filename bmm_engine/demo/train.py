@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bmm_engine.checkpoint.ownership import may_be_written
 from bmm_engine.demo.archives import sha256_of
 from bmm_engine.demo.classifier import (
     MAX_TOKENS,
@@ -32,7 +33,8 @@ from bmm_engine.demo.classifier import (
 from bmm_engine.demo.data import Task
 from bmm_engine.demo.evaluate import Evaluator
 from bmm_engine.demo.workers import run_jobs
-from bmm_engine.errors import OutputWriteError, TrainingError
+from bmm_engine.disk.files import foreign, is_folder, named, remove_own
+from bmm_engine.errors import OutputExistsError, OutputWriteError, TrainingError
 from bmm_engine.progress import track
 
 _LOG = logging.getLogger(__name__)
@@ -106,6 +108,8 @@ def train_experts(
         if (expert := _find(output_dir / task.name, origins[task.name])) is not None:
             ready(expert)
     missing = [task for task in tasks if task.name not in experts]
+    for task in missing:
+        _check_free(output_dir / task.name)
     jobs = {
         task.name: partial(
             _train_and_save, task, base_dir, output_dir / task.name, chosen[task.name], origins[task.name]
@@ -141,6 +145,20 @@ def _find(folder: Path, origin: dict[str, Any]) -> Expert | None:
     return None
 
 
+def _check_free(folder: Path) -> None:
+    """Refuse to replace anything but an earlier expert's files. Raises `OutputExistsError`."""
+    if not os.path.lexists(folder):
+        return
+    if theirs := foreign(folder, _is_expert_file) if is_folder(folder) else [folder.name]:
+        raise OutputExistsError(
+            f"{folder}: holds {named(theirs)}, which is no part of an expert that this demo trained; move it elsewhere, or choose another output."
+        )
+
+
+def _is_expert_file(name: str) -> bool:
+    return name in ("expert.json", "head.safetensors") or may_be_written(name)
+
+
 def _train_and_save(task: Task, base_dir: Path, folder: Path, settings: Settings, origin: dict[str, Any]) -> Expert:
     started = time.perf_counter()
     tokenizer = load_tokenizer(base_dir)
@@ -155,8 +173,9 @@ def _train_and_save(task: Task, base_dir: Path, folder: Path, settings: Settings
         save_encoder(encoder, tokenizer, unfinished)
         save_head(head, unfinished / "head.safetensors")
         (unfinished / "expert.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _check_free(folder)
         if folder.exists():
-            shutil.rmtree(folder)
+            remove_own(folder, _is_expert_file)
         unfinished.rename(folder)
     except OSError as error:
         raise OutputWriteError(f"cannot save the expert for {task.name} to {folder}: {error}") from error

@@ -19,6 +19,7 @@ from bmm_engine.demo.data import Split, Task
 from bmm_engine.demo.evaluate import Evaluator
 from bmm_engine.demo.narrator import Narrator
 from bmm_engine.demo.runner import run
+from bmm_engine.errors import OutputExistsError
 from tests.conftest import WORDS
 
 MODULE = "bmm_engine.demo.runner"
@@ -90,3 +91,20 @@ def test_demo_writes_what_it_measures_and_runs_again_from_its_experts(
     assert "no picture: a report needs matplotlib: pip install" in text.replace("\n", " ")
     assert (output / "results.json").exists()
     assert not (output / "results.png").exists()
+
+
+def test_the_demo_takes_no_folder_of_something_else(output: Path) -> None:
+    output.mkdir()
+    (output / "recipe.yaml").write_text("precious")
+    with pytest.raises(OutputExistsError, match=r"holds 'recipe\.yaml', but no demo"):
+        run_demo(output)
+    assert [(p.name, p.read_text()) for p in output.iterdir()] == [("recipe.yaml", "precious")]
+
+
+def test_training_again_replaces_only_an_expert(output: Path, tiny_base: Path) -> None:
+    notes = output / "one" / "notes"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("precious")
+    with pytest.raises(OutputExistsError, match="one: holds 'notes', which is no part of an expert"):
+        train.train_experts([task("one", WORDS[10:12])], tiny_base, output, workers=0)
+    assert notes.read_text() == "precious"

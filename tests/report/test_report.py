@@ -6,14 +6,16 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
-from bmm_engine.errors import OutputWriteError, StudyError
+from bmm_engine.errors import OutputExistsError, OutputWriteError, StudyError
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.report import write_report
 from bmm_engine.report.charts import charts
 from bmm_engine.report.contents import Contents
+from bmm_engine.report.document import document, save
 from bmm_engine.report.figures import Look, render
 from bmm_engine.searching.study import Study
 
@@ -212,3 +214,18 @@ def test_the_same_study_gives_the_same_bytes(tmp_path):
 def test_what_is_no_study_is_said(tmp_path):
     with pytest.raises(StudyError):
         write_report(tmp_path)
+
+
+def test_a_report_replaces_only_a_report(tmp_path):
+    page = document("title", ["text"])
+    for name in ("report.html", "picture.png"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("precious")
+        chart = SimpleNamespace(name="picture")
+        with pytest.raises(OutputExistsError, match=rf"holds '{name}' of something else"):
+            save(folder, page, [chart])
+        assert [(p.name, p.read_text()) for p in folder.iterdir()] == [(name, "precious")]
+    save(tmp_path / "new", page, [])
+    save(tmp_path / "new", document("other", []), [])
+    assert "other" in (tmp_path / "new" / "report.html").read_text()

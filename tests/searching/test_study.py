@@ -19,10 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bmm_engine import locks
-from bmm_engine.errors import ConfigError, StudyBusyError, StudyError, StudyExistsError
+from bmm_engine.errors import ConfigError, OutputExistsError, StudyBusyError, StudyError, StudyExistsError
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.searching import database
 from bmm_engine.searching.canonical import digest, dumps, plain
+from bmm_engine.searching.run import check_study_folder
 from bmm_engine.searching.study import DATABASE, Study
 
 RECORD = {"identity": {"recipe": {"scale": 1.0, "alpha": [0.1, "inf"]}, "seed": 0}, "seed": 3, "tasks": ["b", "a"]}
@@ -603,3 +604,29 @@ def test_a_row_that_was_changed_by_hand(tmp_path, statement, message):
         read()
     assert str(tmp_path / "x.study" / DATABASE) in str(caught.value)
     assert len(str(caught.value)) < 1500
+
+
+def test_making_a_study_removes_only_what_sqlite_left(tmp_path):
+    for name in (
+        "trials.sqlite-wal",
+        ".trials.sqlite.12.tmp-journal",
+        "trials.sqlite-backup",
+        ".trials.sqlite.tmp-mine",
+    ):
+        (tmp_path / name).write_text("x")
+    Study.create(tmp_path, {"identity": {}}).close()
+    assert {"trials.sqlite-backup", ".trials.sqlite.tmp-mine"} <= {p.name for p in tmp_path.iterdir()}
+    assert not (tmp_path / ".trials.sqlite.12.tmp-journal").exists()
+
+
+def test_a_search_refuses_a_strangers_folder_of_its_name(tmp_path):
+    folder = tmp_path / "out.study"
+    for name in ("lock", "grams/0.safetensors", "grams/.0.safetensors.1-ab.partial", ".shared-ab/lock"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    check_study_folder(folder)  # a search that was killed before it had a study
+    (folder / "best.yaml").write_text("precious")
+    with pytest.raises(OutputExistsError, match=r"out\.study: holds no study, but 'best\.yaml'"):
+        check_study_folder(folder)
+    (folder / "trials.sqlite").touch()
+    check_study_folder(folder)
