@@ -12,6 +12,7 @@ from torch import nn
 from bmm_engine.anchors import DepthMap
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
+from bmm_engine.merging.accounting import check_architecture, check_configs
 from bmm_engine.merging.align import AlignedExpert, Alignment, align
 from bmm_engine.merging.belonging import (
     check_fishers,
@@ -24,6 +25,7 @@ from bmm_engine.merging.belonging import (
 from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import (
     LinearModule,
+    UnknownArchitectureError,
     checkpoint_linear_modules,
     linear_modules,
     matrix_modules,
@@ -99,6 +101,8 @@ class MergePlan:
 def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -> MergePlan:
     """Line up the models, find their linear modules, and group them; from headers alone. Raises as `merge` does."""
     alignment = align(models.base, models.experts, settings.keep_base, settings.vocabulary)
+    check_configs(alignment, settings)
+    check_architecture(alignment, settings)
     # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
     linear = {}
     if settings.solves or settings.rule.linear:
@@ -123,7 +127,7 @@ def find_linear_modules(
         try:
             return _merged(checkpoint_linear_modules(root.path, stored, modules, overrides), merged)
         except (
-            CheckpointError
+            UnknownArchitectureError
         ) as error:  # not an architecture of transformers: the Grams or the patterns may still name the modules
             unknown = error
     if gram_sets:

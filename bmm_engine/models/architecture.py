@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -143,36 +144,81 @@ def module_checkpoint_names(model: nn.Module, modules: Iterable[str]) -> dict[st
 
 def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Any:
     """The transformers config of a checkpoint directory, with some keys replaced. Raises `CheckpointError` if transformers cannot read it."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **(overrides or {}))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
+    except Exception as error:  # whatever a config class makes of odd values
+        kind = _model_type(path)
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{path / 'config.json'}: transformers makes no {kind} of it ({_first_line(error)}). Correct the config, or download it again."
+            ) from error
+        raise UnknownArchitectureError(
             f"{path}: transformers cannot read its config.json ({_first_line(error)}). Give the linear modules in the recipe:"
             " `modules: ['*.q_proj', ...]`, and every matching 2-D weight is taken as (out, in)."
         ) from error
 
 
+def _model_type(path: Path) -> Any:
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+class UnknownArchitectureError(CheckpointError):
+    """transformers does not know the architecture: names and shapes in the files have to tell."""
+
+
 def model_class(config: Any) -> Any:
-    """The transformers class that a config's `architectures` names, or AutoModel where it names none that is known."""
+    """The transformers class that a config's `architectures` names, or AutoModel where it names none that is known.
+
+    Raises `CheckpointError` for a name that is no model's."""
     import transformers
 
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    return transformers.AutoModel
+    return named_class(config) or transformers.AutoModel
+
+
+def named_class(config: Any) -> Any:
+    """The transformers class that a config's `architectures` names, or None where it names none that is known. Raises `CheckpointError`."""
+    import transformers
+    from torch import nn
+
+    names = getattr(config, "architectures", None) or ()
+    for name in [names] if isinstance(names, str) else names:
+        if isinstance(name, str) and hasattr(transformers, name):
+            found = getattr(transformers, name)
+            model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+            if not model or found.config_class is None or found.forward is nn.Module.forward:
+                raise CheckpointError(
+                    f"{getattr(config, '_name_or_path', '') or 'config.json'}: `architectures` of its config names {name!r}, which is no model that"
+                    " can be built. Name the class that the weights are of."
+                )
+            return found
+    return None
 
 
 def meta_model(path: Path, overrides: Mapping[str, Any] | None = None) -> nn.Module:
-    """The architecture of a checkpoint directory on the meta device: shapes and names, no memory."""
+    """The architecture of a checkpoint directory on the meta device: shapes and names, no memory. Raises `CheckpointError`."""
     import torch
+
+    with torch.device("meta"):
+        return _built(path, load_config(path, overrides))
+
+
+def _built(path: Path, config: Any) -> Any:
+    """A model of that config. Raises `CheckpointError`."""
     import transformers
 
-    config = load_config(path, overrides)
     cls = model_class(config)
-    with torch.device("meta"):
+    try:
         return transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+    except Exception as error:  # whatever a model class makes of odd values
+        raise CheckpointError(
+            f"{path / 'config.json'}: transformers builds no {cls.__name__} of it ({_first_line(error)}). Correct the config: its `architectures`,"
+            " sizes and counts."
+        ) from error
 
 
 def weightless_model(path: Path, dtype: torch.dtype, overrides: Mapping[str, Any] | None = None) -> nn.Module:
@@ -182,15 +228,13 @@ def weightless_model(path: Path, dtype: torch.dtype, overrides: Mapping[str, Any
     Raises `CheckpointError`.
     """
     import torch
-    import transformers
 
     config = load_config(path, overrides)
-    cls = model_class(config)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with _parameters_on_meta():
-            model = transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+            model: nn.Module = _built(path, config)
     finally:
         torch.set_default_dtype(before)
     return model.eval()
@@ -271,4 +315,4 @@ def _with_and_without(name: str, prefix: str) -> tuple[str, ...]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
