@@ -174,6 +174,13 @@ def test_configs_of_an_architecture_that_nobody_knows():
     assert config_differences(None, base) == []
 
 
+@pytest.mark.parametrize("change", [{"layer_norm_eps": [1]}, {"hidden_act": math.nan}, {"model_type": ["bert"]}])
+def test_values_that_no_config_takes(change):
+    base = {"model_type": "bert", "hidden_size": 16}
+    found = config_differences(base, {**base, **change})
+    assert [one.key for one in found if one.matters] == list(change)
+
+
 def test_the_command_says_what_loads(saved, tmp_path):
     base, paths = saved["bert"]
     for name, change, words in (
