@@ -56,7 +56,7 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
         return [Difference(".".join(path), ours, theirs, False) for path, ours, theirs in raw]
     whole = _completed(base), _completed(expert)
     # One that its own architecture does not take is compared with the other as it stands.
-    odd = (whole[0] is None) != (whole[1] is None)
+    odd = (whole[0] is None) != (whole[1] is None) and "model_type" in base and "model_type" in expert
     if whole[0] is not None and whole[1] is not None:
         declared = whole[0][1] | whole[1][1]
         found = [

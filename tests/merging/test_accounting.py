@@ -199,6 +199,16 @@ def test_the_command_says_what_loads(saved, tmp_path):
         assert ("Load it with" in found.output) == (name != "cut")
 
 
+def test_an_encoder_that_was_saved_without_its_pooler(tmp_path):
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    bare = save(BertModel(make_base("bert").config, add_pooling_layer=False), tmp_path / "bare")
+    result = bmm.merge(bare, [bare, bare], output=tmp_path / "out")
+    assert len(result.modules) == 12
+    assert loads_back(result.path) == ""
+
+
 def test_a_head_that_the_file_lacks(tmp_path):
     bare = save(make_base("bert").bert, tmp_path / "bare")
     assert bmm.plan_merge(bare, [bare, bare]).module_count == 13
