@@ -42,6 +42,10 @@ def merge(
         typer.Option("--unchecked-statistics", help="Take Gram files that do not say which weights they belong to."),
     ] = False,
     write_to: WriteTo = None,
+    unchecked_configs: Annotated[
+        bool,
+        typer.Option("--unchecked-configs", help="Merge although configs do not fit each other or the weights."),
+    ] = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +54,7 @@ def merge(
     A merge that was killed is made by the same command run again; a sequential one, whose state lies in OUTPUT.walk, goes on where it was. Grams and
     the like, which a recipe has measured, are written only into its folder, the working folder, or one named with --write-to.
     """
+    from bmm_engine.merging.accounting import loads_back
     from bmm_engine.pipeline.run import run_recipe
     from bmm_engine.recipe.recipe import Recipe
 
@@ -64,6 +69,7 @@ def merge(
         dtype=dtype,
         device=device,
         unchecked_statistics=unchecked_statistics or None,
+        unchecked_configs=unchecked_configs or None,
     )
     with about(recipe):
         result = run_recipe(
@@ -91,6 +97,12 @@ def merge(
         console.print(
             f"How much each input drifted, and what is left of it, is in bmm_merge.json; see it with bmm report {result.path}."
         )
+    fault = None if result.path is None else loads_back(result.path)
+    if fault:
+        console.print(f"It does not load as it was written: {fault}", highlight=False, markup=False)
+        return
+    if fault is None:
+        console.print("Whether it loads was not checked: transformers does not know its architecture.")
     console.print(f'Load it with AutoModel.from_pretrained("{result.path}").', highlight=False)
 
 

@@ -137,6 +137,10 @@ class Algebra(Strict):
         False,
         description="take measured files as they are: without fingerprints of the weights they were measured on, or of unequal modules",
     )
+    unchecked_configs: bool = Field(
+        False,
+        description="merge although configs do not fit: an expert's makes another function of the weights, or the base's builds other tensors",
+    )
     device: Device = Field("cpu", description="cpu or cuda[:N]")
 
 

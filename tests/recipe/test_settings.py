@@ -30,6 +30,7 @@ OTHER = {
     "keep_base": ["head*"],
     "vocabulary": "pad",
     "unchecked_statistics": True,
+    "unchecked_configs": True,
     "device": "cuda:1",
 }
 
