@@ -104,7 +104,7 @@ class AdapterSource(TensorSource):
         wide = _wide(stored.dtype)
         if held in self._changes.biases:
             key, scaling = self._changes.biases[held]
-            return (stored.double() + scaling * self._read(key, rows).double()).to(wide)
+            return (stored.double() + scaling * self._trained(key, rows).double()).to(wide)
         delta = self._changes.deltas.get(held)
         if delta is None:
             return stored
@@ -162,6 +162,16 @@ class AdapterSource(TensorSource):
         self._file.release()
         return tensor
 
+    def _trained(self, key: str, rows: slice | None = None) -> Tensor:
+        """What is multiplied or added. Raises `CheckpointError` for NaN and infinity, which would be taken for the base's."""
+        tensor = self._read(key, rows)
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise CheckpointError(
+                f"{self._file.path}: {key!r} holds {bad} values that are NaN or infinite; train the adapter again, or download it again"
+            )
+        return tensor
+
     def _stored_spec(self, name: str) -> TensorSpec:
         return stored_spec(name, self.base, self._file.specs, self._changes.saved)
 
@@ -172,16 +182,16 @@ class AdapterSource(TensorSource):
     def _factors(self, delta: Delta, dtype: torch.dtype, rows: slice | None = None) -> LowRank:
         """The change of the weight (of its `rows`) in the order in which the base stores it, as a matrix."""
         if delta.transposed:
-            a = self._read(delta.a)
-            left, right = (a if rows is None else a[:, rows]).mT, self._read(delta.b).mT
+            a = self._trained(delta.a)
+            left, right = (a if rows is None else a[:, rows]).mT, self._trained(delta.b).mT
         else:
-            left, right = _matrix(self._read(delta.b, rows)), _matrix(self._read(delta.a))
+            left, right = _matrix(self._trained(delta.b, rows)), _matrix(self._trained(delta.a))
         return LowRank((left.double() * delta.scaling).to(dtype), right.to(dtype))
 
     def _dora(self, name: str, delta: Delta, weight: Tensor, rows: slice | None) -> Tensor:
         """`m (W + scaling B A) / ||W + scaling B A||`, the norm over each output's row; `weight`: these rows of W, float64."""
         assert delta.magnitude is not None
-        magnitude = self._read(delta.magnitude).reshape(-1).double()
+        magnitude = self._trained(delta.magnitude).reshape(-1).double()
         matrix = self._factors(delta, torch.float64, rows).add_to(_matrix(weight))
         if delta.transposed:
             matrix *= magnitude / self._column_norms(name, delta)

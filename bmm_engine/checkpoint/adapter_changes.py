@@ -143,6 +143,8 @@ class _Finder:
         """The values of `transposed` that fit the shapes: two for a square weight. Raises for none, and for a base that is quantised."""
         a, b = self._shape(delta.a), self._shape(delta.b)
         spec = self._stored_spec(name)
+        for key in filter(None, (delta.a, delta.b, delta.magnitude)):
+            self._check_stored_as_floats(key)
         if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
             raise CheckpointError(
                 f"{self.label}: {name!r} is {spec.dtype} in {self.base.label}; an adapter cannot be added to quantised weights:"
@@ -182,7 +184,15 @@ class _Finder:
                 f"{self.label}: {key!r} has shape {self._shape(key)}, {name!r} in {self.base.label}"
                 f" {self._stored_spec(name).shape}; use the base that the adapter was trained on"
             )
+        self._check_stored_as_floats(key)
         self.changes.biases[name] = (key, scaling)
+
+    def _check_stored_as_floats(self, key: str) -> None:
+        dtype = self.specs[key].dtype
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{self.label}: {key!r} is {dtype}, which is no factor as it was trained but a quantised one; save the adapter in float32 or bfloat16"
+            )
 
     def _stored_spec(self, name: str) -> TensorSpec:
         return stored_spec(name, self.base, self.specs, self.changes.saved)

@@ -7,10 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from bmm_engine.checkpoint.guard import read_json_object
 from bmm_engine.checkpoint.layout import contained
+from bmm_engine.checkpoint.validated import shown, validated
 from bmm_engine.errors import CheckpointError
 
 CONFIG_FILENAME = "adapter_config.json"
@@ -36,6 +39,42 @@ _REFUSED = {
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+# Beyond these no rank and no scaling was ever trained.
+_MOST_RANK = 2**16
+_MOST_ALPHA = 1e6
+
+
+class AdapterConfig(BaseModel):
+    """The keys of `adapter_config.json` that are known, with their types: text is no number. PEFT adds keys; those are let pass."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    inference_mode: bool | None = None
+    # Their own checks name the element that is wrong.
+    r: Any = 8
+    lora_alpha: Any = 8
+    rank_pattern: Any = None
+    alpha_pattern: Any = None
+    modules_to_save: Any = None
+    lora_dropout: float | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    lora_bias: bool | None = None
+    bias: Literal["none", "all", "lora_only"] | None = None
+    init_lora_weights: bool | str | None = None
+    target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    use_qalora: bool | None = None
+
+
 @dataclass(frozen=True)
 class LoraSettings:
     """The options of a LoRA adapter that decide its weights. Patterns are regular expressions, in the order of the file."""
@@ -55,23 +94,28 @@ class LoraSettings:
     def read(cls, directory: Path) -> LoraSettings:
         """Parse and check `adapter_config.json`. Raises CheckpointError that names the key and the remedy."""
         path = contained(directory, CONFIG_FILENAME, asked_by="the directory")
-        config = read_json_object(path)
-        _refuse(path, config)
-        modules_to_save = config.get("modules_to_save") or ()
-        if isinstance(modules_to_save, str) or not all(isinstance(m, str) for m in modules_to_save):
-            raise CheckpointError(f"{path}: modules_to_save={modules_to_save!r} is no list of names; correct it")
-        base = config.get("base_model_name_or_path")
+        raw = read_json_object(path)
+        _refuse_other_kinds(path, raw)
+        config = validated(
+            AdapterConfig, raw, path, "Correct it, or save the adapter again with PEFT's save_pretrained."
+        )
+        _refuse(path, raw)
+        modules_to_save = config.modules_to_save or ()
+        if not isinstance(modules_to_save, (list, tuple)) or not all(isinstance(m, str) for m in modules_to_save):
+            raise CheckpointError(
+                f"{path}: modules_to_save={shown(repr(modules_to_save))} is no list of names; correct it"
+            )
         return cls(
             path=path,
-            rank=_positive(path, "r", config.get("r", 8), whole=True),
-            alpha=_positive(path, "lora_alpha", config.get("lora_alpha", 8)),
-            rank_pattern=_patterns(path, "rank_pattern", config, whole=True),
-            alpha_pattern=_patterns(path, "alpha_pattern", config),
-            rank_stabilized=bool(config.get("use_rslora")),
-            fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-            dora=bool(config.get("use_dora")),
+            rank=_positive(path, "r", config.r, _MOST_RANK, whole=True),
+            alpha=_positive(path, "lora_alpha", config.lora_alpha, _MOST_ALPHA),
+            rank_pattern=_patterns(path, "rank_pattern", config.rank_pattern, _MOST_RANK, whole=True),
+            alpha_pattern=_patterns(path, "alpha_pattern", config.alpha_pattern, _MOST_ALPHA),
+            rank_stabilized=bool(config.use_rslora),
+            fan_in_fan_out=bool(config.fan_in_fan_out),
+            dora=bool(config.use_dora),
             modules_to_save=tuple(modules_to_save),
-            trained_on=base if isinstance(base, str) and base else None,
+            trained_on=config.base_model_name_or_path or None,
         )
 
     def rank_of(self, module: str) -> int:
@@ -97,15 +141,19 @@ def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _refuse(path: Path, config: Mapping[str, Any]) -> None:
+def _refuse_other_kinds(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
         raise CheckpointError(
-            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be applied here: {MERGE_REMEDY}"
+            f"{path}: peft_type is {shown(repr(kind))}; only LORA can be applied here: {MERGE_REMEDY}"
         )
+
+
+def _refuse(path: Path, config: Mapping[str, Any]) -> None:
     for option, reason in _REFUSED.items():
         if config.get(option):
             raise CheckpointError(
-                f"{path}: with {option}={config[option]!r} the adapter {reason}, so it is no plain LoRA: {MERGE_REMEDY}"
+                f"{path}: with {option}={shown(repr(config[option]))} the adapter {reason}, so it is no plain LoRA: {MERGE_REMEDY}"
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE):
@@ -116,25 +164,31 @@ def _refuse(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _positive(path: Path, key: str, value: Any, *, whole: bool = False) -> Any:
+def _positive(path: Path, key: str, value: Any, most: float, *, whole: bool = False) -> Any:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
         raise CheckpointError(
-            f"{path}: {key}={value!r} is no positive {'integer' if whole else 'number'}; correct it or download it again"
+            f"{path}: {shown(key)}={shown(repr(value))} is no positive {'integer' if whole else 'number'}; correct it or download it again"
+        )
+    if value > most:
+        raise CheckpointError(
+            f"{path}: {shown(key)}={shown(value)} is more than {most:.0f}, the most that makes sense; correct it or download it again"
         )
     return value
 
 
-def _patterns(path: Path, key: str, config: Mapping[str, Any], *, whole: bool = False) -> dict[str, Any]:
-    patterns = config.get(key) or {}
+def _patterns(path: Path, key: str, given: Any, most: float, *, whole: bool = False) -> dict[str, Any]:
+    patterns = given or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(f"{path}: {key}={patterns!r} is no map from module names to numbers; correct it")
+        raise CheckpointError(
+            f"{path}: {key}={shown(repr(patterns))} is no map from module names to numbers; correct it"
+        )
     for pattern, value in patterns.items():
-        _positive(path, f"{key}[{pattern!r}]", value, whole=whole)
+        _positive(path, f"{key}[{pattern!r}]", value, most, whole=whole)
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise CheckpointError(
-                f"{path}: {key}: {pattern!r} is no regular expression ({error}); correct it"
+                f"{path}: {key}: {shown(repr(pattern))} is no regular expression ({error}); correct it"
             ) from None
     return dict(patterns)

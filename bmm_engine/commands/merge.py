@@ -34,6 +34,14 @@ def merge(
     scale: Annotated[float | None, typer.Option(help="Replace the recipe's scale.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="Replace the output's dtype.", show_default=False)] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:N].", show_default=False)] = None,
+    unchecked_statistics: Annotated[
+        bool,
+        typer.Option("--unchecked-statistics", help="Take Gram files that do not say which weights they belong to."),
+    ] = False,
+    unchecked_configs: Annotated[
+        bool,
+        typer.Option("--unchecked-configs", help="Merge although configs do not fit each other or the weights."),
+    ] = False,
     offline: Offline = False,
     as_json: Json = False,
 ) -> None:
@@ -41,6 +49,7 @@ def merge(
 
     A sequential merge that was killed goes on where it was when the same command is run again.
     """
+    from bmm_engine.merging.accounting import loads_back
     from bmm_engine.pipeline.run import run_recipe
     from bmm_engine.recipe.recipe import Recipe
 
@@ -53,6 +62,8 @@ def merge(
         scale=scale,
         dtype=dtype,
         device=device,
+        unchecked_statistics=unchecked_statistics or None,
+        unchecked_configs=unchecked_configs or None,
     )
     with about(recipe):
         result = run_recipe(
@@ -80,6 +91,12 @@ def merge(
         console.print(
             f"How much each input drifted, and what is left of it, is in bmm_merge.json; see it with bmm report {result.path}."
         )
+    fault = None if result.path is None else loads_back(result.path)
+    if fault:
+        console.print(f"It does not load as it was written: {fault}", highlight=False, markup=False)
+        return
+    if fault is None:
+        console.print("Whether it loads was not checked: transformers does not know its architecture.")
     console.print(f'Load it with AutoModel.from_pretrained("{result.path}").', highlight=False)
 
 

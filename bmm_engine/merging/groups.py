@@ -6,8 +6,9 @@ from functools import cached_property
 
 from torch import Tensor
 
+from bmm_engine.merging.belonging import resolve_module
 from bmm_engine.merging.inputs import Inputs
-from bmm_engine.merging.plan import ModuleGroup, resolve_module
+from bmm_engine.merging.plan import ModuleGroup
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.solving.moments import DenseMoment, Moment, TaskVectorMoment, hybrid_moment
 from bmm_engine.solving.output_metric import OutputMetric

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,15 +11,16 @@ from torch import Tensor
 
 from bmm_engine.anchors import DepthMap
 from bmm_engine.checkpoint.dtypes import float_dtype
-from bmm_engine.errors import GramMismatchError, ShapeMismatchError
+from bmm_engine.merging.belonging import fisher_name, resolve_module, sensitivity_name
 from bmm_engine.merging.ordering import canonical_order
-from bmm_engine.merging.plan import MergePlan, ModuleGroup, resolve_module
+from bmm_engine.merging.plan import MergePlan
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.ops.lowrank import LowRank
 from bmm_engine.solving.output_metric import OutputMetric, output_metrics
 from bmm_engine.solving.solve import check_finite
+from bmm_engine.statistics.fingerprints import check_weight
 from bmm_engine.statistics.fisher import FisherSet
-from bmm_engine.statistics.grams import GramAccumulator, GramSet, weight_fingerprint
+from bmm_engine.statistics.grams import GramAccumulator, GramSet
 from bmm_engine.statistics.sensitivity import SensitivitySet
 
 T = TypeVar("T")
@@ -110,11 +111,11 @@ class Inputs:
         """The Fisher information of the experts' tensors, as they are stored; none for a tensor that has none (a buffer)."""
         found: list[Tensor] = []
         for fisher, expert in zip(self.fishers, self.experts if self.fishers else (), strict=True):
-            own = next((n for n in (expert.mapping[name], name) if fisher.resolve(n) is not None), expert.mapping[name])
+            own = fisher_name(fisher, expert, name)
             if own in fisher.buffers:
                 return []
-            if rows is None:
-                fisher.check(own, expert.load(name), expert.label)
+            if rows is None or rows.start == 0:
+                fisher.check(own, expert.load(name), expert.label, self._others(expert, name))
             found.append(fisher.get(own, rows).to(self.device, self.dtype))
         return found
 
@@ -125,40 +126,45 @@ class Inputs:
         for own, expert in zip(self.sensitivities, self.experts, strict=True):
             tensors = []
             for module in modules:
-                names = (expert.own_module(module.name), module.name)
-                known = next((name for name in names if own.resolve(name) is not None), names[0])
-                own.check(known, expert.load(module.weight), expert.label)
+                known = sensitivity_name(own, expert, module)
+                own.check(known, expert.load(module.weight), expert.label, self._others(expert, module.weight))
                 tensor = own.get(known)
-                if tensor.shape != (module.out_features, module.out_features):
-                    raise ShapeMismatchError(
-                        f"{own.where}: the sensitivity of {known!r} has shape {tuple(tensor.shape)}, the module gives {module.out_features} features."
-                        " It was measured on another model; collect it again from this expert."
-                    )
                 tensors.append(tensor.to(self.device))
             found.append(output_metrics(tensors, self.settings.sensitivity_share, modules[0].name))
         return [list(own) for own in zip(*found, strict=True)]
 
-    def check_first_grams(self, group: ModuleGroup) -> None:
-        """A Gram of another model shows at its first module: find out before hours of work."""
-        if self.settings.gram_source == "task_vectors":
-            return
-        for t in sorted(range(len(self.order)), key=self.order.__getitem__):
-            for module in group.members:
-                self.check_fingerprint(t, module)
+    def check_first(self) -> None:
+        """What was measured on another model shows at its first module: find out before hours of work. Raises `GramMismatchError`."""
+        measured = [m for name, m in self.plan.linear.items() if name not in self.plan.unmeasured]
+        if self.plan.groups:
+            measured = list(self.plan.groups[0].members)
+        if self.gram_sets and self.settings.gram_source != "task_vectors" and measured:
+            for t in sorted(range(len(self.order)), key=self.order.__getitem__):
+                for module in measured if self.plan.groups else measured[:1]:
+                    self.check_fingerprint(t, module)
+        if self.fishers and self.plan.alignment.merged:
+            names = self.plan.alignment.merged
+            self.fishers_at(min(names, key=lambda name: self.base.spec(name).nbytes))
 
     def check_fingerprint(self, t: int, module: LinearModule) -> None:
         """Raise `GramMismatchError` unless the Gram set of expert `t` was measured on this very weight."""
         grams, expert = self.gram_sets[t], self.experts[t]
         own = resolve_module(grams, expert, module.name)
-        recorded = grams.fingerprints.get(own)
-        if recorded is None:
-            return
-        found = weight_fingerprint(expert.load(module.weight), getattr(torch, grams.weights_dtype))
-        if found != recorded:
-            raise GramMismatchError(
-                f"{grams.where}: measured on another model than {expert.label}: the weight of {module.name!r} has hash {found}, the Gram was"
-                f" measured with {recorded}. Collect it again from this expert, and list Grams in the order of the experts."
-            )
+        check_weight(
+            grams.where,
+            "Gram",
+            module.name,
+            grams.fingerprints.get(own),
+            grams.weights_dtype,
+            expert.load(module.weight),
+            expert.label,
+            self._others(expert, module.weight),
+        )
+
+    def _others(self, expert: Any, name: str) -> dict[str, Callable[[], Tensor]]:
+        """What loads the same tensor of the other models, by their labels: whose measurement it may be."""
+        models = [other for other in (*self.experts, self.base) if other is not expert]
+        return {other.label: partial(other.load, name) for other in models}
 
     def total_gram(self, t: int, module: str, with_bias: bool) -> Tensor:
         """`sum x x^T` (in, in), or of [x, 1] (in + 1, in + 1), of what expert `t`'s Gram set calls `module`; read now."""

@@ -72,7 +72,8 @@ def plan_merge(
     """
     statistics = Statistics.open(grams, fishers, sensitivities)
     models = Models.open(base, experts, local_files_only)
-    chosen = settings_of("plain", options) if settings is None else settings.but(**options)
+    source = "data" if statistics.grams else "task_vectors"
+    chosen = settings_of("plain", options, gram_source=source) if settings is None else settings.but(**options)
     return make_plan(chosen, models, statistics)
 
 

@@ -12,10 +12,20 @@ from torch import nn
 from bmm_engine.anchors import DepthMap
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
+from bmm_engine.merging.accounting import check_architecture, check_configs
 from bmm_engine.merging.align import AlignedExpert, Alignment, align
+from bmm_engine.merging.belonging import (
+    check_fishers,
+    check_sensitivities,
+    check_solves,
+    find_module,
+    measured_modules,
+    resolve_module,
+)
 from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import (
     LinearModule,
+    UnknownArchitectureError,
     checkpoint_linear_modules,
     linear_modules,
     matrix_modules,
@@ -92,6 +102,8 @@ class MergePlan:
 def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -> MergePlan:
     """Line up the models, find their linear modules, and group them; from headers alone. Raises as `merge` does."""
     alignment = align(models.base, models.experts, settings.keep_base, settings.vocabulary)
+    check_configs(alignment, settings)
+    check_architecture(alignment, settings)
     # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
     linear = {}
     if settings.solves or settings.rule.linear:
@@ -117,11 +129,19 @@ def find_linear_modules(
             held = Held.of({n: base.spec(n).shape for n in base.names()})
             return _merged(checkpoint_linear_modules(root.path, stored, modules, overrides, held), merged)
         except (
-            CheckpointError
+            UnknownArchitectureError
         ) as error:  # not an architecture of transformers: the Grams or the patterns may still name the modules
             unknown = error
     if gram_sets:
-        return _merged(select_modules(_modules_of(gram_sets[0], alignment.experts[0], stored), modules), merged)
+        named = [_modules_of(g, e, stored) for g, e in zip(gram_sets, alignment.experts, strict=False)]
+        known = {name: module for own in reversed(named) for name, module in own.items()}
+        if not known:
+            raise gram_sets[0].unknown(
+                next((n for n in alignment.merged if n.endswith(".weight")), "").removesuffix(".weight")
+            )
+        return _merged(
+            select_modules({n: known[n] for w in stored if (n := w.removesuffix(".weight")) in known}, modules), merged
+        )
     if modules is not None:
         return _merged(matrix_modules(stored, modules), merged)
     raise unknown or ConfigError(
@@ -137,7 +157,8 @@ def _merged(found: dict[str, LinearModule], merged: set[str]) -> dict[str, Linea
 def _build_plan(
     alignment: Alignment, linear: dict[str, LinearModule], settings: MergeSettings, statistics: Statistics
 ) -> MergePlan:
-    """Group the modules and check every Gram's width. Raises `GramMismatchError`, `ConfigError`."""
+    """Group the modules, once every set of statistics is known to be its expert's by names and shapes. Raises `GramMismatchError`, `ConfigError`,
+    `MissingTensorError`, `ShapeMismatchError`."""
     experts, gram_sets, sensitivities = alignment.experts, statistics.grams, statistics.sensitivities
     settings.rule.check_experts(len(experts))
     uses_data = settings.gram_source in ("data", "hybrid") and settings.needs_grams
@@ -153,29 +174,16 @@ def _build_plan(
         raise ConfigError(
             f"{len(experts)} experts and {len(sensitivities)} sensitivities; give one for each expert, in the same order, or none."
         )
-    unmeasured: list[str] = []
-    measured = dict(linear)
-    if uses_data:
-        for name in linear:
-            lacking = [g for g, e in zip(gram_sets, experts, strict=True) if _find(g, e, name) is None]
-            if lacking and settings.modules is not None:  # named, so it is missed
-                lacking[0].group(name)  # raises, with the names it has
-            if lacking:
-                unmeasured.append(name)
-                del measured[name]
-        if not measured and linear:
-            gram_sets[0].group(next(iter(linear)))
-        for name, module in measured.items():
-            for grams, expert in zip(gram_sets, experts, strict=True):
-                width = grams.width(resolve_module(grams, expert, name))
-                if width != module.in_features:
-                    raise GramMismatchError(
-                        f"{grams.where}: the Gram of {name!r} has width {width}, the module reads {module.in_features} features. It was measured"
-                        " on another model; collect it again from this expert."
-                    )
+    measured = measured_modules(linear, experts, gram_sets, settings) if uses_data else dict(linear)
+    unmeasured = [name for name in linear if name not in measured]
     depth = DepthMap(alignment.base.names())
     alphas = {name: settings.alpha_setting.at(m.weight, depth(m.weight), len(experts)) for name, m in measured.items()}
     solved = {name: m for name, m in measured.items() if alphas[name] != math.inf}
+    check_solves(settings, linear, solved)
+    if settings.rule.needs == "fishers" and len(statistics.fishers) == len(experts):
+        check_fishers(alignment.merged, experts, statistics.fishers, settings)
+    if sensitivities:
+        check_sensitivities(solved.values(), experts, sensitivities, settings)
     groups = _groups(solved, alphas, settings, gram_sets, experts, set(alignment.merged))
     taken = {t for g in groups for t in g.tensors}
     from_anchor = tuple(n for n in alignment.merged if n not in taken)
@@ -202,24 +210,11 @@ def _groups(
     return tuple(ModuleGroup(tuple(own), own[0].in_features, *key[1:]) for key, own in members.items())
 
 
-def resolve_module(grams: GramSet, expert: AlignedExpert, name: str) -> str:
-    """The name under which `grams` knows the module that the base calls `name`. Raises `GramMismatchError`."""
-    found = _find(grams, expert, name)
-    if found is None:
-        raise grams.unknown(expert.own_module(name))
-    return found
-
-
-def _find(grams: GramSet, expert: AlignedExpert, name: str) -> str | None:
-    """A Gram set goes by its own model's names: the expert's, or, measured on the bare encoder, the base's."""
-    return grams.resolve(expert.own_module(name)) or grams.resolve(name)
-
-
 def _modules_of(grams: GramSet, expert: AlignedExpert, stored: dict[str, tuple[int, ...]]) -> dict[str, LinearModule]:
     found = {}
     for weight, shape in stored.items():
         name = weight.removesuffix(".weight")
-        own = _find(grams, expert, name) if weight.endswith(".weight") and len(shape) == 2 else None
+        own = find_module(grams, expert, name) if weight.endswith(".weight") and len(shape) == 2 else None
         if own is not None:
             transposed = own in grams.transposed
             out_features, in_features = shape[::-1] if transposed else shape

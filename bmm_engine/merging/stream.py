@@ -108,8 +108,7 @@ class MergeStream:
         return self.plan.module_count + sum(1 for name in self._others() for _ in self._slabs(name))
 
     def __iter__(self) -> Iterator[list[Piece]]:
-        if self.plan.groups:
-            self.inputs.check_first_grams(self.plan.groups[0])
+        self.inputs.check_first()
         if self.rule.reduce is not None:
             with one_thread():
                 self.state = self.rule.reduce(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -147,25 +148,66 @@ def load_config(path: Path, held: Held, overrides: Mapping[str, Any] | None = No
 
     Raises `CheckpointError` if transformers cannot read it, or if it has more layers or labels than the files can account for.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    with _typed(path):
+    try:
         raw, _ = PreTrainedConfig.get_config_dict(path, local_files_only=True)
         held.check_counts(raw, f"{path}/config.json")
         names = raw.get("architectures") or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, (str, list)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"architectures={str(names)[:100]} is no list of names")
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **(overrides or {}))
+    except BmmError:
+        raise
+    except Exception as error:  # whatever a config class makes of odd values
+        kind = _model_type(path)
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{path / 'config.json'}: transformers makes no {kind} of it ({told(error)}). Correct the config, or download it again."
+            ) from error
+        raise UnknownArchitectureError(
+            f"{path}: transformers cannot read its config.json ({told(error)}). Give the linear modules in the recipe:"
+            " `modules: ['*.q_proj', ...]`, and every matching 2-D weight is taken as (out, in)."
+        ) from error
+
+
+def _model_type(path: Path) -> Any:
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+class UnknownArchitectureError(CheckpointError):
+    """transformers does not know the architecture: names and shapes in the files have to tell."""
 
 
 def model_class(config: Any) -> Any:
-    """The transformers class that a config's `architectures` names, or AutoModel where it names none that is known."""
+    """The transformers class that a config's `architectures` names, or AutoModel where it names none that is known.
+
+    Raises `CheckpointError` for a name that is no model's."""
     import transformers
 
-    for name in getattr(config, "architectures", None) or ():
-        if isinstance(getattr(transformers, str(name), None), type):
-            return getattr(transformers, name)
-    return transformers.AutoModel
+    return named_class(config) or transformers.AutoModel
+
+
+def named_class(config: Any) -> Any:
+    """The transformers class that a config's `architectures` names, or None where it names none that is known. Raises `CheckpointError`."""
+    import transformers
+    from torch import nn
+
+    names = getattr(config, "architectures", None) or ()
+    for name in [names] if isinstance(names, str) else names:
+        if isinstance(name, str) and hasattr(transformers, name):
+            found = getattr(transformers, name)
+            model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+            if not model or found.config_class is None or found.forward is nn.Module.forward:
+                raise CheckpointError(
+                    f"{getattr(config, '_name_or_path', '') or 'config.json'}: `architectures` of its config names {name!r}, which is no model that"
+                    " can be built. Name the class that the weights are of."
+                )
+            return found
+    return None
 
 
 def meta_model(path: Path, held: Held, overrides: Mapping[str, Any] | None = None) -> nn.Module:
@@ -174,8 +216,24 @@ def meta_model(path: Path, held: Held, overrides: Mapping[str, Any] | None = Non
     import torch
 
     config = load_config(path, held, overrides)
-    with _typed(path), torch.device("meta"), held.limiting(f"{path}/config.json"):
-        return _build(config)
+    with torch.device("meta"), held.limiting(str(path / "config.json")):
+        return _built(path, config)
+
+
+def _built(path: Path, config: Any) -> Any:
+    """A model of that config. Raises `CheckpointError`."""
+    import transformers
+
+    cls = model_class(config)
+    try:
+        return transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+    except BmmError:
+        raise
+    except Exception as error:  # whatever a model class makes of odd values
+        raise CheckpointError(
+            f"{path / 'config.json'}: transformers builds no {cls.__name__} of it ({told(error)}). Correct the config: its `architectures`,"
+            " sizes and counts."
+        ) from error
 
 
 def weightless_model(
@@ -193,33 +251,11 @@ def weightless_model(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with _typed(path), _parameters_on_meta():
-            model = _build(config)
+        with _parameters_on_meta():
+            model: nn.Module = _built(path, config)
     finally:
         torch.set_default_dtype(before)
     return model.eval()
-
-
-def _build(config: Any) -> nn.Module:
-    import transformers
-
-    cls = model_class(config)
-    model: nn.Module = transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
-    return model
-
-
-@contextmanager
-def _typed(path: Path) -> Iterator[None]:
-    """What transformers raises of a config that it cannot use, of any type, as a `CheckpointError`."""
-    try:
-        yield
-    except BmmError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: transformers cannot read its config.json ({told(error)}). Give the linear modules in the recipe: `modules: ['*.q_proj', ...]`,"
-            " and every matching 2-D weight is taken as (out, in); or correct the config."
-        ) from error
 
 
 @contextmanager

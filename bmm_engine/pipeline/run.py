@@ -14,7 +14,7 @@ from bmm_engine.merging.output import Destination
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Models
 from bmm_engine.pipeline.models import open_models
-from bmm_engine.pipeline.statistics import measure, with_output_weights
+from bmm_engine.pipeline.statistics import check_files, measure, with_output_weights
 from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.settings import MergeSettings
@@ -77,8 +77,9 @@ def prepare_recipe(
     `models`: the recipe's, where they are open."""
     check_device(recipe.device)
     models = models or open_models(recipe, local_files_only)
-    plan_recipe(recipe, models=models)  # names and shapes, before any model runs
+    plan = plan_recipe(recipe, models=models)  # names and shapes, before any model runs
     recipe = with_output_weights(recipe, models, report)
+    check_files(recipe, plan)
     statistics = measure(recipe, models, report=report, progress=progress)
     settings = recipe.settings
     if settings.mode == "plain" and not statistics.grams:

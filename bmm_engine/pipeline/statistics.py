@@ -9,6 +9,8 @@ from typing import Any
 
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.errors import ConfigError
+from bmm_engine.merging.belonging import check_fishers, check_sensitivities, measured_modules
+from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import load_config, meta_model, model_class
 from bmm_engine.pipeline.measure import (
@@ -49,6 +51,24 @@ def measure(
     sensitivities = sensitivity_sets(recipe, models, report=report, progress=progress) if weighted else []
     batches = calibration_batches(recipe, models, report) if sequential else []
     return Statistics(tuple(grams), tuple(fishers), tuple(sensitivities), tuple(batches))
+
+
+def check_files(recipe: Recipe, plan: MergePlan) -> None:
+    """Raise, before anything is measured, for a file that does not belong to its expert. Names and shapes only; see `merging/belonging.py`."""
+    settings = recipe.settings
+    for aligned, expert in zip(plan.alignment.experts, recipe.experts, strict=True):
+        wants_grams = settings.rule.needs_grams if recipe.mode == "sequential" else settings.needs_grams
+        if wants_grams and settings.gram_source != "task_vectors" and _exists(expert.grams):
+            measured_modules(plan.linear, [aligned], [GramSet.load(str(expert.grams))], settings)
+        if settings.rule.needs == "fishers" and _exists(expert.fisher):
+            check_fishers(plan.alignment.merged, [aligned], [FisherSet.load(str(expert.fisher))], settings)
+        if recipe.output_weights == "sensitivity" and settings.solves and _exists(expert.sensitivity):
+            solved = [module for group in plan.groups for module in group.members]
+            check_sensitivities(solved, [aligned], [SensitivitySet.load(str(expert.sensitivity))], settings)
+
+
+def _exists(file: str | None) -> bool:
+    return file is not None and Path(file).exists()
 
 
 def gram_sets(

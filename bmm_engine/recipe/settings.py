@@ -130,6 +130,14 @@ class Algebra(Strict):
     vocabulary: Literal["error", "crop", "pad"] = Field(
         "error", description="where embeddings differ in rows: an error, cropped to the fewest, or padded to the most"
     )
+    unchecked_statistics: bool = Field(
+        False,
+        description="take measured files as they are: without fingerprints of the weights they were measured on, or of unequal modules",
+    )
+    unchecked_configs: bool = Field(
+        False,
+        description="merge although configs do not fit: an expert's makes another function of the weights, or the base's builds other tensors",
+    )
     device: Device = Field("cpu", description="cpu or cuda[:N]")
 
 

@@ -6,9 +6,10 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
@@ -17,6 +18,8 @@ from bmm_engine.models.calling import Mask, call_model, evaluating, mask_of, pla
 from bmm_engine.progress import track
 from bmm_engine.statistics.grams import weight_fingerprint
 from bmm_engine.statistics.measured import MeasuredSet
+from bmm_engine.statistics.records import Record
+from bmm_engine.statistics.values import check_not_negative
 
 Labels = Literal["expected", "sampled", "data"]
 _IGNORED = -100  # the label of positions that do not count, as everywhere in transformers
@@ -97,6 +100,14 @@ def collect_fisher(
     )
 
 
+class FisherRecord(Record):
+    """What a file of Fisher information says beside its tensors."""
+
+    examples: Annotated[int, Field(ge=0, le=10**12)]
+    labels: str
+    buffers: list[str]
+
+
 @dataclass
 class FisherSet(MeasuredSet):
     """The diagonal Fisher information of one expert: for each parameter a tensor of its shape, as the model stores it.
@@ -110,9 +121,14 @@ class FisherSet(MeasuredSet):
 
     KEY = "fisher"
     TITLE = "Fisher information"
+    RECORD = FisherRecord
 
     def __post_init__(self) -> None:
         self.buffers = tuple(self.buffers)
+
+    def check_values(self, name: str, values: Tensor) -> None:
+        """A mean of squares is finite and not negative. Raises `CheckpointError`."""
+        check_not_negative(values, self.where, f"the Fisher information of {name!r}")
 
 
 class _Likelihood:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from bmm_engine.errors import (
@@ -19,10 +20,24 @@ from bmm_engine.errors import (
     ShapeMismatchError,
 )
 from bmm_engine.ops.gram import accumulate_gram
-from bmm_engine.statistics.records import read_record, write_record
+from bmm_engine.statistics.records import Record, check_names, check_tensors, read_record, write_record
+from bmm_engine.statistics.values import check_gram
 
 FORMAT = "bmm-grams"
 FORMAT_VERSION = 1
+MAKER = "`bmm collect`"
+# Of one expert's calibration; beyond it a count is no count.
+MOST_ROWS = 10**15
+
+
+class GramRecord(Record):
+    """What a Gram file says beside its tensors."""
+
+    rows: dict[str, Annotated[int, Field(ge=1, le=MOST_ROWS)]]
+    modules: dict[str, str]
+    transposed: list[str]
+    kind: Literal["expert", "sequential"] = "expert"
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class GramAccumulator:
@@ -113,6 +128,7 @@ class GramSet:
     _headers: dict[str, tuple[int, int]] = field(
         default_factory=dict
     )  # group -> (width, rows), for those still on disk
+    _checked: set[str] = field(default_factory=set)  # groups whose values are known to be sound
 
     def resolve(self, name: str) -> str | None:
         """The module that `name` (a live name or a name in the checkpoint) means, or None."""
@@ -139,6 +155,11 @@ class GramSet:
     def where(self) -> str:
         return str(self._path) if self._path else f"Grams of {self.calibration or 'a live model'}"
 
+    @property
+    def on_disk(self) -> bool:
+        """Was it read from a file?"""
+        return self._path is not None
+
     def width(self, module: str) -> int:
         group = self.group(module)
         return self._headers[group][0] if group in self._headers else self.grams[group].width
@@ -148,8 +169,18 @@ class GramSet:
         return self._headers[group][1] if group in self._headers else self.grams[group].rows
 
     def get(self, module: str) -> GramAccumulator:
-        """The Gram of `module`'s group, read from disk if the set was loaded (and not kept: a whole model's Grams may not fit in memory)."""
+        """The Gram of `module`'s group, read from disk if the set was loaded (and not kept: a whole model's Grams may not fit in memory).
+
+        Its values are checked when it is first asked for (`statistics/values.py`). Raises `GramMismatchError`, `NonFiniteGramError`,
+        `CheckpointError`."""
         group = self.group(module)
+        gram = self._read(group)
+        if group not in self._checked and gram.rows:
+            check_gram(gram.total, gram.row_sum, gram.rows, self.where, group)
+            self._checked.add(group)
+        return gram
+
+    def _read(self, group: str) -> GramAccumulator:
         if group not in self._headers:
             return self.grams[group]
         from safetensors import safe_open
@@ -190,7 +221,7 @@ class GramSet:
         """
         tensors, rows = {}, {}
         for group in dict.fromkeys(self.modules.values()):
-            gram = self.get(group)
+            gram = self._read(group)
             tensors[f"gram.{group}"] = gram.total.detach().cpu().contiguous()
             tensors[f"row_sum.{group}"] = gram.row_sum.detach().cpu().contiguous()
             rows[group] = gram.rows
@@ -213,25 +244,42 @@ class GramSet:
     def load(cls, path: str | os.PathLike[str]) -> GramSet:
         """Open a saved set: names and counts now, each matrix when it is asked for. Raises `CheckpointError`."""
         path = Path(path)
-        record, shapes = read_record(path, FORMAT, FORMAT_VERSION, "Gram", "`bmm collect`")
+        record, stored = read_record(path, FORMAT, FORMAT_VERSION, "Gram", MAKER, GramRecord)
+        groups = set(record.modules.values())
+        check_names(path, "rows", record.rows, groups, MAKER)
+        check_names(path, "modules", groups, record.rows, MAKER)
+        for key, names in (
+            ("fingerprints", record.fingerprints),
+            ("aliases", record.aliases.values()),
+            ("transposed", record.transposed),
+        ):
+            check_names(path, key, names, record.modules, MAKER)
         headers = {}
-        for group, rows in record["rows"].items():
-            shape = shapes.get(f"gram.{group}")
-            if shape is None or len(shape) != 2 or shape[0] != shape[1] or shapes.get(f"row_sum.{group}") != shape[:1]:
+        for group, rows in record.rows.items():
+            gram, row_sum = (stored.get(f"{kind}.{group}") for kind in ("gram", "row_sum"))
+            shape = None if gram is None else gram.shape
+            square = shape is not None and len(shape) == 2 and shape[0] == shape[1] > 0
+            if gram is None or shape is None or not square or row_sum is None or row_sum.shape != shape[:1]:
                 raise CheckpointError(
-                    f"{path}: the Gram of {group!r} has shape {shape}, a square was expected. Collect it again."
+                    f"{path}: the Gram of {group!r} has shape {shape}, and its sum of rows {row_sum and row_sum.shape}; a square (in, in) and (in,)"
+                    " were expected. Collect it again."
                 )
-            headers[group] = (shape[0], int(rows))
+            if gram.dtype != row_sum.dtype:
+                raise CheckpointError(
+                    f"{path}: the Gram of {group!r} is {gram.dtype}, its sum of rows {row_sum.dtype}. Collect it again."
+                )
+            headers[group] = (shape[0], rows)
+        check_tensors(path, stored, (f"{kind}.{group}" for group in groups for kind in ("gram", "row_sum")), MAKER)
         return cls(
             grams={},
-            modules=record["modules"],
-            fingerprints=record["fingerprints"],
-            weights_dtype=record["weights_dtype"],
-            calibration=record["calibration"],
-            aliases=record["aliases"],
-            transposed=tuple(record["transposed"]),
-            kind=record.get("kind", "expert"),
-            settings=record.get("settings", {}),
+            modules=record.modules,
+            fingerprints=record.fingerprints,
+            weights_dtype=record.weights_dtype,
+            calibration=record.calibration,
+            aliases=record.aliases,
+            transposed=tuple(record.transposed),
+            kind=record.kind,
+            settings=record.settings,
             _path=path,
             _headers=headers,
         )

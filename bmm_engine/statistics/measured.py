@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-import torch
 from torch import Tensor
 
-from bmm_engine.errors import GramMismatchError, MissingTensorError
-from bmm_engine.statistics.grams import weight_fingerprint
-from bmm_engine.statistics.records import read_record, write_record
+from bmm_engine.errors import MissingTensorError
+from bmm_engine.statistics.fingerprints import check_weight
+from bmm_engine.statistics.records import Record, check_names, check_tensors, read_record, write_record
 
 Self = TypeVar("Self", bound="MeasuredSet")
 
@@ -37,6 +37,7 @@ class MeasuredSet:
     KEY: ClassVar[str]  # its tensors are KEY.NAME in a file of the format bmm-KEY, made by `bmm collect --KEY`
     VERSION: ClassVar[int] = 1
     TITLE: ClassVar[str]
+    RECORD: ClassVar[type[Record]] = Record
 
     @property
     def names(self) -> list[str]:
@@ -66,17 +67,28 @@ class MeasuredSet:
         with safe_open(str(self._path), framework="pt") as file:
             key = f"{self.KEY}.{own}"
             found: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+        self.check_values(own, found)
         return found
 
-    def check(self, name: str, weight: Tensor, label: str) -> None:
-        """Raise `GramMismatchError` unless it was measured on this very `weight` (as stored) of the expert called `label`."""
+    def check_values(self, name: str, values: Tensor) -> None:
+        """Raise unless `values`, or some rows of them, read from a file, can have been measured. Raises `CheckpointError`, `NonFiniteGramError`."""
+
+    @classmethod
+    def check_shape(cls, path: Path, name: str, shape: tuple[int, ...]) -> None:
+        """Raise `CheckpointError` unless what was measured at `name` can have that shape."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Was it read from a file?"""
+        return self._path is not None
+
+    def check(
+        self, name: str, weight: Tensor, label: str, others: Mapping[str, Callable[[], Tensor]] | None = None
+    ) -> None:
+        """Raise `GramMismatchError` unless it was measured on this very `weight` (as stored) of the expert called `label`; `others` as in
+        `check_weight`."""
         recorded = self.fingerprints.get(self._known(name))
-        found = weight_fingerprint(weight, getattr(torch, self.weights_dtype))
-        if recorded is not None and found != recorded:
-            raise GramMismatchError(
-                f"{self.where}: measured on another model than {label}: the weight of {name!r} has hash {found}, the {self.TITLE} was measured with"
-                f" {recorded}. Collect it again from this expert, and list such files in the order of the experts."
-            )
+        check_weight(self.where, self.TITLE, name, recorded, self.weights_dtype, weight, label, others)
 
     def _known(self, name: str) -> str:
         own = self.resolve(name)
@@ -106,9 +118,16 @@ class MeasuredSet:
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
         """Open a saved set: names and shapes now, each tensor when it is asked for. Raises `CheckpointError`."""
         path = Path(path)
-        record, shapes = read_record(path, cls._format(), cls.VERSION, cls.TITLE, f"`bmm collect --{cls.KEY}`")
-        known = {name: record[name] for name in cls._recorded()}
-        shapes = {name.removeprefix(f"{cls.KEY}."): shape for name, shape in shapes.items()}
+        maker = f"`bmm collect --{cls.KEY}`"
+        record, stored = read_record(path, cls._format(), cls.VERSION, cls.TITLE, maker, cls.RECORD)
+        names = [own.removeprefix(f"{cls.KEY}.") for own in stored if own.startswith(f"{cls.KEY}.")]
+        check_tensors(path, stored, (f"{cls.KEY}.{name}" for name in names), maker)
+        check_names(path, "fingerprints", record.fingerprints, names, maker)
+        check_names(path, "aliases", record.aliases.values(), names, maker)
+        shapes = {name: stored[f"{cls.KEY}.{name}"].shape for name in names}
+        for name, shape in shapes.items():
+            cls.check_shape(path, name, shape)
+        known = {name: getattr(record, name) for name in cls._recorded()}
         return cls(tensors={}, **known, _path=path, _shapes=shapes)
 
     @classmethod

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from bmm_engine.checkpoint.validated import json_object, shown, validated
 from bmm_engine.errors import CheckpointError, OutputWriteError
 
 
@@ -41,10 +44,34 @@ def write_record(
     return path
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header says of one tensor; `dtype` as safetensors names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Record(BaseModel):
+    """What every file says beside its tensors. No key is unknown, and none of another type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: str = ""
+    version: int
+    fingerprints: dict[str, str]
+    weights_dtype: Literal["float32", "float64", "float16", "bfloat16"]
+    calibration: str
+    aliases: dict[str, str]
+
+
+R = TypeVar("R", bound=Record)
+
+
 def read_record(
-    path: Path, format_name: str, version: int, what: str, maker: str
-) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """The record of a file by `write_record`, and the shapes of its tensors by name; the tensors are left on disk.
+    path: Path, format_name: str, version: int, what: str, maker: str, schema: type[R]
+) -> tuple[R, dict[str, StoredTensor]]:
+    """The record of a file by `write_record`, as `schema`, and what its header says of its tensors, by name; they are left on disk.
 
     `what` it holds, and the `maker` that makes it again, are for messages. Raises `CheckpointError`.
     """
@@ -55,7 +82,8 @@ def read_record(
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: StoredTensor(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: not a readable {what} file ({error}). Collect it again with {maker}."
@@ -64,9 +92,34 @@ def read_record(
         raise CheckpointError(
             f"{path}: a safetensors file, but not a {what} file (no {format_name!r} metadata). Make one with {maker}."
         )
-    record = json.loads(metadata[format_name])
-    if record.get("version") != version:
+    remedy = f"Collect it again with {maker}."
+    raw = json_object(metadata[format_name], f"{path}: its record", remedy)
+    if raw.get("version") != version:
         raise CheckpointError(
-            f"{path}: {what} format version {record.get('version')}, this engine reads {version}. Collect it again."
+            f"{path}: {what} format version {shown(raw.get('version'))}, this engine reads {version}. Collect it again."
         )
-    return record, shapes
+    return validated(schema, raw, path, remedy), tensors
+
+
+def check_tensors(path: Path, stored: Mapping[str, StoredTensor], expected: Iterable[str], maker: str) -> None:
+    """Raise `CheckpointError` unless the file holds just the tensors that its record tells of, in float32 or float64."""
+    wanted = set(expected)
+    for name in sorted(wanted ^ set(stored)):
+        said = "tells of it, but it is not there" if name in wanted else "tells nothing of it"
+        raise CheckpointError(
+            f"{path}: tensor {shown(name)!r}: the file's record {said}. Collect it again with {maker}."
+        )
+    for name, tensor in stored.items():
+        if tensor.dtype not in ("F32", "F64"):
+            raise CheckpointError(
+                f"{path}: tensor {shown(name)!r} is {tensor.dtype}; what is measured is F32 or F64. Collect it again with {maker}."
+            )
+
+
+def check_names(path: Path, key: str, names: Iterable[str], known: Iterable[str], maker: str) -> None:
+    """Raise `CheckpointError` for a name under `key` of the record that is none of the `known` ones."""
+    strange = sorted(set(names) - set(known))
+    if strange:
+        raise CheckpointError(
+            f"{path}: {key} names {shown(strange[0])!r}, of which the file holds nothing. Collect it again with {maker}."
+        )

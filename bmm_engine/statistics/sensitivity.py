@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bmm_engine.errors import CollectionError, EmptyCalibrationError
+from bmm_engine.errors import CheckpointError, CollectionError, EmptyCalibrationError
 from bmm_engine.models.architecture import LinearModule, linear_modules, module_checkpoint_names
 from bmm_engine.models.calling import Mask, call_model, evaluating, kept_rows, mask_of, placement, to_device
 from bmm_engine.ops.gram import accumulate_gram
@@ -24,6 +25,7 @@ from bmm_engine.progress import track
 from bmm_engine.statistics.fisher import differentiable, draw_labels, sample_seed
 from bmm_engine.statistics.grams import weight_fingerprint
 from bmm_engine.statistics.measured import MeasuredSet
+from bmm_engine.statistics.values import check_second_moment
 
 Logits = Callable[[Any, Any], Tensor]
 
@@ -80,6 +82,19 @@ class SensitivitySet(MeasuredSet):
 
     KEY = "sensitivity"
     TITLE = "sensitivity"
+
+    def check_values(self, name: str, values: Tensor) -> None:
+        """It is a mean of J^T J. Raises `CheckpointError`, `NonFiniteGramError`."""
+        if values.shape == self.shape(name):  # not for some of its rows
+            check_second_moment(values, self.where, f"the sensitivity of {name!r}", name)
+
+    @classmethod
+    def check_shape(cls, path: Path, name: str, shape: tuple[int, ...]) -> None:
+        """It is a square. Raises `CheckpointError`."""
+        if len(shape) != 2 or not shape[0] == shape[1] > 0:
+            raise CheckpointError(
+                f"{path}: the sensitivity of {name!r} has shape {shape}, a square (out, out) was expected. Collect it again."
+            )
 
 
 class _Recorder:

@@ -442,11 +442,83 @@ def test_not_a_plain_lora(tmp_path: Path, options: dict[str, Any]) -> None:
         ({"alpha_pattern": {"que(ry": 2}}, r"alpha_pattern: 'que\(ry' is no regular expression"),
         ({"alpha_pattern": [3]}, r"alpha_pattern=\[3\] is no map"),
         ({"modules_to_save": "classifier"}, "modules_to_save='classifier' is no list"),
+        ({"modules_to_save": {"classifier": 1}}, "modules_to_save={'classifier': 1} is no list"),
+        ({"modules_to_save": 3}, "modules_to_save=3 is no list"),
+        ({"r": -4}, "r=-4 is no positive integer"),
+        ({"r": "4"}, "r='4' is no positive integer"),
+        ({"r": 4.0}, "r=4.0 is no positive integer"),
+        ({"r": True}, "r=True is no positive integer"),
+        ({"r": 10**9}, "r=1000000000 is more than 65536"),
+        ({"lora_alpha": 0}, "lora_alpha=0 is no positive number"),
+        ({"lora_alpha": -16}, "lora_alpha=-16 is no positive number"),
+        ({"lora_alpha": "16"}, "lora_alpha='16' is no positive number"),
+        ({"lora_alpha": [16]}, r"lora_alpha=\[16\] is no positive number"),
+        ({"lora_alpha": math.nan}, "the value of .lora_alpha. is nan"),
+        ({"lora_alpha": math.inf}, "the value of .lora_alpha. is inf"),
+        ({"lora_alpha": 1e30}, r"lora_alpha=1e\+30 is more than 1000000"),
+        ({"lora_alpha": 10**400}, r"lora_alpha=1000.*is more than 1000000"),
+        ({"lora_alpha": None}, "lora_alpha=None is no positive number"),
+        ({"alpha_pattern": {"query": "8"}}, r"alpha_pattern\['query'\]='8' is no positive number"),
+        ({"rank_pattern": "query"}, "rank_pattern='query' is no map"),
+        ({"use_rslora": "false"}, "use_rslora = 'false': it should be a valid boolean"),
+        ({"use_rslora": 0}, "use_rslora = 0: it should be a valid boolean"),
+        ({"use_dora": "no"}, "use_dora = 'no': it should be a valid boolean"),
+        ({"fan_in_fan_out": "False"}, "fan_in_fan_out = 'False': it should be a valid boolean"),
+        ({"use_qalora": "false"}, "use_qalora = 'false': it should be a valid boolean"),
+        ({"lora_dropout": "0.1"}, "lora_dropout = '0.1': it should be a valid number"),
+        ({"target_modules": [["query"]]}, r"target_modules.* it should be a valid string"),
+        ({"target_modules": {"query": 1}}, "target_modules.* it should be a valid"),
+        (
+            {"base_model_name_or_path": ["org/base"]},
+            r"base_model_name_or_path = \['org/base'\]: it should be a valid string",
+        ),
+        ({"bias": "some"}, "bias = 'some': it should be 'none', 'all' or 'lora_only'"),
+        ({"bias": ["none"]}, r"bias = \['none'\]: it should be 'none'"),
+        ({"init_lora_weights": [True]}, "init_lora_weights.* it should be a valid"),
+        ({"layers_to_transform": "3"}, "layers_to_transform.* it should be a valid"),
     ],
 )
 def test_config_that_makes_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json: .*{message}") as caught:
         AdapterSource(encoder(), write(tmp_path, pair("encoder.0.query"), **options))
+    assert len(str(caught.value)) < 1500
+
+
+def test_keys_that_peft_may_add_are_let_pass(tmp_path: Path) -> None:
+    tensors = pair("encoder.0.query")
+    plain = AdapterSource(encoder(), write(tmp_path / "plain", tensors))
+    options = {
+        "eva_config": None,
+        "corda_config": None,
+        "use_rslora": None,
+        "peft_version": "0.19",
+        "qalora_group_size": 16,
+    }
+    more = AdapterSource(plain.base, write(tmp_path / "more", tensors, **options))
+    assert torch.equal(more.load("encoder.0.query.weight"), plain.load("encoder.0.query.weight"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_B.bias"])
+def test_factors_that_are_quantised(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    tensors = pair("encoder.0.query") | {"encoder.0.query.lora_magnitude_vector": torch.ones(HEIGHT)}
+    tensors["encoder.0.query.lora_B.bias"] = torch.ones(HEIGHT)
+    tensors[f"encoder.0.query.{part}"] = tensors[f"encoder.0.query.{part}"].to(dtype)
+    with pytest.raises(CheckpointError, match=rf"{part}' is {dtype}, .* quantised .*float32"):
+        AdapterSource(encoder(), write(tmp_path, tensors, use_dora=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight"])
+def test_factors_that_are_not_finite_are_the_adapters_fault(tmp_path: Path, part: str, value: float) -> None:
+    tensors = pair("encoder.0.query")
+    tensors[f"encoder.0.query.{part}"].view(-1)[:2] = value
+    source = AdapterSource(encoder(), write(tmp_path, tensors))
+    for read in (source.load, source.low_rank):
+        with pytest.raises(
+            CheckpointError, match=rf"adapter_model\.safetensors: .*{part}' holds 2 values that are NaN"
+        ):
+            read("encoder.0.query.weight")
 
 
 A, B = (f"encoder.0.query.lora_{letter}.weight" for letter in "AB")

@@ -244,7 +244,8 @@ def test_an_unknown_architecture_merges_by_patterns_or_grams(tmp_path):
     _, experts, base_path, paths = family("bert", tmp_path)
     grams = [collect_grams(e, make_batches("bert", t)) for t, e in enumerate(experts)]
     known = merge(base_path, paths, grams=grams).tensors
-    (base_path / "config.json").write_text(json.dumps({"model_type": "mystery", "architectures": ["MysteryModel"]}))
+    for path in (base_path, *paths):
+        (path / "config.json").write_text(json.dumps({"model_type": "mystery", "architectures": ["MysteryModel"]}))
     with pytest.raises(CheckpointError, match=r"Give the linear modules in the recipe"):
         merge(base_path, paths)
     assert len(merge(base_path, paths, modules=["*attention.self*"]).modules) == 6

@@ -29,6 +29,8 @@ OTHER = {
     "modules": ["*mlp*"],
     "keep_base": ["head*"],
     "vocabulary": "pad",
+    "unchecked_statistics": True,
+    "unchecked_configs": True,
     "device": "cuda:1",
 }
 
