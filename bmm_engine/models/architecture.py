@@ -148,15 +148,27 @@ def load_config(path: Path, held: Held, overrides: Mapping[str, Any] | None = No
 
     Raises `CheckpointError` if transformers cannot read it, or if it has more layers or labels than the files can account for.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-    with _typed(path):
+    try:
         raw, _ = PreTrainedConfig.get_config_dict(path, local_files_only=True)
         held.check_counts(raw, f"{path}/config.json")
         names = raw.get("architectures") or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, (str, list)) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"architectures={str(names)[:100]} is no list of names")
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **(overrides or {}))
+    except BmmError:
+        raise
+    except Exception as error:  # whatever a config class makes of odd values
+        kind = _model_type(path)
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"{path / 'config.json'}: transformers makes no {kind} of it ({told(error)}). Correct the config, or download it again."
+            ) from error
+        raise UnknownArchitectureError(
+            f"{path}: transformers cannot read its config.json ({told(error)}). Give the linear modules in the recipe:"
+            " `modules: ['*.q_proj', ...]`, and every matching 2-D weight is taken as (out, in)."
+        ) from error
 
 
 def _model_type(path: Path) -> Any:
@@ -204,7 +216,7 @@ def meta_model(path: Path, held: Held, overrides: Mapping[str, Any] | None = Non
     import torch
 
     config = load_config(path, held, overrides)
-    with torch.device("meta"), held.limiting(f"{path}/config.json"):
+    with torch.device("meta"), held.limiting(str(path / "config.json")):
         return _built(path, config)
 
 
@@ -244,27 +256,6 @@ def weightless_model(
     finally:
         torch.set_default_dtype(before)
     return model.eval()
-
-
-@contextmanager
-def _typed(path: Path) -> Iterator[None]:
-    """What transformers raises of a config that it cannot use, of any type, as a `CheckpointError`."""
-    try:
-        yield
-    except BmmError:
-        raise
-    except Exception as error:
-        from transformers import CONFIG_MAPPING
-
-        kind = _model_type(path)
-        if isinstance(kind, str) and kind in CONFIG_MAPPING:
-            raise CheckpointError(
-                f"{path / 'config.json'}: transformers makes no {kind} of it ({told(error)}). Correct the config, or download it again."
-            ) from error
-        raise UnknownArchitectureError(
-            f"{path}: transformers cannot read its config.json ({told(error)}). Give the linear modules in the recipe:"
-            " `modules: ['*.q_proj', ...]`, and every matching 2-D weight is taken as (out, in)."
-        ) from error
 
 
 @contextmanager

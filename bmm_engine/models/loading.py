@@ -36,8 +36,7 @@ def loading_of(
 
     Raises `CheckpointError` for a config of which nothing can be built.
     """
-    held = Held.of({name: shape for name, (shape, _) in tensors.items()})
-    model: Any = meta_model(path, held, overrides)
+    model: Any = meta_model(path, Held.of({name: shape for name, (shape, _) in tensors.items()}), overrides)
     meta: Any = torch.device("meta")
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -67,6 +67,8 @@ _ODD = (
     "/etc/passwd", "'\\0'", '"\\0"', '"\\ud800"', "*a", "&a 1", "? x", "|\n  text", ">-\n  text", "[" * 2000,
     "{a: " * 500 + "1" + "}" * 500, "é", "nan", "inf", "llama", "llama/base/config.json", "organisation/name", "https://example.org/x",
 )  # fmt: skip
+# A model that is nowhere is named by its reference.
+_NAMED = ("recipe.yaml", "llama/", "no such directory")
 _BOMB = "".join(
     [
         "a0: &a0 [x, x, x, x, x, x, x, x, x]\n",
@@ -85,13 +87,11 @@ def make_recipe_case(rng: random.Random, material: Material, folder: Path) -> Ca
     if rng.random() < 0.05:
         did = displace(rng, path)
     if rng.random() < 0.85:
-        return Case(
-            did, ["merge", "recipe.yaml", "-o", "out"], ("recipe.yaml", "llama/"), lambda _: _check_recorded(folder)
-        )
+        return Case(did, ["merge", "recipe.yaml", "-o", "out"], _NAMED, lambda _: _check_recorded(folder))
     return Case(
         did,
         ["inspect", "recipe.yaml", "--json"],
-        ("recipe.yaml", "llama/"),
+        _NAMED,
         lambda ended: _check_inspected(ended, folder),
     )
 
