@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bmm_engine.errors import ConfigError
+from bmm_engine.errors import BmmError, OutputExistsError, OutputWriteError, StudyError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output, nothing else.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never ask the hub; use local files and the hub's cache.")]
@@ -42,13 +42,15 @@ def headline(subject: Any, rest: str) -> Any:
 
 @contextmanager
 def about(source: Path | str) -> Iterator[None]:
-    """What is wrong with a recipe, or with its models and data, is said with the recipe's name before it, where it is not said so already."""
+    """What is wrong with a recipe, or with its models and data, is said with the recipe's name before it, unless it is said already."""
     try:
         yield
-    except ConfigError as error:
-        if Path(source).name in str(error):
-            raise
-        raise ConfigError(f"{source}: {error}") from error
+    except (OutputExistsError, OutputWriteError, StudyError):
+        raise
+    except BmmError as error:
+        if Path(source).name not in str(error):
+            error.args = (f"{source}: {error}", *error.args[1:])
+        raise
 
 
 def print_json(value: Any) -> None:

@@ -46,6 +46,7 @@ class SequentialRecipe(Strict):
     task_vector_samples: float = Field(
         100.0,
         ge=0,
+        le=1e12,
         allow_inf_nan=False,
         description="as how many calibration samples the task vector's Gram counts beside a task's own; 0: the measured Grams alone",
     )

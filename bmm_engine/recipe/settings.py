@@ -31,7 +31,7 @@ def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], 
             raise ValueError("it must be a number")
         try:
             found = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError("it must be a number") from None
         if complaint := check(found):
             raise ValueError(complaint)
@@ -57,9 +57,12 @@ def _task_weights(value: Any) -> str | tuple[float, ...] | None:
     try:
         if isinstance(value, (str, Mapping)):
             raise TypeError
-        return tuple(float(weight) for weight in value)
-    except (TypeError, ValueError):
+        weights = tuple(float(weight) for weight in value)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("it must be 'none', 'energy' or one number per expert") from None
+    if not all(0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
+        raise ValueError("task weights must be finite, >= 0 and not all 0")
+    return weights
 
 
 def _device(value: Any) -> Any:

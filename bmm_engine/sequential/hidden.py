@@ -109,12 +109,12 @@ class HiddenStates(MutableSequence[Tensor]):
     """The hidden states before one stage and, while it is at work, those after it: `states[i] = tensor` is for the next stage and gives up
     what `states[i]` holds in memory; `turn` goes on to the next.
 
-    `folder(stage)`: where the states before a stage are written. `keep`: all are written, so that a killed walk can go on; else only those
-    that find no room.
+    `dtype`: how they are kept; `run_dtype`: how they are given back, as the models run. `folder(stage)`: where the states before a stage are
+    written. `keep`: all are written, so that a killed walk can go on; else only those that find no room.
     """
 
-    def __init__(self, name: str, room: Room, dtype: torch.dtype, *, keep: bool):
-        self.name, self.room, self.dtype, self.keep = name, room, dtype, keep
+    def __init__(self, name: str, room: Room, dtype: torch.dtype, *, run_dtype: torch.dtype, keep: bool):
+        self.name, self.room, self.dtype, self.run_dtype, self.keep = name, room, dtype, run_dtype, keep
         self._now: HiddenFile | None = None
         self._next: HiddenFile | None = None
         self._folder: Path | None = None
@@ -128,7 +128,7 @@ class HiddenStates(MutableSequence[Tensor]):
 
     def __getitem__(self, index: Any) -> Any:
         assert self._now is not None
-        return self._now.read(index)
+        return self._now.read(index).to(self.run_dtype)
 
     def __setitem__(self, index: Any, tensor: Any) -> None:
         if self._next is None:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,11 +67,12 @@ class SequentialWalk:
                 )
             self._modules[live] = module
         self._room, dtype = Room(options.hidden_bytes), options.hidden_dtype or skeleton.dtype
+        kept = partial(HiddenStates, room=self._room, dtype=dtype, run_dtype=skeleton.dtype, keep=sweep.resumable)
         ordered = self.expert_inputs.ordered(batches)
         readers = [reader_of(plan.alignment, expert) for expert in self.expert_inputs.experts]
         self.experts, self.merged = (
             [
-                Passage(own, read, HiddenStates(f"{whose}-{t}", self._room, dtype, keep=sweep.resumable))
+                Passage(own, read, kept(f"{whose}-{t}"))
                 for t, (own, read) in enumerate(zip(ordered, reading, strict=True))
             ]
             for whose, reading in (("expert", readers), ("merged", [self._read_merged] * len(readers)))

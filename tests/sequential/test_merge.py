@@ -361,3 +361,11 @@ def test_other_architectures_are_walked_with_what_their_own_blocks_do(name, tmp_
             keep = batch["attention_mask"].bool()
             assert relative_error(found[keep], truth[keep]) < 1e-4
             assert relative_error(start[keep], truth[keep]) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_models_that_cast_nothing_themselves_run_on_hidden_states_of_another_dtype(dtype):
+    base, experts, batches = problem("bert")
+    whole = merge_sequential(base, experts, batches).tensors
+    half = merge_sequential(base, experts, batches, hidden_dtype=dtype).tensors
+    assert 0 < max(relative_error(half[n], whole[n].double()) for n in body(whole)) < 0.05
