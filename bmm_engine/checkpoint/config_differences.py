@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import re
@@ -54,6 +55,8 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
     if all(_HARMLESS.match(path[-1]) for path, _, _ in raw):
         return [Difference(".".join(path), ours, theirs, False) for path, ours, theirs in raw]
     whole = _completed(base), _completed(expert)
+    # One that its own architecture does not take is compared with the other as it stands.
+    odd = (whole[0] is None) != (whole[1] is None) and "model_type" in base and "model_type" in expert
     if whole[0] is not None and whole[1] is not None:
         declared = whole[0][1] | whole[1][1]
         found = [
@@ -63,7 +66,7 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
     else:
         found = [
             Difference(".".join(path), ours, theirs, _matters(path) and bool(_TELLING.search(path[-1])))
-            for path, ours, theirs in _unequal(base, expert, (), both=True)
+            for path, ours, theirs in _unequal(base, expert, (), both=not odd)
         ]
     return sorted(found, key=lambda one: not one.matters)
 
@@ -95,7 +98,7 @@ def _completed(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]] | N
         from transformers import CONFIG_MAPPING
 
         cls = CONFIG_MAPPING[config["model_type"]]
-        made = cls.from_dict(dict(config))
+        made = cls.from_dict(copy.deepcopy(dict(config)))
         declared = {"model_type", *inspect.signature(cls.__init__).parameters}
         return made.to_dict(), declared | set(getattr(cls, "sub_configs", ()) or ())
     except Exception as error:  # whatever a config class makes of odd values: then the files themselves are compared

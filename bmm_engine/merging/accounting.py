@@ -106,7 +106,9 @@ def _fault(loading: Loading, source: TensorSource, asked_for: tuple[str, ...]) -
             f"{loading.model} as it describes it has no place for {len(left)} tensors of the weights, the first is {left[0]!r}: whoever loads the"
             f" model would lose them. They can be kept from the base (keep_base: ['{left[0]}'])."
         )
-    missing = [name for name in loading.missing if not any(fnmatchcase(name, pattern) for pattern in asked_for)]
+    missing = [
+        name for name in loading.missing if "pool" not in name
+    ]  # encoders are saved without their pooler, and run without it
     if missing:
         return (
             f"{loading.model} as it describes it has {len(missing)} tensors that the weights lack, the first is {missing[0]!r}: whoever loads the"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from bmm_engine.errors import ConfigError, GramMismatchError, ShapeMismatchError
+from bmm_engine.errors import GramMismatchError, ShapeMismatchError
 from bmm_engine.merging.align import AlignedExpert
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.recipe.settings import MergeSettings
@@ -131,17 +131,6 @@ def sensitivity_name(own: SensitivitySet, expert: AlignedExpert, module: LinearM
             " It was measured on another model; collect it again from this expert."
         )
     return known
-
-
-def check_solves(
-    settings: MergeSettings, linear: Mapping[str, LinearModule], solved: Mapping[str, LinearModule]
-) -> None:
-    """Raise `ConfigError` where a merge is to solve modules, and there is none. (An `alpha` that is inf at every module asks for none.)"""
-    if settings.solves and not linear and not solved:
-        raise ConfigError(
-            "nothing can be solved: none of the tensors to be merged is known as the weight of a linear module. Name them with `modules` (patterns"
-            " of module names, as in the base's files), take fewer into `keep_base`, or say `alpha: inf` for the anchor's own merge of all tensors."
-        )
 
 
 def _check_hashed(

@@ -17,7 +17,6 @@ from bmm_engine.merging.align import AlignedExpert, Alignment, align
 from bmm_engine.merging.belonging import (
     check_fishers,
     check_sensitivities,
-    check_solves,
     find_module,
     measured_modules,
     resolve_module,
@@ -29,6 +28,7 @@ from bmm_engine.models.architecture import (
     checkpoint_linear_modules,
     linear_modules,
     matrix_modules,
+    meta_model,
     select_modules,
 )
 from bmm_engine.models.bounds import Held
@@ -108,7 +108,21 @@ def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -
     linear = {}
     if settings.solves or settings.rule.linear:
         linear = find_linear_modules(alignment, models.live, settings.modules, statistics.grams)
+    if settings.solves and not linear and _has_linear_modules(alignment, models.live):
+        raise ConfigError(
+            "nothing can be solved: the model has linear modules, but none of the tensors to be merged is known as the weight of one. Name them with"
+            " `modules` (patterns of module names, as in the base's files), take fewer into `keep_base`, or say `alpha: inf` for the anchor's own"
+            " merge of all tensors."
+        )
     return _build_plan(alignment, linear, settings, statistics)
+
+
+def _has_linear_modules(alignment: Alignment, live: nn.Module | None) -> bool:
+    """Beside heads. A network of convolutions has none: then there is nothing to miss."""
+    root = root_checkpoint(alignment.base)
+    if live is None and root is not None and root.config is not None:
+        live = meta_model(root.path)
+    return live is None or bool(linear_modules(live))
 
 
 def find_linear_modules(
@@ -179,7 +193,6 @@ def _build_plan(
     depth = DepthMap(alignment.base.names())
     alphas = {name: settings.alpha_setting.at(m.weight, depth(m.weight), len(experts)) for name, m in measured.items()}
     solved = {name: m for name, m in measured.items() if alphas[name] != math.inf}
-    check_solves(settings, linear, solved)
     if settings.rule.needs == "fishers" and len(statistics.fishers) == len(experts):
         check_fishers(alignment.merged, experts, statistics.fishers, settings)
     if sensitivities:

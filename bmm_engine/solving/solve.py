@@ -29,6 +29,7 @@ from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.cholesky import cholesky_, solve_right
 from bmm_engine.ops.residual import residual
+from bmm_engine.parallel import one_thread
 from bmm_engine.solving.moments import DenseMoment, Moment
 
 # Jitter, relative to the mean diagonal of A: tried in this order on the members of a batch that have no factor without it. The last ones
@@ -81,7 +82,12 @@ def energy_weights(energies: Sequence[float]) -> tuple[float, ...]:
 def task_energy(moment: Moment, task_vector: Tensor) -> float:
     """`tr(U G U^T)`: how much fine-tuning changed this module's output, on the task's own inputs. `task_vector` (out, in)."""
     u = task_vector.double()
-    return float(sum((moment.apply(rows) * rows).sum() for rows in u.split(BLOCK_ROWS)))
+    total = 0.0
+    for rows in u.split(BLOCK_ROWS):
+        applied = moment.apply(rows)
+        with one_thread():  # a sum of all elements is cut by threads
+            total += float((applied * rows).sum())
+    return total
 
 
 def factorize(

@@ -174,6 +174,13 @@ def test_configs_of_an_architecture_that_nobody_knows():
     assert config_differences(None, base) == []
 
 
+@pytest.mark.parametrize("change", [{"layer_norm_eps": [1]}, {"hidden_act": math.nan}, {"model_type": ["bert"]}])
+def test_values_that_no_config_takes(change):
+    base = {"model_type": "bert", "hidden_size": 16}
+    found = config_differences(base, {**base, **change})
+    assert [one.key for one in found if one.matters] == list(change)
+
+
 def test_the_command_says_what_loads(saved, tmp_path):
     base, paths = saved["bert"]
     for name, change, words in (
@@ -190,6 +197,16 @@ def test_the_command_says_what_loads(saved, tmp_path):
         assert found.exit_code == 0, found.exception
         assert words in " ".join(found.output.split())
         assert ("Load it with" in found.output) == (name != "cut")
+
+
+def test_an_encoder_that_was_saved_without_its_pooler(tmp_path):
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    bare = save(BertModel(make_base("bert").config, add_pooling_layer=False), tmp_path / "bare")
+    result = bmm.merge(bare, [bare, bare], output=tmp_path / "out")
+    assert len(result.modules) == 12
+    assert loads_back(result.path) == ""
 
 
 def test_a_head_that_the_file_lacks(tmp_path):

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from bmm_engine.cli import app
 from bmm_engine.errors import ConfigError, GramMismatchError, MissingTensorError, ShapeMismatchError
 from bmm_engine.pipeline.run import prepare_recipe
 from bmm_engine.recipe.recipe import Recipe
-from tests.tiny import family, fine_tune, make_base, make_batches
+from tests.tiny import family, fine_tune, make_base, make_batches, save
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,17 @@ def test_a_merge_that_is_to_solve_and_has_nothing_to_solve(bert):
         bmm.plan_merge(base, paths, keep_base=["*.weight"])
     assert bmm.plan_merge(base, paths, keep_base=["*.weight"], alpha=math.inf).groups == ()
     assert bmm.plan_merge(base, paths, alpha=[{"filter": "bert", "value": math.inf}]).groups == ()
+
+
+def test_a_network_of_convolutions_has_nothing_to_solve_and_is_merged(tmp_path):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    torch.manual_seed(0)
+    base = transformers.ResNetForImageClassification(config)
+    paths = [
+        save(model, tmp_path / f"model-{i}") for i, model in enumerate((base, fine_tune(base, 1), fine_tune(base, 2)))
+    ]
+    assert bmm.plan_merge(paths[0], paths[1:]).groups == ()
+    assert bmm.plan_merge(base, paths[1:]).groups == ()
 
 
 def write_recipe(folder, base, paths, grams, **keys):
