@@ -121,7 +121,7 @@ def _has_linear_modules(alignment: Alignment, live: nn.Module | None) -> bool:
     """Beside heads. A network of convolutions has none: then there is nothing to miss."""
     root = root_checkpoint(alignment.base)
     if live is None and root is not None and root.config is not None:
-        live = meta_model(root.path)
+        live = meta_model(root.path, Held.of(root.shapes()))
     return live is None or bool(linear_modules(live))
 
 
