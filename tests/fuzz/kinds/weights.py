@@ -27,7 +27,7 @@ def make_weights_case(rng: random.Random, material: Material, folder: Path) -> C
     else:
         did, content = mutate_tensors(rng, path.read_bytes())
         path.write_bytes(content)
-    names, did = ("model.safetensors", f"llama/{victim}"), f"{victim}: {did}"
+    names, did = ("model.safetensors", "llama/"), f"{victim}: {did}"
     action = rng.random()
     if action < 0.6:
         experts = [folder / "llama" / f"expert-{i}" for i in range(2)]
