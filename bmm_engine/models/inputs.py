@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -50,7 +51,7 @@ def _check_names(model: nn.Module, batch: Mapping[str, Any], where: str) -> None
         p.name
         for p in parameters
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        and (p.annotation is p.empty or "Tensor" in str(p.annotation))
+        and (p.annotation is p.empty or _takes_tensors(str(p.annotation)))
     ]
     for name in batch:
         if name not in known:
@@ -63,6 +64,11 @@ def _check_names(model: nn.Module, batch: Mapping[str, Any], where: str) -> None
         raise ConfigError(
             f"{where}: holds {', '.join(batch)}, and not the {main!r} that {type(model).__name__} reads. Add it."
         )
+
+
+def _takes_tensors(annotation: str) -> bool:
+    """Not a switch or a number, which some let be a tensor too (`logits_to_keep: int | torch.Tensor`)."""
+    return "Tensor" in annotation and re.search(r"\b(int|bool)\b", annotation) is None
 
 
 def _check_mask(batch: Mapping[str, Any], where: str) -> None:

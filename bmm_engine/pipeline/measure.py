@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from bmm_engine.checkpoint import Checkpoint, TensorSource
-from bmm_engine.errors import CollectionError, EmptyCalibrationError
+from bmm_engine.errors import CollectionError, EmptyCalibrationError, NonFiniteGramError
 from bmm_engine.evaluators.heads import with_head
 from bmm_engine.models.inputs import check_inputs
 from bmm_engine.pipeline.models import live_model
@@ -40,7 +40,7 @@ def collect_from_checkpoint(
     live, path = live_model(source, dtype=options.dtype, device=device)
     batches = batches_of(data, path, options, live)
     without_logits(live)
-    with naming(data):
+    with naming(path, data):
         return collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
 
 
@@ -57,7 +57,7 @@ def fisher_from_checkpoint(
     source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
     live, path = live_model(source, dtype=options.dtype, device=device)
     batches = batches_of(data, path, options, live)
-    with naming(data):
+    with naming(path, data):
         return collect_fisher(
             live,
             batches,
@@ -86,7 +86,7 @@ def sensitivity_from_checkpoint(
     # A head of its own reads no pooler; that the file lacks one is no news.
     live, path = live_model(source, dtype=options.dtype, device=device, reports=head is None)
     batches = batches_of(data, path, options, live)
-    with naming(data):
+    with naming(path, data):
         return collect_sensitivity(
             live,
             batches,
@@ -107,12 +107,15 @@ def batches_of(data: CalibrationData, path: Path, options: CalibrationRecipe, mo
 
 
 @contextmanager
-def naming(data: CalibrationData) -> Iterator[None]:
-    """What is wrong with a batch, said of the file that it comes from."""
+def naming(path: Path, data: CalibrationData) -> Iterator[None]:
+    """What goes wrong while a model runs, said of it and of the file that it reads."""
+    where = f"{path} on {data.source}"
     try:
         yield
+    except NonFiniteGramError as error:
+        raise NonFiniteGramError(f"{where}: {error}", module=error.module, count=error.count) from error
     except (CollectionError, EmptyCalibrationError) as error:
-        raise type(error)(f"{data.source}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
 
 
 def without_logits(live: Any) -> None:

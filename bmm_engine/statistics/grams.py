@@ -217,11 +217,11 @@ class GramSet:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file: `gram.GROUP` (in, in) and `row_sum.GROUP` (in,), the rest as metadata.
 
-        Written under a temporary name and renamed. Raises `OutputWriteError`.
+        Written under a temporary name and renamed. Raises `OutputWriteError`, and as `get` for values that would be refused when read.
         """
         tensors, rows = {}, {}
         for group in dict.fromkeys(self.modules.values()):
-            gram = self._read(group)
+            gram = self.get(group)  # a file that nobody could read again is not written
             tensors[f"gram.{group}"] = gram.total.detach().cpu().contiguous()
             tensors[f"row_sum.{group}"] = gram.row_sum.detach().cpu().contiguous()
             rows[group] = gram.rows

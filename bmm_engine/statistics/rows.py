@@ -82,15 +82,18 @@ def _json_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
 
 def _csv_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     with opened_text(path, newline="") as file:
-        lines = csv.reader(file)
+        lines = csv.reader(file, strict=True)  # or a text after a closing quote would be glued to it
         header: list[str] | None = None
         while True:
             first = lines.line_num + 1
             try:
                 cells = next(lines, None)
-            except csv.Error as error:  # a field longer than csv's limit, most often of a quote that is not closed
+            except (
+                csv.Error
+            ) as error:  # a quote that is not closed, or closed too early; a field longer than csv's limit
                 raise ConfigError(
-                    f"{path}, line {first}: not valid CSV ({cut(str(error))}). Close the quote; of texts so long, use .jsonl."
+                    f"{path}, line {first}: not valid CSV ({cut(str(error))}). Close the quote, and double those inside of a"
+                    " text; of very long texts, use .jsonl."
                 ) from error
             if cells is None:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ def _changed(path: Path, tree: dict[str, Any]) -> tuple[dict[str, Any], set[str]
     """The mutated config, and the keys in which it differs from what it was."""
     now = read_config(path)
     missing = object()
+    rope = now.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_type" not in rope:
+        now["rope_parameters"] = {**rope, "rope_type": "default"}  # what is left out
     return now, {key for key in {*now, *tree} if _differ(now.get(key, missing), tree.get(key, missing))}
 
 
@@ -80,10 +84,9 @@ def _check_merge(folder: Path, victim: str, tree: dict[str, Any], material: Mate
     try:
         now, changed = _changed(folder / "llama" / victim / "config.json", tree)
     except Invalid as error:
-        if not (folder / "llama" / victim / "config.json").exists() and victim != "base":
-            now, changed = {}, set()  # an expert without a config: its tensors are all there is
-        else:
+        if os.path.lexists(folder / "llama" / victim / "config.json") or solving:
             return f"accepted: {error}"
+        now, changed = {}, set()  # without a config, tensors are all there is
     # What is left out means its default, which may be what stood there.
     if told := sorted(key for key in changed & set(FUNCTION) if key in now):
         return f"accepted: {victim} has another {told[0]} than the others: {str(now.get(told[0]))[:60]}"
@@ -93,7 +96,7 @@ def _check_merge(folder: Path, victim: str, tree: dict[str, Any], material: Mate
             return wrong
     if changed & {"architectures", *FUNCTION}:
         raise Unjudged(f"{sorted(changed)} of {victim}")
-    written = json.loads((folder / "out" / "config.json").read_text())
+    written = json.loads((folder / "out" / "config.json").read_text()) if now else {}
     if victim == "base" and (lost := [key for key in changed if key in now and _differ(written.get(key), now[key])]):
         return f"the output's config has {lost[0]}: {written.get(lost[0])!r}, the base's {now[lost[0]]!r}"
     return None
@@ -105,8 +108,10 @@ def _check_inspect(ended: Ended, path: Path, tree: dict[str, Any]) -> str | None
         now, changed = _changed(path, tree)
     except Invalid as error:
         return None if not path.exists() and said["linear_modules_unknown"] else f"accepted: {error}"
-    if not changed & {*FUNCTION, "architectures"} and (
-        len(said["linear_modules"]) != 14 or said["linear_modules_unknown"]
+    if (
+        not changed & {*FUNCTION, "architectures"}
+        and len(said["linear_modules"]) != 14
+        and not said["linear_modules_unknown"]
     ):
         return f"14 linear modules are there, {len(said['linear_modules'])} said"
     if said["linear_modules_unknown"] or not changed & {*FUNCTION, "architectures"}:

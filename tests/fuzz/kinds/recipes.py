@@ -199,7 +199,7 @@ def _same_scalar(said: Any, recorded: Any, folder: Path) -> bool:
     if isinstance(said, bool) or isinstance(recorded, bool):
         return said is recorded
     if said is None or recorded is None:
-        return said is recorded
+        return said is None  # null: whatever follows from the rest
     if isinstance(said, float) and not math.isfinite(said):
         return str(said) == str(recorded)
     if isinstance(said, str):
