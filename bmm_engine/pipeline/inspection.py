@@ -12,7 +12,7 @@ from rich.text import Text
 from bmm_engine.checkpoint import Checkpoint
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.plan import MergePlan
-from bmm_engine.models.architecture import checkpoint_linear_modules
+from bmm_engine.models.architecture import LinearModule, checkpoint_linear_modules
 
 
 def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[str, Any]:
@@ -24,8 +24,9 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
     if config:
         try:
             linear = checkpoint_linear_modules(checkpoint.path, {s.name: s.shape for s in specs})
+            _check_shapes(checkpoint, linear)
         except CheckpointError as error:  # the rest is still worth showing
-            unknown = str(error)
+            linear, unknown = {}, str(error)
     return {
         "kind": "checkpoint",
         "path": str(checkpoint.path),
@@ -38,6 +39,17 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
         "linear_modules": {m.name: [m.out_features, m.in_features] for m in linear.values()},
         "linear_modules_unknown": unknown,
     }
+
+
+def _check_shapes(checkpoint: Checkpoint, linear: dict[str, LinearModule]) -> None:
+    """Raise `CheckpointError` where the config describes another shape than the files hold."""
+    for module in linear.values():
+        held = checkpoint.spec(module.weight).shape
+        if held != module.stored_shape:
+            raise CheckpointError(
+                f"{checkpoint.path / 'config.json'}: describes {module.weight!r} with shape {module.stored_shape}, the files hold {held}. Correct the"
+                " config, or download the checkpoint again."
+            )
 
 
 def _architecture(config: dict[str, Any]) -> str:

@@ -89,6 +89,15 @@ def test_a_value_of_another_type(model: Path, tmp_path: Path, key: str, value: o
         meta_model(path, Held.of(Checkpoint.open(path).shapes()))
 
 
+def test_inspect_says_where_config_and_files_differ(model: Path, tmp_path: Path) -> None:
+    found = describe_checkpoint(str(spoiled(model, tmp_path, "intermediate_size", 80)))
+    assert found["linear_modules"] == {}
+    assert (
+        "'model.layers.0.mlp.gate_proj.weight' with shape (80, 16), the files hold (40, 16)"
+        in found["linear_modules_unknown"]
+    )
+
+
 def test_a_checkpoint_of_a_few_tensors_may_have_a_whole_architecture(model: Path) -> None:
     built = meta_model(model, Held.of({"norm.weight": (16,)}))
     assert sum(p.numel() for p in built.parameters()) > 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def check_average(out: Path, base: Path, experts: list[Path]) -> str | None:
 
 def check_tensors(out: Path, origin: dict[str, torch.Tensor], tuned: list[dict[str, torch.Tensor]]) -> str | None:
     got = model_in(out)
+    tuned = [{without_prefix(name, origin): tensor for name, tensor in own.items()} for own in tuned]
     if set(got) != set(origin):
         return f"the output's names differ from the base's: {sorted(set(got) ^ set(origin))[:3]}"
     for name, tensor in origin.items():
@@ -56,6 +58,12 @@ def check_tensors(out: Path, origin: dict[str, torch.Tensor], tuned: list[dict[s
         if wrong := differs(name, got[name], expected):
             return wrong
     return None
+
+
+def without_prefix(name: str, known: Container[str]) -> str:
+    """A prefix more than the base has is no other name: PEFT's and wrappers' `model.`."""
+    shorter = name.removeprefix("model.")
+    return shorter if name not in known and shorter in known else name
 
 
 def check_inspected(ended: Ended, folder: Path) -> str | None:

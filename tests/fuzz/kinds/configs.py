@@ -87,8 +87,8 @@ def _check_merge(folder: Path, victim: str, tree: dict[str, Any], material: Mate
         if os.path.lexists(folder / "llama" / victim / "config.json") or solving:
             return f"accepted: {error}"
         now, changed = {}, set()  # without a config, tensors are all there is
-    # What is left out means its default, which may be what stood there.
-    if told := sorted(key for key in changed & set(FUNCTION) if key in now):
+    # What is left out, or null, means its default, which may be what stood there.
+    if told := sorted(key for key in changed & set(FUNCTION) if now.get(key) is not None):
         return f"accepted: {victim} has another {told[0]} than the others: {str(now.get(told[0]))[:60]}"
     if not solving:
         experts = [folder / "llama" / f"expert-{i}" for i in range(2)]

@@ -9,7 +9,7 @@ import torch
 
 from tests.fuzz.case import Case, Ended, Invalid
 from tests.fuzz.material import Material
-from tests.fuzz.oracles import check_average, check_inspected, differs
+from tests.fuzz.oracles import check_average, check_inspected, differs, without_prefix
 from tests.fuzz.place import displace
 from tests.fuzz.reading import model_in, tensors_in
 from tests.fuzz.tensors import mutate_tensors
@@ -54,6 +54,7 @@ def _check_grams(ended: Ended, folder: Path, victim: str) -> str | None:
         return f"accepted: {error}"
     model = LlamaForCausalLM(AutoConfig.from_pretrained(folder / "llama" / victim)).eval()
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    tensors = {without_prefix(name, wanted): tensor for name, tensor in tensors.items()}
     lacking = sorted(set(wanted) - set(tensors))
     if lacking:
         return f"ran a model whose file lacks {lacking[0]}"
