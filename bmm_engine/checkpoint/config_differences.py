@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _HARMLESS = re.compile(
     r"""^(_.*|transformers_version|name_or_path|architectures|auto_map|model_name|(torch_)?dtype|id2label|label2id|num_labels|problem_type
     |finetuning_task|task_specific_params|tokenizer_class|processor_class|prefix|use_cache|output_\w+|return_\w+|torchscript|use_bfloat16
-    |(\w*_)?attn_implementation|\w*gradient_checkpointing|chunk_size_feed_forward|pretraining_tp|vocab_size|max_position_embeddings
+    |(\w*_)?attn_implementation|\w*gradient_checkpointing|chunk_size_feed_forward|pretraining_tp|max_position_embeddings
     |\w*_token_id|\w*_token_index|\w*drop\w*|init\w*|\w*initializer\w*|\w*_init(_\w+)?|\w*loss\w*|\w*_coef|label_smoothing\w*
     |mask_(time|feature)_\w+|apply_spec_augment|quantization_config|pruned_heads|temperature|top_[kp]|typical_p|do_sample|num_beam\w*
     |(min|max)_(new_)?(length|tokens)|length_penalty|repetition_penalty|no_repeat_ngram_size|bad_words_ids|num_return_sequences|early_stopping

@@ -56,7 +56,8 @@ def check_configs(alignment: Alignment, settings: MergeSettings) -> None:
                 expert.label,
                 "; ".join(harmless[:_TOLD]),
             )
-        telling = [str(one) for one in differences if one.matters]
+        resized = settings.vocabulary != "error"  # then the output's config says how many rows it has
+        telling = [str(one) for one in differences if one.matters and not (resized and one.key.endswith("vocab_size"))]
         if not telling:
             continue
         more = f" (and {len(telling) - _TOLD} more)" if len(telling) > _TOLD else ""

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from bmm_engine.checkpoint import parse_size
 
 
 class Strict(BaseModel):
+    """Unknown keys are errors, and a switch is no number: `trials: true` is not 1, `fit_bias: 0` is not false."""
+
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _switch_or_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if type(value) not in (bool, int, float):
+            return value
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and not kinds & {bool, Any}:
+            raise ValueError("it must not be true or false")
+        if not isinstance(value, bool) and kinds <= {bool, type(None)}:
+            raise ValueError("it must be true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of; values of a `Literal` count as their types."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    return {annotation}
 
 
 class CalibrationRecipe(Strict):

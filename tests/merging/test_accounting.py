@@ -131,6 +131,7 @@ def test_an_expert_of_another_function_is_refused_with_both_values(saved, key, t
         ("vit", {"layer_norm_eps": 1e-5}),
         ("vit", {"num_attention_heads": 2}),
         ("gpt2", {"n_head": 2}),
+        ("gpt2", {"vocab_size": 7}),
         ("gpt2", {"activation_function": "relu"}),
         ("gpt2", {"scale_attn_weights": False}),
     ],

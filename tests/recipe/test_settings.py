@@ -87,7 +87,7 @@ def test_what_a_mode_leaves_open():
         ({"aplha": 1}, "unknown key 'aplha'; did you mean 'alpha'"),
         ({"gram_source": "data"}, "unknown key 'gram_source'"),
         ({"alpha": -1}, r"alpha = -1: it must be >= 0 \(inf for the anchor itself\)"),
-        ({"alpha": True}, "alpha = True: it must be a number"),
+        ({"alpha": True}, "alpha = True: it must not be true or false"),
         ({"scale": math.nan}, "scale = nan: it must be finite"),
         ({"task_weights": "some"}, "task_weights = 'some': it must be 'none', 'energy' or one number per expert"),
         ({"sensitivity_share": 1.0}, r"sensitivity_share = 1\.0: .*less than 1"),
