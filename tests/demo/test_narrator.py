@@ -31,7 +31,7 @@ archives = {name: Archive(**pin) for name, pin in json.loads(pins).items()}
 with Narrator(make_console(), interval=float(interval)) as narrator:
     tasks = load_tasks(Path(cache), sizes=Sizes(20, 8, 6, 10), **archives)[:2]
     rates = zip(tasks, (1e-3, float("inf")))
-    settings = {task.name: Settings(epochs=60, batch_size=4, learning_rate=rate) for task, rate in rates}
+    settings = {task.name: Settings(epochs=300, batch_size=4, learning_rate=rate) for task, rate in rates}
     with narrator.stage("fine-tuning"):
         train_experts(tasks, Path(base), Path(output), settings=settings, workers=1)
 """
@@ -62,7 +62,7 @@ def test_in_a_pipe_a_run_is_never_silent_for_long_and_fails_as_ever(
     assert lines[-1][0] - lines[0][0] > INTERVAL_S, "too short a run to tell"
     assert max(later - earlier for (earlier, _), (later, _) in pairwise(lines)) <= INTERVAL_S
     assert all(re.match(r"\[ *\d+ s\] fine-tuning", line) for _, line in lines)
-    said = [match for _, line in lines if (match := re.search(r"reuters, epoch (\d+) of 60, step \d of 5", line))]
+    said = [match for _, line in lines if (match := re.search(r"reuters, epoch (\d+) of 300, step \d of 5", line))]
     assert said, lines
     assert [int(match[1]) for match in said] == sorted(int(match[1]) for match in said)
     assert not any("done in" in line for _, line in lines)
