@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from bmm_engine.checkpoint.guard import read_json_object
 from bmm_engine.checkpoint.layout import contained
-from bmm_engine.checkpoint.validated import shown, validated
-from bmm_engine.errors import CheckpointError
+from bmm_engine.checkpoint.validated import validated
+from bmm_engine.errors import CheckpointError, cut, shown
 
 CONFIG_FILENAME = "adapter_config.json"
 MERGE_REMEDY = "merge it into its base with PEFT (merge_and_unload, save_pretrained) and pass the result"
@@ -102,9 +102,7 @@ class LoraSettings:
         _refuse(path, raw)
         modules_to_save = config.modules_to_save or ()
         if not isinstance(modules_to_save, (list, tuple)) or not all(isinstance(m, str) for m in modules_to_save):
-            raise CheckpointError(
-                f"{path}: modules_to_save={shown(repr(modules_to_save))} is no list of names; correct it"
-            )
+            raise CheckpointError(f"{path}: modules_to_save={shown(modules_to_save)} is no list of names; correct it")
         return cls(
             path=path,
             rank=_positive(path, "r", config.r, _MOST_RANK, whole=True),
@@ -144,16 +142,14 @@ def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 def _refuse_other_kinds(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
-        raise CheckpointError(
-            f"{path}: peft_type is {shown(repr(kind))}; only LORA can be applied here: {MERGE_REMEDY}"
-        )
+        raise CheckpointError(f"{path}: peft_type is {shown(kind)}; only LORA can be applied here: {MERGE_REMEDY}")
 
 
 def _refuse(path: Path, config: Mapping[str, Any]) -> None:
     for option, reason in _REFUSED.items():
         if config.get(option):
             raise CheckpointError(
-                f"{path}: with {option}={shown(repr(config[option]))} the adapter {reason}, so it is no plain LoRA: {MERGE_REMEDY}"
+                f"{path}: with {option}={shown(config[option])} the adapter {reason}, so it is no plain LoRA: {MERGE_REMEDY}"
             )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE):
@@ -168,11 +164,11 @@ def _positive(path: Path, key: str, value: Any, most: float, *, whole: bool = Fa
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
         raise CheckpointError(
-            f"{path}: {shown(key)}={shown(repr(value))} is no positive {'integer' if whole else 'number'}; correct it or download it again"
+            f"{path}: {cut(key, 80)}={shown(value)} is no positive {'integer' if whole else 'number'}; correct it or download it again"
         )
     if value > most:
         raise CheckpointError(
-            f"{path}: {shown(key)}={shown(value)} is more than {most:.0f}, the most that makes sense; correct it or download it again"
+            f"{path}: {cut(key, 80)}={shown(value)} is more than {most:.0f}, the most that makes sense; correct it or download it again"
         )
     return value
 
@@ -180,15 +176,13 @@ def _positive(path: Path, key: str, value: Any, most: float, *, whole: bool = Fa
 def _patterns(path: Path, key: str, given: Any, most: float, *, whole: bool = False) -> dict[str, Any]:
     patterns = given or {}
     if not isinstance(patterns, dict):
-        raise CheckpointError(
-            f"{path}: {key}={shown(repr(patterns))} is no map from module names to numbers; correct it"
-        )
+        raise CheckpointError(f"{path}: {key}={shown(patterns)} is no map from module names to numbers; correct it")
     for pattern, value in patterns.items():
         _positive(path, f"{key}[{pattern!r}]", value, most, whole=whole)
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise CheckpointError(
-                f"{path}: {key}: {shown(repr(pattern))} is no regular expression ({error}); correct it"
+                f"{path}: {key}: {shown(pattern)} is no regular expression ({error}); correct it"
             ) from None
     return dict(patterns)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bmm_engine.checkpoint.validated import shown
+from bmm_engine.errors import shown
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Difference:
     matters: bool
 
     def __str__(self) -> str:
-        return f"{self.key} = {shown(repr(self.theirs))}, the base has {shown(repr(self.ours))}"
+        return f"{self.key} = {shown(self.theirs)}, the base has {shown(self.ours)}"
 
 
 def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any] | None) -> list[Difference]:

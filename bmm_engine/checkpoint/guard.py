@@ -5,22 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bmm_engine.errors import CheckpointError
+from bmm_engine.disk.reading import irregular, unique_keys
+from bmm_engine.errors import CheckpointError, cut, shown
 
 MAX_JSON_BYTES = 2**29
 DEEPEST_JSON = 100
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def regular_file(path: Path) -> os.stat_result:
@@ -32,8 +24,7 @@ def regular_file(path: Path) -> os.stat_result:
         info = path.stat()
     except (OSError, ValueError) as error:  # ValueError: NUL, or a name that is no UTF-8
         raise unreadable(path, error) from error
-    if not stat.S_ISREG(info.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(info.st_mode), "something else")
+    if kind := irregular(info):
         raise CheckpointError(f"{path}: is not a regular file but {kind}; put the file itself there")
     return info
 
@@ -41,9 +32,7 @@ def regular_file(path: Path) -> os.stat_result:
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a path that the system refuses."""
     reason = getattr(error, "strerror", None) or error
-    return CheckpointError(
-        f"{_shortened(str(path), 300)}: cannot be read ({reason}); check the path and its permissions"
-    )
+    return CheckpointError(f"{cut(str(path), 300)}: cannot be read ({reason}); check the path and its permissions")
 
 
 def read_bytes(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
@@ -80,19 +69,8 @@ def parse_json(content: str | bytes, where: str, remedy: str = "download it agai
         value = json.loads(text, object_pairs_hook=unique_keys)
         _check_values(value)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: is not valid JSON ({_shortened(str(error), 200)}); {remedy}") from error
+        raise CheckpointError(f"{where}: is not valid JSON ({cut(str(error))}); {remedy}") from error
     return value
-
-
-def unique_keys(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`: an object whose keys differ, and are text. Raises ValueError that names the key."""
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        key.encode("utf-8")  # a lone surrogate could not be written again
-        if key in result:
-            raise ValueError(f"the key {_shortened(key, 100)!r} appears twice")
-        result[key] = value
-    return result
 
 
 def _check_values(value: Any) -> None:
@@ -102,7 +80,7 @@ def _check_values(value: Any) -> None:
         below = []
         for key, listed, item in level:
             if isinstance(item, float) and not math.isfinite(item) and (math.isnan(item) or not listed):
-                raise ValueError(f"the value of {_shortened(key, 100)!r} is {item}, which is no finite number")
+                raise ValueError(f"the value of {shown(key, 100)} is {item}, which is no finite number")
             if isinstance(item, str) and not item.isascii():
                 item.encode("utf-8")
             if isinstance(item, dict):
@@ -113,7 +91,3 @@ def _check_values(value: Any) -> None:
             return
         level = below
     raise ValueError(f"it is nested more than {DEEPEST_JSON} levels deep")
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 20]} ... ({len(text)} characters)"

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from bmm_engine.checkpoint.guard import unique_keys
 from bmm_engine.checkpoint.layout import check_weight_file, file_stamp
 from bmm_engine.checkpoint.source import TensorSpec, row_span
+from bmm_engine.disk.reading import unique_keys
 from bmm_engine.errors import CheckpointError
 
 _TORCH_NAMES = {

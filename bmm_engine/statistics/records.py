@@ -14,9 +14,11 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from bmm_engine.checkpoint.validated import json_object, shown, validated
+from bmm_engine.checkpoint.guard import parse_json
+from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
+from bmm_engine.checkpoint.validated import validated
 from bmm_engine.disk.files import is_file, is_running, siblings
-from bmm_engine.errors import CheckpointError, OutputExistsError, OutputWriteError
+from bmm_engine.errors import CheckpointError, OutputExistsError, OutputWriteError, shown
 
 
 def write_record(
@@ -105,11 +107,14 @@ def read_record(
     if not path.is_file():
         raise CheckpointError(f"{path}: no such {what} file. Make it with {maker}.")
     try:
+        SafetensorsFile.open(
+            path
+        )  # a header that says a name twice, or leaves gaps, is read by the library all the same
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             tensors = {name: StoredTensor(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, CheckpointError) as error:
         raise CheckpointError(
             f"{path}: not a readable {what} file ({error}). Collect it again with {maker}."
         ) from error
@@ -118,7 +123,11 @@ def read_record(
             f"{path}: a safetensors file, but not a {what} file (no {format_name!r} metadata). Make one with {maker}."
         )
     remedy = f"Collect it again with {maker}."
-    raw = json_object(metadata[format_name], f"{path}: its record", remedy)
+    raw = parse_json(metadata[format_name], f"{path}: its record", f"collect it again with {maker}")
+    if not isinstance(raw, dict):
+        raise CheckpointError(
+            f"{path}: its record is a JSON {type(raw).__name__} where an object is expected. {remedy}"
+        )
     if raw.get("version") != version:
         raise CheckpointError(
             f"{path}: {what} format version {shown(raw.get('version'))}, this engine reads {version}. Collect it again."
@@ -131,13 +140,11 @@ def check_tensors(path: Path, stored: Mapping[str, StoredTensor], expected: Iter
     wanted = set(expected)
     for name in sorted(wanted ^ set(stored)):
         said = "tells of it, but it is not there" if name in wanted else "tells nothing of it"
-        raise CheckpointError(
-            f"{path}: tensor {shown(name)!r}: the file's record {said}. Collect it again with {maker}."
-        )
+        raise CheckpointError(f"{path}: tensor {shown(name)}: the file's record {said}. Collect it again with {maker}.")
     for name, tensor in stored.items():
         if tensor.dtype not in ("F32", "F64"):
             raise CheckpointError(
-                f"{path}: tensor {shown(name)!r} is {tensor.dtype}; what is measured is F32 or F64. Collect it again with {maker}."
+                f"{path}: tensor {shown(name)} is {tensor.dtype}; what is measured is F32 or F64. Collect it again with {maker}."
             )
 
 
@@ -146,5 +153,5 @@ def check_names(path: Path, key: str, names: Iterable[str], known: Iterable[str]
     strange = sorted(set(names) - set(known))
     if strange:
         raise CheckpointError(
-            f"{path}: {key} names {shown(strange[0])!r}, of which the file holds nothing. Collect it again with {maker}."
+            f"{path}: {key} names {shown(strange[0])}, of which the file holds nothing. Collect it again with {maker}."
         )

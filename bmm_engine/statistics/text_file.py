@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from bmm_engine.disk.reading import irregular, unique_keys
 from bmm_engine.errors import ConfigError, cut, shown
 
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 # Linux's limits; others are as narrow.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 _SPARE = 48
@@ -58,8 +51,7 @@ def check_regular(path: Path, what: str = "the file") -> int:
         found = os.stat(path)
     except (OSError, ValueError) as error:
         raise unreadable(path, what, error) from error
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no regular file")
+    if kind := irregular(found):
         raise ConfigError(
             f"{path}: {what} cannot be read (it is {kind}). Give a regular file; save what it gives as one."
         )
@@ -97,24 +89,13 @@ def read_json(path: Path, what: str, most_bytes: int = 1 << 28) -> Any:
 
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text. Raises `ConfigError`, for keys that are there twice too."""
-
-    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ConfigError(f"{where}: the key {shown(twice)} is there twice; keep one.")
-        return found
-
     try:
-        return json.loads(text, object_pairs_hook=unique)
-    except ConfigError:
-        raise
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError:
         raise ConfigError(f"{where}: cannot be read (it nests too deeply). It must be plain JSON.") from None
     except ValueError as error:  # of JSON, and of integers with thousands of digits
         raise ConfigError(
-            f"{where}: cannot be read ({cut(str(error))}). It must be UTF-8 text of valid JSON."
+            f"{where}: cannot be read ({cut(str(error))}). It must be UTF-8 text of valid JSON, each key once."
         ) from error
 
 

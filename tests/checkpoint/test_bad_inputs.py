@@ -51,7 +51,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "overlap": (raw({"a": entry(offsets=(0, 4)), "b": entry(offsets=(2, 6))}, bytes(6)), "not a valid .* of .* bytes"),
     "hole": (raw({"a": entry(offsets=(0, 4)), "b": entry(offsets=(8, 12))}, bytes(12)), "not a valid .* of .* bytes"),
     "twice": (raw(b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}", bytes(4)),
-              "'a' appears twice"),
+              "'a' is there twice"),
     "wrong length": (raw({"a": entry(shape=(3,))}, bytes(4)), r"'a' of shape \(3,\) and dtype F32 needs 12 bytes.* 4;"),
     "negative shape": (raw({"a": entry(shape=(-1,))}, bytes(4)), "header of tensor 'a' is malformed"),
     "shape is no list": (raw({"a": entry(shape="1")}, bytes(4)), "header of tensor 'a' is malformed"),

@@ -53,7 +53,7 @@ def device(path: Path) -> None:
 
 
 PLACES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pipe": (lambda path: os.mkfifo(path), "is not a regular file but a pipe; put the file itself there"),
+    "pipe": (lambda path: os.mkfifo(path), "is not a regular file but a named pipe; put the file itself there"),
     "folder": (lambda path: path.mkdir(), "is not a regular file but a folder"),
     "loop": (loop, "(cannot be read|outside)"),
     "dangling": (dangling, "(cannot be read|not in)"),
@@ -108,7 +108,7 @@ def test_names_that_no_system_takes(model: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' appears twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
         ('{"a": NaN}', "the value of 'a' is nan, which is no finite number"),
         ('{"a": [NaN]}', "the value of 'a' is nan"),
         ('{"a": Infinity}', "the value of 'a' is inf"),

@@ -103,7 +103,7 @@ GRAM_RECORDS = {
     "no rows": (lambda r: r["rows"].update(a=0), r"rows\.a = 0"),
     "absurd rows": (lambda r: r["rows"].update(a=10**30), r"rows\.a = 1000"),
     "rows are true": (lambda r: r["rows"].update(a=True), r"rows\.a = True"),
-    "rows are NaN": (lambda r: r["rows"].update(a=math.nan), r"rows\.a = nan"),
+    "rows are NaN": (lambda r: r["rows"].update(a=math.nan), "'a' is nan"),
     "rows of nothing": (lambda r: r["rows"].update(z=3), "rows names 'z'"),
     "a group without rows": (lambda r: r["rows"].pop("a"), "modules names 'a'"),
     "a module of no group": (lambda r: r["modules"].update(c="z"), "modules names 'z'"),
