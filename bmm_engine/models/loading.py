@@ -12,6 +12,7 @@ import torch
 
 from bmm_engine.models.architecture import meta_model, named_class
 from bmm_engine.models.bounds import Held
+from bmm_engine.progress import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -44,25 +45,28 @@ def loading_of(
         from transformers.modeling_utils import LoadStateDictConfig
 
         conversions: Any = get_model_conversion_mapping(model)
-        found = convert_and_load_state_dict_in_model(
-            model,
-            {name: torch.empty(shape, dtype=dtype, device=meta) for name, (shape, dtype) in tensors.items()},
-            LoadStateDictConfig(
-                ignore_mismatched_sizes=True,
-                device_map={"": meta},
-                weight_mapping=conversions,
-            ),
-        )
+        with quiet_transformers():
+            found = convert_and_load_state_dict_in_model(
+                model,
+                {name: torch.empty(shape, dtype=dtype, device=meta) for name, (shape, dtype) in tensors.items()},
+                LoadStateDictConfig(
+                    ignore_mismatched_sizes=True,
+                    device_map={"": meta},
+                    weight_mapping=conversions,
+                ),
+            )
         info = found[0] if isinstance(found, tuple) else found
         model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         model._adjust_missing_and_unexpected_keys(info)
+    except ImportError as error:  # an older transformers: it has no such parts
+        logger.info("%s: how its tensors load was not checked (%s)", path, error)
+        return None
     except (
-        ImportError,
         AttributeError,
         TypeError,
         NotImplementedError,
-    ) as error:  # an older transformers: it has no such parts
-        logger.info("%s: how its tensors load was not checked (%s: %s)", path, type(error).__name__, error)
+    ) as error:  # a newer one, or a class that loads in a way of its own
+        logger.warning("%s: how its tensors load was not checked (%s: %s)", path, type(error).__name__, error)
         return None
     return Loading(
         type(model).__name__,

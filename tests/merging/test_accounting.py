@@ -39,9 +39,16 @@ def edited(path, folder, **keys):
 
 
 @pytest.mark.parametrize("architecture", ["bert", "llama", "vit", "gpt2"])
-def test_good_checkpoints_pass_and_what_is_written_loads(saved, architecture, tmp_path):
+def test_good_checkpoints_pass_and_what_is_written_loads(saved, architecture, tmp_path, capfd):
+    import transformers
+
     base, paths = saved[architecture]
-    assert loads_back(bmm.merge(base, paths, output=tmp_path / "out").path) == ""
+    transformers.utils.logging.enable_progress_bar()  # as it is outside these tests
+    try:
+        assert loads_back(bmm.merge(base, paths, output=tmp_path / "out").path) == ""
+    finally:
+        transformers.utils.logging.disable_progress_bar()
+    assert capfd.readouterr() == ("", "")
     assert bmm.plan_merge(base, paths, alpha=math.inf).groups == ()
 
 
