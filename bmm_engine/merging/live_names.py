@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
@@ -12,8 +12,11 @@ from bmm_engine.merging.align import Alignment
 from bmm_engine.models.architecture import checkpoint_names
 
 
-def live_names(alignment: Alignment, expert: int | None, model: nn.Module) -> dict[str, str]:
-    """Base tensor name -> its name in the state dict of `model`, of the base's own architecture (None) or an expert's; some may have none there.
+def live_names(
+    alignment: Alignment, expert: int | None, model: nn.Module, fused: Collection[str] = ()
+) -> dict[str, str]:
+    """Base tensor name -> its name in the state dict of `model`, of the base's own architecture (None) or an expert's; some may have none there,
+    such as those that are `fused` into others.
 
     Raises `CheckpointError` for a merged tensor that the live model lacks.
     """
@@ -27,7 +30,7 @@ def live_names(alignment: Alignment, expert: int | None, model: nn.Module) -> di
         live = next((by_file[n] for n in _spellings((own, name), prefix) if n in by_file), None)
         if live is not None:
             found[name] = live
-        elif name in alignment.merged and name not in alignment.base.aliases:
+        elif name not in fused and name in alignment.merged and name not in alignment.base.aliases:
             missing.append(name)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

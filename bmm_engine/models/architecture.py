@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -256,6 +257,26 @@ def weightless_model(
     finally:
         torch.set_default_dtype(before)
     return model.eval()
+
+
+def made_parameter(model: nn.Module, name: str) -> torch.Tensor | None:
+    """What the architecture itself makes of a parameter that checkpoints leave out (sinusoidal positions), in float32; None where chance makes it."""
+    import torch
+
+    path, _, leaf = name.rpartition(".")
+    init: Any = getattr(model, "_init_weights", None)
+    if init is None or not path:
+        return None
+    made = []
+    for seed in (0, 1):
+        own = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu").float()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            for parameter in own.parameters():
+                parameter.fill_(torch.nan if seed else 0)
+            init(own)
+        made.append(own.get_parameter(leaf).detach())
+    return made[0] if torch.equal(*made) else None
 
 
 @contextmanager

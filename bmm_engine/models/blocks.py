@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from bmm_engine.errors import CollectionError, ConfigError
 from bmm_engine.models.architecture import linear_module
-from bmm_engine.models.calling import Mask, Stop, call_model, mask_of, placement, to_device
+from bmm_engine.models.calling import BodyEnd, Mask, Stop, call_model, padding_of, placement, to_device
 
 
 def find_blocks(model: nn.Module, pattern: str | None = None) -> str:
@@ -49,7 +49,7 @@ def _are_blocks(modules: Iterable[nn.Module]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Call:
+class BlockCall:
     """How the model calls one block, the hidden states left out: `key` says where they go."""
 
     args: tuple[Any, ...]
@@ -57,7 +57,7 @@ class _Call:
     key: int | str
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], block: str) -> tuple[_Call, Tensor]:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], block: str) -> tuple[BlockCall, Tensor]:
         for value in (*args, *kwargs.values()):
             if type(value).__name__.endswith("Cache"):
                 raise CollectionError(
@@ -73,6 +73,10 @@ class _Call:
                 f"{block}: none of its arguments is a tensor of hidden states; name another list with `blocks`."
             )
         return cls(args, {**kwargs, key: None}, key), kwargs[key]
+
+    def values(self) -> list[Any]:
+        """All but the hidden states."""
+        return [*self.args, *self.kwargs.values()]
 
     def __call__(self, block: Runnable, hidden: Tensor) -> Any:
         if isinstance(self.key, int):
@@ -102,7 +106,8 @@ class BlockWalk:
     """Calibration batches on their way through the blocks of a model: hidden states are carried from block to block.
 
     Made with the model whose embeddings they start from: it reads each batch once, up to its last block, and what it hands to every block
-    beside the hidden states (masks, rotary angles) is kept. Then, block by block, any module may stand in for block `index`:
+    beside the hidden states (masks, rotary angles) is kept. Where the model has gone through other lists before (an encoder's), `after` are those
+    walks, finished, and give what their blocks gave. Then, block by block, any module may stand in for block `index`:
 
         output = walk.call(batch, index, block)     # on the hidden states carried so far, which stay as they are
         walk.advance(batch, output)                 # these are the next ones
@@ -118,22 +123,25 @@ class BlockWalk:
         *,
         device: torch.device | None = None,
         hidden: MutableSequence[Tensor] | None = None,
+        after: Sequence[BlockWalk] = (),
     ):
         """`blocks`: the name of the list, as `find_blocks` gives it. `device`: of the model, by default that of its first parameter. `hidden`:
         where the hidden states are kept, an empty sequence; by default a list. Raises `CollectionError`, `EmptyCalibrationError`."""
         self.device = placement(module_of(model))[0] if device is None else device
         self.blocks = blocks
         self.batches = list(batches)
-        self.masks = [mask_of(to_device(batch, self.device), mask) for batch in self.batches]
+        self.padding = [padding_of(module_of(model), to_device(batch, self.device), mask) for batch in self.batches]
+        self.after = tuple(after)
         self.hidden: MutableSequence[Tensor] = [] if hidden is None else hidden
-        self._calls: list[list[_Call]] = []
+        self._calls: list[list[BlockCall]] = []
         self._forms: list[Any] = []
         held = len(self.hidden)  # of an earlier walk that goes on here
         with torch.inference_mode():
             form: Any = None
             for number in range(len(self.batches)):
                 # Where a block gives nothing beside hidden states, one run of the first tells the form of what all of them give.
-                calls, first, form = _record(model, blocks, self.batch(number), form if _only_hidden(form) else None)
+                with self.before(model, number):
+                    calls, first, form = _record(model, blocks, self.batch(number), form if only_hidden(form) else None)
                 self._calls.append(calls)
                 self._forms.append(form)
                 if not held:
@@ -155,13 +163,33 @@ class BlockWalk:
 
     def advance(self, batch: int, output: Any) -> None:
         """Carry on with a block's `output`."""
-        self.hidden[batch] = _hidden_of(output)
+        self.hidden[batch] = hidden_of(output)
 
     def finish(self, batch: int, model: Runnable) -> Any:
-        """Run `model` on the batch with the carried hidden states in the place of what its blocks give."""
-        output = _with_hidden(self._forms[batch], self.hidden[batch].to(self.device, copy=True))
-        with torch.inference_mode(), replaced(module_of(model), self.blocks, lambda *_: output):
+        """Run `model` on the batch with the carried hidden states in the place of what its blocks give; None where only heads come after them."""
+        with torch.inference_mode(), self.through(model, batch), suppress(BodyEnd):
             return call_model(model, self.batch(batch))
+
+    @contextmanager
+    def standing(self, model: Runnable, batch: int) -> Iterator[None]:
+        """Each of the blocks gives the carried hidden states of the batch."""
+        output = with_hidden(self._forms[batch], self.hidden[batch].to(self.device, copy=True))
+        with replaced(module_of(model), self.blocks, lambda *_: output):
+            yield
+
+    @contextmanager
+    def through(self, model: Runnable, batch: int) -> Iterator[None]:
+        """The blocks of this walk, and of those before it, give what they gave at their end."""
+        with self.before(model, batch), self.standing(model, batch):
+            yield
+
+    @contextmanager
+    def before(self, model: Runnable, batch: int) -> Iterator[None]:
+        """The blocks of the walks before this one give what they gave at their end."""
+        with ExitStack() as stack:
+            for walk in self.after[-1:]:
+                stack.enter_context(walk.through(model, batch))
+            yield
 
 
 def module_of(model: Runnable) -> nn.Module:
@@ -177,19 +205,21 @@ def before_blocks(model: Runnable, blocks: str, batch: Any) -> None:
     with replaced(module_of(model), blocks, stop):
         try:
             call_model(model, batch)
+        except BodyEnd:
+            pass
         except Stop:
             return
     raise CollectionError(f"a calibration batch does not reach the first of the model's blocks {blocks}.")
 
 
-def _record(model: Runnable, blocks: str, batch: Any, form: Any = None) -> tuple[list[_Call], Tensor, Any]:
+def _record(model: Runnable, blocks: str, batch: Any, form: Any = None) -> tuple[list[BlockCall], Tensor, Any]:
     """How `model` calls each of its blocks, the hidden states that the first one gets, and the form of what a block gives.
 
     Unless a `form` is given, the first block runs, and its output stands for that of all others: what depends on the form of an output, or is
     handed on from the first block (T5's position bias), is then as it should be.
     """
     last = len(block_list(module_of(model), blocks)) - 1
-    calls: list[_Call] = []
+    calls: list[BlockCall] = []
     states: list[Any] = []
 
     def listen(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -198,11 +228,11 @@ def _record(model: Runnable, blocks: str, batch: Any, form: Any = None) -> tuple
                 f"{blocks}: block {index} is called after block {len(calls) - 1}; only models that run their blocks one by one in order can be"
                 " walked. Name another list with `blocks`."
             )
-        call, hidden = _Call.of(args, kwargs, f"{blocks}.{index}")
+        call, hidden = BlockCall.of(args, kwargs, f"{blocks}.{index}")
         calls.append(call)
         if index == 0:
             states.append(hidden.clone())
-            states.append(forward(*args, **kwargs) if form is None else _with_hidden(form, hidden.clone()))
+            states.append(forward(*args, **kwargs) if form is None else with_hidden(form, hidden.clone()))
         if index == last:
             raise Stop
         return states[1]
@@ -210,8 +240,10 @@ def _record(model: Runnable, blocks: str, batch: Any, form: Any = None) -> tuple
     try:
         with replaced(module_of(model), blocks, listen):
             call_model(model, batch)
+    except BodyEnd:
+        pass
     except Stop:
-        return calls, states[0], _with_hidden(states[1], torch.empty(0))
+        return calls, states[0], with_hidden(states[1], torch.empty(0))
     raise CollectionError(
         f"{blocks}: the model called {len(calls)} of its {last + 1} blocks for a calibration batch, so it cannot be walked block by block."
     )
@@ -249,7 +281,7 @@ def block_list(model: nn.Module, blocks: str) -> nn.ModuleList:
     return found  # type: ignore[return-value]
 
 
-def _hidden_of(output: Any) -> Tensor:
+def hidden_of(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     first = next(iter(output.values() if isinstance(output, Mapping) else output), None)
@@ -258,11 +290,11 @@ def _hidden_of(output: Any) -> Tensor:
     return first
 
 
-def _only_hidden(form: Any) -> bool:
+def only_hidden(form: Any) -> bool:
     return isinstance(form, Tensor) or (isinstance(form, (tuple, list)) and len(form) == 1)
 
 
-def _with_hidden(output: Any, hidden: Tensor) -> Any:
+def with_hidden(output: Any, hidden: Tensor) -> Any:
     """A block's output with other hidden states in it."""
     if isinstance(output, Tensor):
         return hidden
@@ -275,13 +307,13 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if not before:
-        yield
-        return
-    config.use_cache = False
+    """No part of the model keeps keys and values for a next token; an encoder and a decoder have configs of their own."""
+    configs = {id(c): c for c in (getattr(part, "config", None) for part in model.modules())}.values()
+    caching: list[Any] = [config for config in configs if getattr(config, "use_cache", None)]
+    for config in caching:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = before
+        for config in caching:
+            config.use_cache = True

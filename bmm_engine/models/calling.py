@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,11 +14,17 @@ from torch import Tensor, nn
 
 from bmm_engine.errors import BmmError, CollectionError, ConfigError, EmptyCalibrationError
 
+logger = logging.getLogger(__name__)
+
 Mask = str | Callable[[Any], Tensor | None] | None
 
 
 class Stop(Exception):
     """Ends a forward pass that has come far enough."""
+
+
+class BodyEnd(Stop):
+    """Ends a forward pass before the heads, which nobody reads."""
 
 
 @contextmanager
@@ -81,25 +90,78 @@ def mask_of(batch: Any, mask: Mask) -> Tensor | None:
     return found
 
 
-def kept_rows(name: str, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of module `name`'s input `x` (..., in) that `mask` (batch, length) keeps. Raises `CollectionError` where it does not fit."""
-    keep = row_mask(name, x, mask)
+@dataclass(frozen=True)
+class Padding:
+    """Which rows of a module's input are padding. `masks`, each (samples, length), 0 for padding: of the inputs, and of a decoder's.
+
+    `of_features`: the mask of features (samples, their length) that a model makes of its inputs, from that length and a mask, where the model tells.
+    `strict`: rows that no mask fits are an error; else they all count, since they are of something else (positions, a picture, pooled states).
+    """
+
+    masks: tuple[Tensor, ...]
+    of_features: Callable[[int, Tensor], Tensor] | None = None
+    strict: bool = False
+
+    def rows(self, name: str, x: Tensor) -> Tensor | None:
+        """Which rows of the input `x` (..., in) of module `name` count, leading dimensions flattened; None for all. Raises `CollectionError`."""
+        shape = x.shape[:-1]
+        for mask in self.masks:
+            if shape == mask.shape:
+                return mask.reshape(-1) != 0
+        for mask in self.masks:
+            if shape == mask.shape[::-1]:  # XLNet's rows: position first
+                return mask.mT.reshape(-1) != 0
+            if shape.numel() == mask.numel():
+                return mask.reshape(-1) != 0
+        mask = self.masks[0]
+        if len(shape) == 1 and shape[0] == mask.shape[0]:  # one row for each sequence (a pooler): no padding in it
+            return None
+        if self.of_features is not None and len(shape) == 2 and shape[0] == mask.shape[0]:
+            return self.of_features(shape[1], mask).reshape(-1) != 0
+        if not self.strict:
+            _say(name)
+            return None
+        raise CollectionError(
+            f"{name}: its input has shape {tuple(x.shape)}, the padding mask {tuple(mask.shape)}: which rows are padding cannot be told. Pass"
+            " mask=None (all rows count), a function that returns the mask that fits, or leave the module out with `modules`."
+        )
+
+
+@cache
+def _say(name: str) -> None:
+    logger.info(
+        "%s: its rows are of something else than the inputs (positions, pooled states ...): no padding is left out",
+        name,
+    )
+
+
+def padding_of(model: nn.Module, batch: Any, mask: Mask) -> Padding | None:
+    """A batch's padding as `model` reads it, or None where all rows count. Raises as `mask_of`, and `CollectionError` for a mask of another shape
+    than the inputs that it belongs to."""
+    found = mask_of(batch, mask)
+    if found is None:
+        return None
+    if callable(mask):
+        return Padding((found,), strict=True)
+    ids, decoder = batch.get("input_ids"), batch.get("decoder_attention_mask")
+    if isinstance(ids, Tensor) and ids.shape[: found.dim()] != found.shape:
+        raise CollectionError(
+            f"{mask}: the padding mask has shape {tuple(found.shape)}, input_ids {tuple(ids.shape)}: which rows are padding cannot be told. Give one"
+            " of the same shape, or mask=None (all rows count)."
+        )
+    if decoder is None:
+        of = next((batch[n] for n in ("decoder_input_ids", "labels") if isinstance(batch.get(n), Tensor)), None)
+        decoder = torch.ones_like(of) if of is not None and of.dim() == 2 else None
+    inner: Any = getattr(model, "base_model", model)
+    tells: Any = getattr(inner, "_get_feature_vector_attention_mask", None)
+    return Padding((found,) if decoder is None else (found, decoder), tells)
+
+
+def kept_rows(name: str, x: Tensor, padding: Padding | None) -> Tensor:
+    """The rows of module `name`'s input `x` (..., in) that are no padding. Raises `CollectionError` where that cannot be told."""
+    keep = None if padding is None else padding.rows(name, x)
     rows = x.reshape(-1, x.shape[-1])
     return x if keep is None or bool(keep.all()) else rows[keep]
-
-
-def row_mask(name: str, x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Which of the rows of `x` (..., in), leading dimensions flattened, `mask` keeps; None for all. Raises as `kept_rows` does."""
-    if mask is None:
-        return None
-    if x.shape[:-1] == mask.shape or x.numel() // x.shape[-1] == mask.numel():
-        return mask.reshape(-1) != 0
-    if x.dim() == 2 and x.shape[0] == mask.shape[0]:  # one row for each sequence (a pooler): no padding in it
-        return None
-    raise CollectionError(
-        f"{name}: its input has shape {tuple(x.shape)}, the padding mask {tuple(mask.shape)}: which rows are padding cannot be told. Pass"
-        " mask=None (all rows count), a function that returns the mask that fits, or leave the module out with `modules`."
-    )
 
 
 def call_model(model: Callable[..., Any], batch: Any) -> Any:

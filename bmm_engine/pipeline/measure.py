@@ -39,7 +39,6 @@ def collect_from_checkpoint(
     source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
     live, path = live_model(source, dtype=options.dtype, device=device)
     batches = batches_of(data, path, options, live)
-    without_logits(live)
     with naming(path, data):
         return collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
 
@@ -116,9 +115,3 @@ def naming(path: Path, data: CalibrationData) -> Iterator[None]:
         raise NonFiniteGramError(f"{where}: {error}", module=error.module, count=error.count) from error
     except (CollectionError, EmptyCalibrationError) as error:
         raise type(error)(f"{where}: {error}") from error
-
-
-def without_logits(live: Any) -> None:
-    """Logits over a whole vocabulary are large, and for Grams nobody reads them."""
-    if live.get_output_embeddings() is not None:
-        live.set_output_embeddings(nn.Identity())

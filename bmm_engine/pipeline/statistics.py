@@ -18,7 +18,6 @@ from bmm_engine.pipeline.measure import (
     collect_from_checkpoint,
     fisher_from_checkpoint,
     sensitivity_from_checkpoint,
-    without_logits,
 )
 from bmm_engine.pipeline.models import held_by, live_model, model_folder
 from bmm_engine.progress import Report
@@ -267,8 +266,6 @@ def _walk(
         live, path = live_model(source, cls=type(base), dtype=options.dtype, device=recipe.device)
         experts.append(live)
         batches.append(batches_of(own, path, options, live))
-    for live in (base, *experts):
-        without_logits(live)
     sets = collect_sequential(
         base,
         experts,

@@ -16,7 +16,7 @@ from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import InputRecord, ModuleRecord
 from bmm_engine.models.architecture import LinearModule
-from bmm_engine.models.calling import kept_rows, row_mask
+from bmm_engine.models.calling import Padding, kept_rows
 from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
 from bmm_engine.sequential.reading import Read
 from bmm_engine.sequential.solve import (
@@ -248,16 +248,16 @@ class Waiting:
         self._rows = [torch.empty(rows, width, dtype=dtype, device=device) for width in widths]
         self._filled = 0
 
-    def add(self, expert: Read, merged: Read, mask: Tensor | None) -> None:
+    def add(self, expert: Read, merged: Read, padding: Padding | None) -> None:
         """What both read of a batch; padding is left out. Raises `CollectionError`, and as `Accumulator.update`."""
         name, width, x = self.accumulator.name, self.accumulator.width, merged.x
-        keep, dtype = row_mask(name, x, mask), self._rows[0].dtype
+        keep, dtype = None if padding is None else padding.rows(name, x), self._rows[0].dtype
         streams = []
         if merged.stream is not None and expert.stream is not None:  # hidden states may be kept in another dtype
             streams = [merged.stream.to(dtype) - expert.stream.to(dtype)]
         if expert.x.shape != x.shape or x.shape[-1] != width or x.dtype != dtype:
             self.flush()
-            self.accumulator.update(*(kept_rows(name, rows, mask) for rows in (expert.x, x, *streams)))
+            self.accumulator.update(*(kept_rows(name, rows, padding) for rows in (expert.x, x, *streams)))
             return
         chosen = torch.arange(x.numel() // width, device=x.device) if keep is None else keep.nonzero()[:, 0]
         for rows in chosen.split(len(self._rows[0])):

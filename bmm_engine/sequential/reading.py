@@ -91,12 +91,17 @@ class Read:
     stream: Tensor | None = None
 
 
+class OtherRowsError(CollectionError):
+    """A module is not called as often, or with as many rows, as before: a router chooses what it reads."""
+
+
 class Reader:
     """Catches what one module reads in each pass of its stage and, with `outputs` (how many features it gives), what that is added to."""
 
     def __init__(self, shared: SharedInput, module: nn.Module, outputs: int = 0):
         self.shared, self.module = shared, module
         self.outputs = outputs if shared.additions else 0
+        self.routed = False  # then what it reads may differ from pass to pass
         self._inputs: list[Tensor] = []
         self._streams: list[Tensor] = []
         self._left = 0  # additions of the call at work
@@ -140,7 +145,7 @@ class Reader:
         x = _input_of(self.shared.leader, args, kwargs)
         # A pass that goes on may change it in place.
         self._inputs.append(x if self._stop and not self.outputs else x.clone())
-        if self._stop and not self.outputs and len(self._inputs) == self.shared.calls:
+        if self._stop and not self.outputs and not self.routed and len(self._inputs) == self.shared.calls:
             raise Stop
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -162,10 +167,11 @@ class Reader:
         inputs, self._inputs = self._inputs, []
         streams, self._streams = self._streams, []
         self._additions.leave()
+        if self.routed:
+            return [Read(x) for x in inputs]
         if len(inputs) != self.shared.calls:
-            raise CollectionError(
-                f"{self.shared.leader}: read {self.shared.calls} inputs of the first calibration batch, and {len(inputs)} of batch {batch}. What is"
-                " called only sometimes cannot be solved block by block; leave it out with `modules`."
+            raise OtherRowsError(
+                f"{self.shared.leader}: read {self.shared.calls} inputs of the first calibration batch, and {len(inputs)} of batch {batch}"
             )
         if not self.outputs:
             return [Read(x) for x in inputs]

@@ -242,7 +242,7 @@ def _identity(plan: MergePlan, anchor_plan: MergePlan, skeleton: Skeleton) -> di
             **walked,
             "modules": {m.name: m.stored_shape for g in plan.groups for m in g.members},
             "keep_base": alignment.kept,
-            "blocks": skeleton.blocks,
+            "blocks": list(skeleton.chains),
             "mask": walk.mask if isinstance(walk.mask, str) else repr(type(walk.mask)),
             "walk_dtype": str(skeleton.dtype),
         }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,19 +21,23 @@ from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import InputRecord, ModuleRecord
 from bmm_engine.models.architecture import LinearModule, is_head
-from bmm_engine.models.blocks import BlockWalk, Weighted, before_blocks, without_cache
-from bmm_engine.models.calling import evaluating, mask_of, samples_of, to_device
+from bmm_engine.models.blocks import Weighted, before_blocks, without_cache
+from bmm_engine.models.calling import evaluating, padding_of, samples_of, to_device
+from bmm_engine.models.heads import without_heads
 from bmm_engine.progress import Report, track
 from bmm_engine.sequential.hidden import HiddenStates, Room
-from bmm_engine.sequential.modules import ModuleSolver, Solved, Waiting, Written
+from bmm_engine.sequential.modules import ModuleSolver, Part, Solved, Waiting, Written
 from bmm_engine.sequential.moments import Accumulator
 from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
 from bmm_engine.sequential.passage import Passage
-from bmm_engine.sequential.reading import Read, Reader, Run, SharedInput, shared_inputs
+from bmm_engine.sequential.reading import OtherRowsError, Read, Reader, Run, SharedInput, shared_inputs
 from bmm_engine.sequential.reads import ExpertReads
 from bmm_engine.sequential.replay import Replay, finished_parts
-from bmm_engine.sequential.skeleton import Skeleton, reader_of
+from bmm_engine.sequential.skeleton import Block, Skeleton, label_of, reader_of
 from bmm_engine.sequential.state import Sweep
+
+# What stands before a chain of blocks, by its name; a block; or what comes after the last chain.
+Stage = str | Block | None
 
 
 class SequentialWalk:
@@ -66,20 +72,22 @@ class SequentialWalk:
                     f"{module.name}: is no module of the live {type(self.model).__name__}; leave it out with `modules`."
                 )
             self._modules[live] = module
-        self._room, dtype = Room(options.hidden_bytes), options.hidden_dtype or skeleton.dtype
-        kept = partial(HiddenStates, room=self._room, dtype=dtype, run_dtype=skeleton.dtype, keep=sweep.resumable)
+        self._room = Room(options.hidden_bytes)
         ordered = self.expert_inputs.ordered(batches)
         readers = [reader_of(plan.alignment, expert) for expert in self.expert_inputs.experts]
         self.experts, self.merged = (
             [
-                Passage(own, read, kept(f"{whose}-{t}"))
+                Passage(own, read, partial(self._hidden_states, f"{whose}-{t}"))
                 for t, (own, read) in enumerate(zip(ordered, reading, strict=True))
             ]
             for whose, reading in (("expert", readers), ("merged", [self._read_merged] * len(readers)))
         )
-        self._masks = [[mask_of(to_device(b, skeleton.device), options.mask) for b in own] for own in ordered]
+        self._padding = [
+            [padding_of(self.model, to_device(b, skeleton.device), options.mask) for b in own] for own in ordered
+        ]
         self._norms = self._find_norms(plan) if options.norms == "fit" else {}
         self._now = Solved()
+        self._routed: dict[str, str] = {}  # leader -> what is said of modules that a router gives their rows
         self._left = {*self._modules, *self._norms}
 
     def _find_norms(self, plan: MergePlan) -> dict[str, Norm]:
@@ -116,139 +124,214 @@ class SequentialWalk:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_cache(self.model))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(without_heads(self.model, {*self._modules, *self._norms}))
+            self._scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bmm-hidden-")))
+            self._folder = self._scratch
+            self._order()
             self._resume()
-            for number in track(range(self.skeleton.count + 2), "merging block by block", show=progress):
-                if number > self.sweep.finished and self._left:
-                    self._carry_out(number)
+            for number, stage in enumerate(track(self._stages(), "merging block by block", show=progress)):
+                if number > self._done and self._left:
+                    self._carry_out(number, stage)
                     release_free_memory()
         if self.reads is not None:
             self.reads.complete = True
-        if never := self._left & set(self._modules):
-            raise self._never_called(never)
+        if never := sorted(self._left & set(self._modules)):
+            self._warn_of(never)
+        if self._routed:
+            more = f" (and {len(self._routed) - 1} more like it)" if len(self._routed) > 1 else ""
+            self.report(f"warning: {next(iter(self._routed.values()))}{more}")
         if self.options.target == "stream" and not any(record.stream for record in self.inputs):
             self.report(
                 "none of the merged modules writes straight to a residual stream: all are aimed at what the expert's modules give"
             )
-        if self._left:
+        if never := sorted(self._left & set(self._norms)):
             self.report(
-                f"{len(self._left)} normalisations are never called, the first is {min(self._left)}; they stay as the anchor has them"
+                f"{len(never)} normalisations are never called, the first is {never[0]}; they stay as the anchor has them"
             )
 
+    def _order(self) -> None:
+        """Find the chains of blocks on the first batch."""
+        passage = self.merged[0]
+        why = self.skeleton.order(passage.read, to_device(passage.batches[0], self.skeleton.device))
+        if why is not None:
+            self.report(f"the model is walked as a whole, not block by block: {why}")
+
+    def _stages(self) -> list[Stage]:
+        """In order: what stands before a chain of blocks, its blocks, and so on; at the end what comes after the last."""
+        found: list[Stage] = []
+        for chain in self.skeleton.chains:
+            found.append(chain)
+            found.extend(block for block in self.skeleton.blocks if block[0] == chain)
+        return [*found, None]
+
+    @property
+    def _one_chain(self) -> bool:
+        return len(self.skeleton.chains) == 1
+
+    def _hidden_states(self, name: str, chain: int) -> HiddenStates:
+        # Of one chain the hidden states are kept, and a walk goes on there; of several the finished blocks are run again.
+        keep, dtype = self.sweep.resumable and self._one_chain, self.options.hidden_dtype or self.skeleton.dtype
+        name = name if self._one_chain else f"{name}-{chain}"
+        found = HiddenStates(name, self._room, dtype, run_dtype=self.skeleton.dtype, keep=keep)
+        found.into(self._folder)
+        return found
+
     def _resume(self) -> None:
+        self._done = self.sweep.finished
         for record in self.sweep.records:
             done = {name for raw in record["inputs"] for name in raw["modules"]}
             self._left -= {live for live, module in self._modules.items() if module.name in done}
             self._left -= {live for live, norm in self._norms.items() if norm.weight.removesuffix(".weight") in done}
-        found = self.sweep.hidden_index()
-        if found is None or not self._left:
+        if self._done < 0 or not self._left:
             return
-        folder, index = found
-        for passage in (*self.experts, *self.merged):
-            passage.hidden.resume(folder, index[passage.hidden.name])
         self.report(f"going on after {self.sweep.records[-1]['stage']}")
-        self._begin_walks()
+        if not self._one_chain:
+            self._done = -1
+            return
+        found = self.sweep.hidden_index()
+        assert found is not None
+        folder, index = found
+        for passage, whose in self._named():
+            hidden = self._hidden_states(whose, 0)
+            hidden.resume(folder, index[hidden.name])
+            passage.begin(self.skeleton, self.skeleton.chains[0], self.options.mask, resumed=hidden)
 
-    def _carry_out(self, number: int) -> None:
+    def _named(self) -> list[tuple[Passage, str]]:
+        """The passages that run, and what their hidden states are called."""
+        both = (("expert", self.experts), ("merged", self.merged))
+        return [(p, f"{whose}-{t}") for whose, own in both for t, p in enumerate(own) if p in self._running]
+
+    def _carry_out(self, number: int, stage: Stage) -> None:
         self._now = Solved()
-        passages = self._running
+        if number <= self.sweep.finished:  # run again, for its hidden states
+            self._at(stage, self._scratch)
+            return
         with self.sweep.stage(number) as folder:
-            for passage in passages:
-                passage.hidden.into(folder)
-            if number == 0:
-                label = self._before_blocks()
-            elif number <= self.skeleton.count:
-                label = self._block(number - 1)
-            else:
-                label = self._after_blocks()
-            for passage in passages:
-                passage.hidden.turn()
+            label = self._at(stage, folder if self._one_chain else self._scratch)
+            kept = self._one_chain and bool(self._left)
             record = {
                 "stage": label,
                 "inputs": [asdict(r) for r in self._now.inputs],
                 "modules": [asdict(r) for r in self._now.modules],
-                "hidden": {p.hidden.name: p.hidden.layout() for p in passages} if self._left else {},
+                "hidden": {p.hidden.name: p.hidden.layout() for p in self._running if p.hidden} if kept else {},
             }
             path = self.sweep.publish(number, self._now.tensors, record)
-        if path is not None:
-            for passage in passages:
-                passage.hidden.moved(path)
+        if path is not None and self._one_chain:
+            for passage in self._running:
+                if passage.hidden is not None:
+                    passage.hidden.moved(path)
         for own in self._now.inputs:
             self.report(_line(own))
 
+    def _at(self, stage: Stage, folder: Path) -> str:
+        """Carry out a stage; its hidden states go to `folder` where they find no room. Returns what it is called."""
+        self._folder = folder
+        for passage in self._running:
+            if passage.hidden is not None:
+                passage.hidden.into(folder)
+        if stage is None:
+            label = self._after_blocks() if self.skeleton.chains else self._whole()
+        elif isinstance(stage, str):
+            label = self._before_blocks(stage)
+        else:
+            label = self._block(stage)
+        for passage in self._running:
+            if passage.hidden is not None:
+                passage.hidden.turn()
+        return label
+
     # The stages
 
-    def _before_blocks(self) -> str:
-        label, device = "before the blocks", self.skeleton.device
+    def _before_blocks(self, chain: str) -> str:
+        first = chain == self.skeleton.chains[0]
+        label, device = "before the blocks" if first else f"before {chain}", self.skeleton.device
         outside = [live for live in self._left if self.skeleton.place(live) is None]
+        if not first:
+            for passage in self._running:
+                passage.end()
 
         def run_of(passage: Passage) -> Run:
-            model = Weighted(self.model, self.skeleton.outside(passage.read))
-            return lambda b: before_blocks(model, self.skeleton.blocks, to_device(passage.batches[b], device))
+            model = Weighted(self.model, self._outside(passage))
+
+            def run(batch: int) -> None:
+                with passage.walks[-1].through(model, batch) if passage.walks else nullcontext():
+                    before_blocks(model, chain, to_device(passage.batches[batch], device))
+
+            return run
 
         if outside:
             self._solve_stage(label, outside, run_of)
         if self._left:
-            self._begin_walks()
+            for passage in self._running:
+                passage.begin(self.skeleton, chain, self.options.mask)
         return label
 
-    def _begin_walks(self) -> None:
-        """What the blocks are called with, and the hidden states before the first (unless an earlier walk left later ones)."""
-        skeleton, options = self.skeleton, self.options
-        first = skeleton.tensor_names(0)
-        for passage in self._running:
-            tensors = {**skeleton.outside(passage.read), **skeleton.load(first, passage.read)}
-            passage.walk = BlockWalk(
-                Weighted(self.model, tensors),
-                skeleton.blocks,
-                passage.batches,
-                options.mask,
-                device=skeleton.device,
-                hidden=passage.hidden,
-            )
-
-    def _block(self, index: int) -> str:
-        skeleton, label = self.skeleton, f"{self.skeleton.blocks}.{index}"
-        inside = [live for live in self._left if skeleton.place(live) == index]
-        block, names = skeleton.block(index), skeleton.tensor_names(index)
+    def _block(self, place: Block) -> str:
+        skeleton, label, index = self.skeleton, label_of(place), place[1]
+        inside = [live for live in self._left if skeleton.place(live) == place]
+        block = skeleton.block(place)
 
         passages = self._running
-        shared = skeleton.within(index, skeleton.load(names, self._read_merged))
+        shared = skeleton.within(place, skeleton.inside(place, self._read_merged))
         for passage in passages:
-            # On a GPU it is faster to compute again than to keep on the CPU.
-            room = self._room if skeleton.device.type == "cpu" else Room(0)
-            passage.replay = Replay(block, room, len(passage.batches))
+            passage.replay = self._replay(block, passage)
             own = passage in self.experts
-            passage.tensors = skeleton.within(index, skeleton.load(names, passage.read)) if own else shared
+            passage.tensors = skeleton.within(place, skeleton.inside(place, passage.read)) if own else shared
         goes_on = set(inside) != self._left
         advanced = False
         if inside:
             advanced = self._solve_stage(
                 label, inside, lambda passage: passage.through(index, block), block, shared, advance=goes_on
             )
-        if never := self._left & set(inside) & set(self._modules):
-            raise self._never_called(never)
         for passage in passages:
             if goes_on and not (advanced and passage in self.experts):
                 passage.finished = ()
                 run = passage.through(index, block)
                 for batch in range(len(passage.batches)):
                     passage.walking().advance(batch, run(batch))
-        for passage in passages:
-            passage.tensors, passage.finished = {}, ()
-            if passage.replay is not None:
-                passage.replay.clear()
-                passage.replay = None
+        self._clear(passages)
         return label
 
     def _after_blocks(self) -> str:
         label = "after the blocks"
 
         def run_of(passage: Passage) -> Run:
-            model = Weighted(self.model, self.skeleton.outside(passage.read))
+            model = Weighted(self.model, self._outside(passage))
             return lambda b: passage.walking().finish(b, model)
 
         self._solve_stage(label, sorted(self._left), run_of)
         return label
+
+    def _whole(self) -> str:
+        """All modules in one stage, of the whole model."""
+        label, passages = "the whole model", self._running
+        shared = self._outside(self.merged[0])
+        for passage in passages:
+            passage.replay = self._replay(self.model, passage)
+            passage.tensors = self._outside(passage) if passage in self.experts else shared
+        device = self.skeleton.device
+        self._solve_stage(
+            label, sorted(self._left), lambda passage: passage.whole(self.model, device), self.model, shared, prefix=""
+        )
+        self._clear(passages)
+        return label
+
+    def _outside(self, passage: Passage) -> dict[str, Tensor]:
+        heads = any(is_head(name, self.model) for name in (*self._modules, *self._norms))
+        return self.skeleton.outside(passage.read, heads=heads)
+
+    def _replay(self, block: nn.Module, passage: Passage) -> Replay:
+        # On a GPU it is faster to compute again than to keep on the CPU.
+        room = self._room if self.skeleton.device.type == "cpu" else Room(0)
+        return Replay(block, room, len(passage.batches))
+
+    @staticmethod
+    def _clear(passages: Iterable[Passage]) -> None:
+        for passage in passages:
+            passage.tensors, passage.finished = {}, ()
+            if passage.replay is not None:
+                passage.replay.clear()
+                passage.replay = None
 
     # One stage
 
@@ -261,35 +344,44 @@ class SequentialWalk:
         merged: dict[str, Tensor] | None = None,
         *,
         advance: bool = False,
+        prefix: str | None = None,
     ) -> bool:
         """Solve the modules called `names` (live), in the order in which they read; those that the stage does not call are left.
 
-        `block`: the block that it is, if it is one, and `merged`: the merged network's tensors of it, kept up to date. With `advance`, the
-        experts' hidden states go on with the last pass. Returns whether they did.
+        `block`: the block that it is, if it is one, with its `prefix` in live names, and `merged`: the merged network's tensors of it, kept up to
+        date. With `advance`, the experts' hidden states go on with the last pass. Returns whether they did.
         """
-        names = set(names)
+        names, prefix = set(names), f"{label}." if prefix is None else prefix
         listened = {name: m for name, m in self.model.named_modules() if name in names}
-        found = shared_inputs(listened, self._norms, run_of(self.merged[0]))
+        found, through = shared_inputs(listened, self._norms, run_of(self.merged[0])), False
         for shared in found:
-            through = advance and shared is found[-1]
+            # What a router gives its rows may have to be read again.
+            through = advance and shared is found[-1] and "expert" not in shared.leader
             if block is not None:
-                self._finish_parts(label, block, found, shared, through)
-            tasks, dtype = range(len(self.experts)), self.skeleton.dtype
+                self._finish_parts(prefix, block, found, shared, through)
             norm = self._norms.get(shared.leader)
             parts = [] if norm else self.solver.parts([self._modules[name] for name in shared.modules])
             outputs = 0  # that are added to the residual stream
             if self.options.target == "stream" and shared.additions:
                 outputs = self._modules[shared.leader].out_features
-            measured: list[Any]
-            if norm is not None:
-                measured = [self.norms.accumulator(norm, t, dtype) for t in tasks]
-            else:
-                measured = [
-                    self.solver.accumulator(parts, t, dtype, stream=bool(outputs)) if parts else None for t in tasks
-                ]
+            measured = self._accumulators(parts, norm, stream=bool(outputs))
             with Reader(shared, listened[shared.leader], outputs).listening() as reader:
-                for t, accumulator in enumerate(measured):
-                    self._measure(reader, accumulator, t, run_of, through)
+                try:
+                    for t, accumulator in enumerate(measured):
+                        self._measure(reader, accumulator, t, run_of, through)
+                except OtherRowsError as error:
+                    self._routed[shared.leader] = (
+                        f"{error}: a router chooses its rows; it is solved on those that each expert itself gives it"
+                    )
+                    reader.routed, reader.outputs, outputs, measured = True, 0, 0, self._accumulators(parts, norm)
+                    for t, accumulator in enumerate(measured):
+                        self._measure(reader, accumulator, t, run_of, False)
+                    if any(own is not None and not own.rows for own in measured):
+                        self._routed[shared.leader] = (
+                            f"{shared.leader}: an expert's router gives it no rows; it stays as the anchor has it"
+                        )
+                        self._left -= set(shared.modules)
+                        continue
             before = set(self._now.tensors)
             if norm is not None:
                 self.norms.solve(label, norm, measured, self._now)
@@ -299,20 +391,29 @@ class SequentialWalk:
             self._left -= set(shared.modules)
             if merged is not None:
                 for name in set(self._now.tensors) - before:
-                    live = self.skeleton.names[name].removeprefix(f"{label}.")
+                    live = self.skeleton.names[name].removeprefix(prefix)
                     merged[live] = self.skeleton.ready(self._now.tensors[name])
-        return bool(found) and advance
+        return bool(found) and through
+
+    def _accumulators(self, parts: list[Part], norm: Norm | None, *, stream: bool = False) -> list[Any]:
+        """One for each expert; None where there is nothing to solve."""
+        tasks, dtype = range(len(self.experts)), self.skeleton.dtype
+        if norm is not None:
+            return [self.norms.accumulator(norm, t, dtype) for t in tasks]
+        return [self.solver.accumulator(parts, t, dtype, stream=stream) if parts else None for t in tasks]
 
     def _finish_parts(
-        self, label: str, block: nn.Module, found: Sequence[SharedInput], now: SharedInput, through: bool
+        self, prefix: str, block: nn.Module, found: Sequence[SharedInput], now: SharedInput, through: bool
     ) -> None:
         """What of the block will not change any more, now that the inputs before `now` are solved."""
         at = found.index(now)
         solved, unsolved = (
-            [name.removeprefix(f"{label}.") for shared in part for name in shared.modules]
+            [name.removeprefix(prefix) for shared in part for name in shared.modules]
             for part in (found[:at], found[at:])
         )
-        parts = finished_parts(block, solved, unsolved)
+        # What is called several times may read, at a later call, what is not solved yet.
+        again = [name.removeprefix(prefix) for shared in found if shared.calls > 1 for name in shared.modules]
+        parts = finished_parts(block, solved, [*unsolved, *again])
         for passage in self.merged:
             passage.finished = parts
         for passage in self.experts:
@@ -335,11 +436,16 @@ class SequentialWalk:
             return
         merged_run = run_of(merged)
         waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device, outputs=reader.outputs)
-        for b, mask in enumerate(self._masks[t]):
+        for b, padding in enumerate(self._padding[t]):
             own = self._own(reader, t, b, own_run, through)
-            drifted = reader.read(merged_run, b)
+            drifted = own if reader.routed else reader.read(merged_run, b)
+            if [read.x.shape for read in own] != [read.x.shape for read in drifted]:
+                rows = [sum(read.x.numel() // read.x.shape[-1] for read in reads) for reads in (own, drifted)]
+                raise OtherRowsError(
+                    f"{reader.shared.leader}: reads {rows[0]} rows of batch {b} in expert {t}, {rows[1]} in the merged network"
+                )
             for pair in zip(own, drifted, strict=True):
-                waiting.add(*pair, mask)
+                waiting.add(*pair, padding)
         waiting.flush()
 
     def _own(self, reader: Reader, t: int, batch: int, run: Run | None, through: bool) -> list[Read]:
@@ -372,12 +478,13 @@ class SequentialWalk:
             return self._now.tensors[name]
         return self.sweep.load(name) if name in self.sweep else self.anchor.load(name)
 
-    def _never_called(self, names: Iterable[str]) -> CollectionError:
-        missing = [module.name for live, module in self._modules.items() if live in set(names)]
-        return CollectionError(
-            f"{len(missing)} linear modules were never called by the calibration batches where they stand, the first is {missing[0]!r}. Leave them"
-            " out with `modules`, or give batches that reach them."
-        )
+    def _warn_of(self, never: Sequence[str]) -> None:
+        """Modules (live names) that no batch calls stay as the anchor has them. Raises `CollectionError` where they were named, or it is all."""
+        first = self._modules[never[0]].name
+        told = f"{len(never)} of {len(self._modules)} linear modules are never called by the calibration batches, the first is {first!r}"
+        if self.plan.settings.modules is not None or len(never) == len(self._modules):
+            raise CollectionError(f"{told}. Leave them out with `modules`, or give batches that reach them.")
+        self.report(f"warning: {told}; they stay as the anchor has them")
 
 
 def _as_record(kind: Any, raw: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
 from bmm_engine.models.architecture import LinearModule, linear_modules, module_checkpoint_names
-from bmm_engine.models.calling import Mask, call_model, evaluating, kept_rows, mask_of, placement, to_device
+from bmm_engine.models.calling import Mask, Padding, evaluating, kept_rows, padding_of, placement, to_device
+from bmm_engine.models.heads import run_body, without_heads
 from bmm_engine.progress import track
 from bmm_engine.statistics.grams import GramAccumulator, GramSet, weight_fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def collect_grams(
@@ -35,20 +39,21 @@ def collect_grams(
     counted. Modules that read the same tensor share one Gram. Accumulates in float32 (float64 for a float64 model).
     The model is left as it was: hooks removed, training flags restored, also after an error; nothing is differentiated.
 
-    Raises `EmptyCalibrationError` (no batches, or only padding), `CollectionError` (a mask that does not fit a module's input; a module that
-    no batch reaches; sharing that changes from batch to batch), `NonFiniteGramError` (module, count), `ConfigError` (patterns).
+    Raises `EmptyCalibrationError` (no batches, or only padding), `CollectionError` (a mask that does not fit; a module named in `modules` that no
+    batch reaches, others are left out with a warning; sharing that changes from batch to batch), `NonFiniteGramError` (module, count), `ConfigError`
+    (patterns).
     """
     chosen = linear_modules(model, modules)
     if not chosen:
         raise ConfigError(f"{type(model).__name__} has no linear modules to measure; name some with `modules`.")
     recorder = Recorder(model, chosen, backend)
     device, _ = placement(model)
-    with evaluating(model), recorder.hooked(), torch.inference_mode():
+    with evaluating(model), without_heads(model, chosen), recorder.hooked(), torch.inference_mode():
         for batch in track(batches, "collecting Grams", show=progress):
             batch = to_device(batch, device)
-            with recorder.batch(mask_of(batch, mask)):
-                call_model(model, batch)
-    return recorder.finish(calibration)
+            with recorder.batch(padding_of(model, batch, mask)):
+                run_body(model, batch)
+    return recorder.finish(calibration, named=modules is not None)
 
 
 class Recorder:
@@ -62,7 +67,7 @@ class Recorder:
         self.leader: dict[str, str] = {}
         self._names = {model.get_submodule(name): name for name in modules}
         self._batches = 0
-        self._mask: Tensor | None = None
+        self._padding: Padding | None = None
         # What each leader read last. Weak, so that no activation lives longer than the forward pass keeps it.
         self._read: dict[str, tuple[weakref.ref[Tensor], Tensor]] = {}
 
@@ -78,9 +83,9 @@ class Recorder:
                 handle.remove()
 
     @contextmanager
-    def batch(self, mask: Tensor | None) -> Iterator[None]:
-        """One forward pass; rows where `mask` (batch, length) is 0 do not count."""
-        self._mask = mask
+    def batch(self, padding: Padding | None) -> Iterator[None]:
+        """One forward pass; rows that are `padding` do not count."""
+        self._padding = padding
         yield
         self._read.clear()
         self._batches += 1
@@ -98,7 +103,7 @@ class Recorder:
         if gram is None:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             gram = self.grams[name] = GramAccumulator(x.shape[-1], name=name, dtype=dtype, device=x.device)
-        gram.update(kept_rows(name, x, self._mask), backend=self.backend)
+        gram.update(kept_rows(name, x, self._padding), backend=self.backend)
 
     def _leader_of(self, name: str, x: Tensor) -> str:
         if name not in self.leader:
@@ -119,24 +124,25 @@ class Recorder:
             " `modules` naming one of them."
         )
 
-    def finish(self, calibration: str = "") -> GramSet:
-        """Raises `EmptyCalibrationError` and `CollectionError` as `collect_grams` does."""
+    def finish(self, calibration: str = "", *, named: bool = True) -> GramSet:
+        """`named`: the modules were asked for, so all of them must have been called; else the log hears of those that were not. Raises
+        `EmptyCalibrationError` and `CollectionError` as `collect_grams` does."""
         if self._batches == 0:
             raise EmptyCalibrationError(
                 "The calibration set is empty: no batches. Give at least a few dozen samples of the expert's task."
             )
         missing = [name for name in self.modules if name not in self.leader]
         if missing:
-            raise CollectionError(
-                f"{len(missing)} linear modules were never called by the calibration batches, the first is {missing[0]!r}. Leave them out"
-                " with `modules`, or give batches that reach them."
-            )
+            told = f"{len(missing)} of {len(self.modules)} linear modules were never called by the calibration batches, the first is {missing[0]!r}"
+            if named or len(missing) == len(self.modules):
+                raise CollectionError(f"{told}. Leave them out with `modules`, or give batches that reach them.")
+            logger.warning("%s: no Gram is measured there", told)
         empty = [name for name, gram in self.grams.items() if gram.rows == 0]
         if empty:
             raise EmptyCalibrationError(
                 f"{empty[0]}: every calibration row is padding (by the mask). Check the mask and the texts."
             )
-        groups = {name: self.leader[name] for name in self.modules}
+        groups = {name: self.leader[name] for name in self.modules if name in self.leader}
         _, dtype = placement(self.model)
         return GramSet(
             grams=self.grams,
@@ -147,5 +153,5 @@ class Recorder:
             aliases={
                 saved: live for live, saved in module_checkpoint_names(self.model, groups).items() if saved != live
             },
-            transposed=tuple(name for name, module in self.modules.items() if module.transposed),
+            transposed=tuple(name for name in groups if self.modules[name].transposed),
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bmm_engine.errors import CheckpointError, CollectionError, EmptyCalibrationError
 from bmm_engine.models.architecture import LinearModule, linear_modules, module_checkpoint_names
-from bmm_engine.models.calling import Mask, call_model, evaluating, kept_rows, mask_of, placement, to_device
+from bmm_engine.models.calling import Mask, Padding, call_model, evaluating, kept_rows, padding_of, placement, to_device
 from bmm_engine.ops.gram import accumulate_gram
 from bmm_engine.progress import track
 from bmm_engine.statistics.fisher import differentiable, draw_labels, sample_seed
@@ -68,7 +68,7 @@ def collect_sensitivity(
         stack.enter_context(recorder.hooked())
         for batch in track(batches, "collecting sensitivities", show=progress):
             batch = to_device(batch, device)
-            padding = mask_of(batch, mask)
+            padding = padding_of(model, batch, mask)
             output = call_model(model, batch)
             found = logits(output, batch) if logits is not None else getattr(output, "logits", output)
             recorder.add(_probe(found, padding, seed, seen, type(model).__name__), padding)
@@ -115,7 +115,7 @@ class _Recorder:
     def _keep(self, name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         self._outputs.append((name, output))
 
-    def add(self, probe: Tensor, padding: Tensor | None) -> None:
+    def add(self, probe: Tensor, padding: Padding | None) -> None:
         """`probe`: the number whose gradients are measured."""
         names, outputs = zip(*self._outputs, strict=True) if self._outputs else ((), ())
         self._outputs = []
@@ -157,7 +157,7 @@ class _Recorder:
         return torch.zeros(outputs, outputs, dtype=like.dtype, device=like.device)
 
 
-def _probe(logits: Any, padding: Tensor | None, seed: int, first: int, model: str) -> Tensor:
+def _probe(logits: Any, padding: Padding | None, seed: int, first: int, model: str) -> Tensor:
     """A number whose gradient g has the expectation of `g^T g` that is wanted, over samples numbered from `first`."""
     if not isinstance(logits, Tensor) or logits.dim() not in (1, 2, 3):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -175,13 +175,10 @@ def _probe(logits: Any, padding: Tensor | None, seed: int, first: int, model: st
         drawn = torch.stack([torch.randn(shape, generator=own, dtype=torch.float64) for own in generators])
         return (logits * drawn.to(logits)).sum()
     log_p = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
-    if padding is not None and padding.shape != log_p.shape[:2]:
-        raise CollectionError(
-            f"{model}: logits for {tuple(log_p.shape[:2])} positions, but the padding mask is {tuple(padding.shape)}."
-        )
+    keep = None if padding is None else padding.rows(f"the logits of {model}", log_p)
     total = log_p.new_zeros(())
     for i, own in enumerate(generators):
-        kept = log_p[i] if padding is None else log_p[i][padding[i] != 0]
+        kept = log_p[i] if keep is None else log_p[i][keep.reshape(log_p.shape[:2])[i]]
         if len(kept):
             tokens = torch.tensor(draw_labels(kept, own), device=kept.device)
             total = total + kept.gather(1, tokens[:, None]).sum()

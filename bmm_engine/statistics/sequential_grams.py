@@ -36,7 +36,8 @@ from bmm_engine.models.architecture import (
     linear_modules,
 )
 from bmm_engine.models.blocks import BlockWalk, before_blocks, block_list, find_blocks, without_cache
-from bmm_engine.models.calling import Mask, evaluating, mask_of, placement, to_device
+from bmm_engine.models.calling import Mask, evaluating, padding_of, placement, to_device
+from bmm_engine.models.heads import without_heads
 from bmm_engine.progress import track
 from bmm_engine.solving.moments import DenseMoment
 from bmm_engine.statistics.collect import Recorder
@@ -167,6 +168,7 @@ class _SequentialMerge:
             for model in (self.merged, *self.experts):
                 stack.enter_context(evaluating(model))
                 stack.enter_context(without_cache(model))
+                stack.enter_context(without_heads(model, self.modules))
             if outside:
                 for t, own in enumerate(batches):
                     self._read_before_blocks(t, own, mask, outside)
@@ -197,14 +199,14 @@ class _SequentialMerge:
         with recorder.hooked(self.names[t].module(name) for name in names), torch.inference_mode():
             for batch in batches:
                 batch = to_device(batch, device)
-                with recorder.batch(mask_of(batch, mask)):
+                with recorder.batch(padding_of(expert, batch, mask)):
                     before_blocks(expert, self.names[t].module(self.blocks), batch)
 
     def _listen(self, t: int, walk: BlockWalk, names: Sequence[str], run: Callable[[int], Any]) -> None:
         recorder = self.recorders[t]
         with recorder.hooked(self.names[t].module(name) for name in names):
             for batch in range(len(walk)):
-                with recorder.batch(walk.masks[batch]):
+                with recorder.batch(walk.padding[batch]):
                     run(batch)
 
     @torch.no_grad()

@@ -131,9 +131,17 @@ def test_positions_that_begin_later(offset: int | None, padding: int | None) -> 
 
 def test_a_live_model_that_refuses_its_batch() -> None:
     with pytest.raises(
-        CollectionError, match=r"cannot run on a batch of input_ids \(4, 9\), labels \(2,\) \(ValueError"
+        CollectionError, match=r"cannot run on a batch of input_ids \(4, 9\), position_ids \(2, 7\) \(RuntimeError"
     ):
-        collect_grams(make_base("bert"), [{"input_ids": IDS, "labels": torch.zeros(2, dtype=torch.long)}])
+        collect_grams(make_base("bert"), [{"input_ids": IDS, "position_ids": torch.zeros(2, 7, dtype=torch.long)}])
+
+
+def test_heads_need_no_labels_that_fit() -> None:
+    """Only what the body reads is measured, so a pass ends before the head."""
+    base = make_base("bert")
+    with_labels = collect_grams(base, [{"input_ids": IDS, "labels": torch.zeros(2, dtype=torch.long)}])
+    without = collect_grams(base, [{"input_ids": IDS}])
+    assert all(torch.equal(gram.total, without.grams[name].total) for name, gram in with_labels.grams.items())
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".tsv", ".safetensors"])

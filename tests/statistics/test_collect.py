@@ -182,7 +182,7 @@ def test_a_module_called_twice_counts_both_inputs():
     torch.testing.assert_close(gram.total, x.T @ x + second.T @ second)
 
 
-def test_empty_padding_only_and_unreached():
+def test_empty_padding_only_and_unreached(caplog):
     model = make_base("bert")
     with pytest.raises(EmptyCalibrationError, match="no batches"):
         collect_grams(model, [])
@@ -198,8 +198,10 @@ def test_empty_padding_only_and_unreached():
         def forward(self, x):
             return self.used(x)
 
-    with pytest.raises(CollectionError, match="'idle'"):
-        collect_grams(Partial(), [torch.randn(2, 3)])
+    with pytest.raises(CollectionError, match=r"1 of 2 .* 'idle'"):
+        collect_grams(Partial(), [torch.randn(2, 3)], modules=["*"])
+    assert list(collect_grams(Partial(), [torch.randn(2, 3)]).modules) == ["used"]
+    assert "1 of 2 linear modules were never called" in caplog.text
     with pytest.raises(ConfigError, match="no linear modules"):
         collect_grams(nn.Sequential(nn.LayerNorm(3)), [torch.randn(2, 3)])
 
@@ -213,8 +215,47 @@ def test_mask_that_fits_no_rows_is_an_error():
         def forward(self, x, attention_mask):
             return self.linear(x[:, :2].reshape(-1, 3)[:5])
 
+    batch = {"x": torch.randn(4, 6, 3), "attention_mask": torch.ones(4, 6)}
     with pytest.raises(CollectionError, match=r"linear: .*\(5, 3\).*\(4, 6\)"):
-        collect_grams(Pick(), [{"x": torch.randn(4, 6, 3), "attention_mask": torch.ones(4, 6)}])
+        collect_grams(Pick(), [batch], mask=lambda own: own["attention_mask"])
+
+
+def test_rows_of_something_else_than_the_inputs_all_count(caplog):
+    class Positions(nn.Module):
+        """Reads relative positions beside the tokens, as DeBERTa does, and every second token, as Funnel does."""
+
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.positions, self.pooled = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x, attention_mask):
+            return self.tokens(x), self.positions(x[:1, :5]), self.pooled(x[:, ::2])
+
+    caplog.set_level("INFO")
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 3, dtype=torch.float64)
+    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [1] * 6, [1] + [0] * 5])
+    grams = collect_grams(Positions().double(), [{"x": x, "attention_mask": mask}]).grams
+    for name, rows in (("tokens", x[mask != 0]), ("positions", x[:1, :5]), ("pooled", x[:, ::2])):
+        rows = rows.reshape(-1, 3)
+        torch.testing.assert_close(grams[name].total, rows.T @ rows)
+        assert grams[name].rows == len(rows)
+        assert (f"{name}: its rows are of something else" in caplog.text) == (name != "tokens")
+
+
+def test_rows_that_lie_position_first_are_masked_so():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x, attention_mask):
+            return self.linear(x.transpose(0, 1))
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(4, 6, 3, dtype=torch.float64), torch.tensor([[1] * n + [0] * (6 - n) for n in (6, 3, 5, 1)])
+    gram = collect_grams(Turned().double(), [{"x": x, "attention_mask": mask}]).grams["linear"]
+    torch.testing.assert_close(gram.total, x[mask != 0].T @ x[mask != 0])
 
 
 def test_fingerprints_follow_the_weights():
