@@ -1,19 +1,8 @@
-"""How the name of one tensor differs between checkpoints of an architecture: a prefix more or less, old LayerNorm names."""
+"""How the name of one tensor differs between checkpoints of an architecture that is not known: a prefix more or less."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-
-# What transformers itself renames when it loads old BERT files.
-_LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
-
-
-def modern_name(name: str) -> str:
-    """Without legacy LayerNorm names."""
-    for pattern, replacement in _LEGACY:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def change_prefix(prefix: str, name: str) -> str:

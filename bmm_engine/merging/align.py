@@ -9,9 +9,10 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from bmm_engine.checkpoint import TensorSource, TensorSpec
-from bmm_engine.checkpoint.names import change_prefix, modern_name, prefix_changes
+from bmm_engine.checkpoint.names import change_prefix, prefix_changes
 from bmm_engine.checkpoint.vocabulary import Reader, fit_vocabulary, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, MissingTensorError, ShapeMismatchError
+from bmm_engine.models.names import modern_name
 
 
 class AlignedExpert:

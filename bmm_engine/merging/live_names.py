@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from bmm_engine.checkpoint.names import modern_name
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.align import Alignment
-from bmm_engine.models.architecture import checkpoint_names
+from bmm_engine.models.names import modern_name
+from bmm_engine.models.naming import checkpoint_names
 
 
 def live_names(alignment: Alignment, expert: int | None, model: nn.Module) -> dict[str, str]:

@@ -11,8 +11,9 @@ from bmm_engine.checkpoint.compose import LayerRange, StackedSource
 from bmm_engine.errors import CheckpointError, NonFiniteWeightError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.sources import Models, adapter_options, open_expert
-from bmm_engine.models.architecture import checkpoint_names, load_config, meta_model, model_class, told
+from bmm_engine.models.architecture import load_config, meta_model, model_class, told
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.naming import checkpoint_names
 from bmm_engine.progress import quiet_transformers
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe, ModelRecipe, StackRecipe
