@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from bmm_engine.models.names import MOST_PARTS, leading_parts
+
 
 def change_prefix(prefix: str, name: str) -> str:
     """`name` with "+bert." put before it, with "-bert." taken away, or as it is for ""."""
@@ -13,9 +15,11 @@ def change_prefix(prefix: str, name: str) -> str:
 
 
 def prefix_changes(wanted: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The changes that may lead from names `wanted` to names `known`, in an order that depends on nothing else; none at all first."""
-    return ["", *(f"+{part}" for part in _first_parts(known)), *(f"-{part}" for part in _first_parts(wanted))]
-
-
-def _first_parts(names: Iterable[str]) -> list[str]:
-    return sorted({name.split(".")[0] + "." for name in names if "." in name})
+    """The changes that may lead from names `wanted` to names `known`, in an order that depends on nothing else; none at all first, then those of one
+    part of a name, then of more."""
+    more, fewer = leading_parts(known), leading_parts(wanted)
+    changes = [""]
+    for count in range(1, MOST_PARTS + 1):
+        changes += [f"+{part}" for part in more if part.count(".") == count]
+        changes += [f"-{part}" for part in fewer if part.count(".") == count]
+    return changes

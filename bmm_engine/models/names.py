@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 # What torch puts into names when it wraps a model or one of its modules: compiled, sharded, checkpointed, averaged.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
@@ -13,6 +14,7 @@ _LEGACY = (
     (re.compile(r"(^|\.)weight_g$"), r"\1parametrizations.weight.original0"),
     (re.compile(r"(^|\.)weight_v$"), r"\1parametrizations.weight.original1"),
 )
+MOST_PARTS = 3  # so many leading parts of a name may be too much, or too few
 
 
 def unwrapped(name: str) -> str:
@@ -26,3 +28,15 @@ def modern_name(name: str) -> str:
     for pattern, replacement in _LEGACY:
         name = pattern.sub(replacement, name)
     return name
+
+
+def leading_parts(names: Iterable[str]) -> list[str]:
+    """The first part of names, the first two, the first three, each with its dot, up to a number; the shorter ones first."""
+    found = set()
+    for name in names:
+        parts = name.split(".")[:-1][:MOST_PARTS]
+        for count, part in enumerate(parts, 1):
+            if part.isdigit() and count > 1:
+                break
+            found.add(".".join(parts[:count]) + ".")
+    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bmm_engine.models.names import modern_name
+from bmm_engine.models.names import leading_parts, modern_name
 
 if TYPE_CHECKING:
     from torch import nn
-
-logger = logging.getLogger(__name__)
-
-_PARTS = 3  # so many leading parts of a name may be too much, or too few
 
 
 @dataclass(frozen=True)
 class Naming:
     """Of one architecture. `live`: the names of its state dict, in its order; `saved`: live name -> the one that `save_pretrained` writes, where it
-    is one tensor there; `buffers`: live names, also of those that no file holds; `ties`: live name -> the name of the tensor that it is."""
+    is one tensor there; `buffers`: live names, also of those that no file holds; `ties`: live name -> the name of the tensor that it is;
+    `stored`: `live`, as a set."""
 
     live: tuple[str, ...]
     saved: Mapping[str, str]
     buffers: frozenset[str]
     ties: Mapping[str, str]
+    stored: frozenset[str]
     _rename: Callable[[str], str | None] = field(repr=False, compare=False)
     _all: frozenset[str] = field(repr=False, compare=False)
 
@@ -35,7 +32,9 @@ class Naming:
         live = tuple(model.state_dict(keep_vars=True))
         buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         known = frozenset((*live, *buffers))
-        return cls(live, checkpoint_names(model), buffers, _ties(model), _renaming(model, known), known)
+        return cls(
+            live, checkpoint_names(model), buffers, _ties(model), frozenset(live), _renaming(model, known), known
+        )
 
     def known(self, names: Iterable[str]) -> dict[str, str]:
         """Name in a file -> live name, for those of `names` that are one tensor of the architecture, whatever the layout: as transformers loads them,
@@ -93,22 +92,10 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
 
 def _prefix_changes(names: Iterable[str], known: Iterable[str]) -> Iterator[Callable[[str], str | None]]:
     """Leading parts taken from the names, or put before them, as `known` names have them."""
-    for prefix in _leading(names):
+    for prefix in leading_parts(names):
         yield lambda name, prefix=prefix: name.removeprefix(prefix) if name.startswith(prefix) else None  # type: ignore[misc]
-    for prefix in _leading(known):
+    for prefix in leading_parts(known):
         yield lambda name, prefix=prefix: prefix + name  # type: ignore[misc]
-
-
-def _leading(names: Iterable[str]) -> list[str]:
-    """The first part, the first two, ... of names, without numbers."""
-    found = set()
-    for name in names:
-        parts = name.split(".")[:-1][:_PARTS]
-        for count in range(1, len(parts) + 1):
-            if parts[count - 1].isdigit():
-                break
-            found.add(".".join(parts[:count]) + ".")
-    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
 
 
 def _renaming(model: nn.Module, known: frozenset[str]) -> Callable[[str], str | None]:

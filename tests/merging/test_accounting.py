@@ -112,7 +112,6 @@ LLAMA = {
         r"rope_parameters\.",
     ),
     "model type": ({"model_type": "mistral"}, "model_type = 'mistral', the base has 'llama'"),
-    "tie": ({"tie_word_embeddings": False}, "tie_word_embeddings = False, the base has True"),
     "layers": ({"num_hidden_layers": 1}, "num_hidden_layers = 1, the base has 2"),
 }  # fmt: skip
 
