@@ -6,18 +6,23 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 
 from bmm_engine.checkpoint import TensorSource, TensorSpec
+from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.checkpoint.names import change_prefix
 from bmm_engine.checkpoint.quantised import refuse_quantised
+from bmm_engine.checkpoint.renamed import RenamedSource
+from bmm_engine.checkpoint.untied import UntiedSource
 from bmm_engine.checkpoint.vocabulary import Reader, fit_vocabulary, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.merging.advice import missing_tensors, other_shape
 from bmm_engine.merging.buffers import constant_buffers, is_buffer
 from bmm_engine.merging.heads import with_own_heads
 from bmm_engine.merging.matching import Matcher, known_naming
+from bmm_engine.models.naming import Naming
 
 logger = logging.getLogger(__name__)
 
@@ -88,11 +93,12 @@ def align(
     for source in experts:
         refuse_quantised(source, integers=False)
     naming = known_naming(base, experts, live)
-    base = with_own_heads(base, experts, naming)
+    base = with_own_heads(_loadable(base, naming), experts, naming)
     patterns = tuple(keep_base)
     names = base.names()
+    spellings = {n: (n, _original(base, n)) for n in names}
     for pattern in patterns:
-        if not any(fnmatchcase(n, pattern) for n in names):
+        if not any(fnmatchcase(own, pattern) for both in spellings.values() for own in both):
             raise ConfigError(
                 f"keep_base: the pattern {pattern!r} matches no tensor of {base.label}, which has {', '.join(names[:3])} and {len(names) - 3}"
                 " more. Patterns are shell patterns over tensor names, for example 'classifier.*'."
@@ -101,7 +107,9 @@ def align(
     kept_names = {
         n
         for n in names
-        if any(fnmatchcase(n, p) for p in patterns) or not base.spec(n).dtype.is_floating_point or n in buffers
+        if any(fnmatchcase(own, p) for p in patterns for own in spellings[n])
+        or not base.spec(n).dtype.is_floating_point
+        or n in buffers
     }
     matchers = [Matcher(source, naming) for source in experts]
     mappings = [matcher.match_merged([n for n in names if n not in kept_names], base) for matcher in matchers]
@@ -153,6 +161,29 @@ def align(
     return Alignment(
         base, tuple(aligned), merged, kept, expert_only, tuple(n for n in kept if n in buffers), expert_buffers
     )
+
+
+def _loadable(base: TensorSource, naming: Naming | None) -> TensorSource:
+    """A base in a folder with its config, by names that load: the output has them. One in memory, or a bare file, keeps its own."""
+    if naming is None or base.config is None or root_checkpoint(base) is None:
+        return base
+    renamed = naming.loadable(base.names())
+    if renamed:
+        logger.info(
+            "%s: %d of its names do not load as they are, such as %r, written as %r",
+            base.label,
+            len(renamed),
+            *next(iter(renamed.items())),
+        )
+    return RenamedSource(base, renamed) if renamed else base
+
+
+def _original(base: TensorSource, name: str) -> str:
+    """What the base's files call a tensor."""
+    source: Any = base
+    while not isinstance(source, RenamedSource) and isinstance(source, UntiedSource):
+        source = source.source
+    return source.originals.get(name, name) if isinstance(source, RenamedSource) else name
 
 
 def _say_renamed(source: TensorSource, mapping: Mapping[str, str]) -> None:

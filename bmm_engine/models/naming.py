@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bmm_engine.models.names import leading_parts, modern_name
+from bmm_engine.models.names import leading_parts, modern_name, unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +49,18 @@ class Naming:
                 break
             found |= more
         return found
+
+    def loadable(self, names: Iterable[str]) -> dict[str, str]:
+        """Name in a file -> one that `from_pretrained` finds, for those that it would not find as they are."""
+        names = tuple(names)
+        known = self.known(names)
+        found = {
+            n: self.saved.get(live, live)
+            for n, live in known.items()
+            if self._rename(n) is None and live in self.stored
+        }
+        found |= {n: plain for n in names if n not in known and (plain := unwrapped(n)) != n}
+        return found if len({*names} - {*found} | {*found.values()}) == len(names) else {}
 
     def _changed(
         self, names: Mapping[str, str], change: Callable[[str], str | None], taken: set[str]
