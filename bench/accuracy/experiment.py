@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bmm_engine import GramSet, SensitivitySet, collect_grams, collect_sensitivity
 from bmm_engine.demo.train import has_bfloat16
 from bmm_engine.evaluators.scores import Score, classification_score
-from bmm_engine.models.architecture import checkpoint_names
+from bmm_engine.models.naming import checkpoint_names
 
 Batch = dict[str, Tensor]
 Pool = Callable[[Any, Batch], Tensor]  # an encoder's output and the batch it read -> features (rows, width)

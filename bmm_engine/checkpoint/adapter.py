@@ -135,8 +135,11 @@ class AdapterSource(TensorSource):
 
         `live_names`: live parameter name -> name in a checkpoint, with or without the prefix. Raises MissingTensorError where none fits.
         """
-        found = match_names(set(live_names.values()), {name: name for name in (*self.names(), *self.aliases)})
-        targets = {live: found[file] for live, file in live_names.items() if file in found}
+        known = {name: name for name in (*self.names(), *self.aliases)}
+        found = match_names(set(live_names.values()), known)
+        # A base may be stored under its live names.
+        found |= {live: known[live] for live, file in live_names.items() if file not in found and live in known}
+        targets = {live: found.get(file, found.get(live, "")) for live, file in live_names.items()}
         changed = {live: name for live, name in targets.items() if self.aliases.get(name, name) in self._changes}
         if not changed:
             example = next(iter(live_names.values()), "nothing")

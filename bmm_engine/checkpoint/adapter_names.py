@@ -6,9 +6,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from bmm_engine.checkpoint.adapter_config import MERGE_REMEDY
-from bmm_engine.checkpoint.names import change_prefix, modern_name, prefix_changes
+from bmm_engine.checkpoint.names import change_prefix, prefix_changes
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import CheckpointError
+from bmm_engine.models.names import modern_name
 
 _PREFIX = "base_model.model."
 # `MODULE.lora_A.weight`, as PEFT writes it, or with the adapter's name in it: `MODULE.lora_A.NAME.weight`.
@@ -57,7 +58,8 @@ def sort_keys(keys: Iterable[str], label: str) -> tuple[dict[str, dict[str, str]
 
 def known_names(base: TensorSource, live_names: Mapping[str, str]) -> dict[str, str]:
     """Every name under which an adapter may mean a tensor of the base -> the base's name."""
-    own = {modern_name(name): name for name in (*base.names(), *base.aliases)}
+    names = (*base.names(), *base.aliases)
+    own = {name: name for name in names} | {modern_name(name): name for name in names}
     files = match_names(set(live_names.values()), own)
     return {live: files[file] for live, file in live_names.items() if file in files} | own
 

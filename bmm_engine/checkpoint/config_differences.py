@@ -14,10 +14,11 @@ from bmm_engine.errors import shown
 
 logger = logging.getLogger(__name__)
 
-# Keys that the weights' function does not depend on: labels and names, training, initialisation, generation, how it is run, what shapes tell anyway.
+# Keys that the weights' function does not depend on: labels and names, training, initialisation, generation, how it is run, what shapes tell
+# anyway, and ties: a head that is the embeddings in one model and not in another is merged as one of its own (merging/heads.py).
 _HARMLESS = re.compile(
     r"""^(_.*|transformers_version|name_or_path|architectures|auto_map|model_name|(torch_)?dtype|id2label|label2id|num_labels|problem_type
-    |finetuning_task|task_specific_params|tokenizer_class|processor_class|prefix|use_cache|output_\w+|return_\w+|torchscript|use_bfloat16
+    |finetuning_task|task_specific_params|tie_word_embeddings|tokenizer_class|processor_class|prefix|use_cache|output_\w+|return_\w+|torchscript|use_bfloat16
     |(\w*_)?attn_implementation|\w*gradient_checkpointing|chunk_size_feed_forward|pretraining_tp|max_position_embeddings
     |\w*_token_id|\w*_token_index|\w*drop\w*|init\w*|\w*initializer\w*|\w*_init(_\w+)?|\w*loss\w*|\w*_coef|label_smoothing\w*
     |mask_(time|feature)_\w+|apply_spec_augment|quantization_config|pruned_heads|temperature|top_[kp]|typical_p|do_sample|num_beam\w*
@@ -26,6 +27,8 @@ _HARMLESS = re.compile(
     |exponential_decay_length_penalty)$""",
     re.VERBOSE,
 )
+# T5 reads from the first whether its decoder's outputs are scaled, and keeps that as an attribute which no signature declares.
+_TIED, _SCALED = "tie_word_embeddings", "scale_decoder_outputs"
 # For an architecture that transformers does not know: what the keys of those that it knows are made of.
 _TELLING = re.compile(
     r"^model_type$|head|layer|hidden|inter|width|dim|eps|act|rope|rotary|theta|norm|window|position|scal|softcap|bias|tie_|kernel|stride|patch"
@@ -52,13 +55,13 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
     if base is None or expert is None or base == expert:
         return []
     raw = list(_unequal(base, expert, (), both=False))
-    if all(_HARMLESS.match(path[-1]) for path, _, _ in raw):
+    if all(_HARMLESS.match(path[-1]) and path[-1] != _TIED for path, _, _ in raw):
         return [Difference(".".join(path), ours, theirs, False) for path, ours, theirs in raw]
     whole = _completed(base), _completed(expert)
     # One that its own architecture does not take is compared with the other as it stands.
     odd = (whole[0] is None) != (whole[1] is None) and "model_type" in base and "model_type" in expert
     if whole[0] is not None and whole[1] is not None:
-        declared = whole[0][1] | whole[1][1]
+        declared = whole[0][1] | whole[1][1] | {_SCALED}
         found = [
             Difference(".".join(path), ours, theirs, path[0] in declared and _matters(path))
             for path, ours, theirs in _unequal(whole[0][0], whole[1][0], (), both=False)

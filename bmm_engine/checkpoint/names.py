@@ -1,19 +1,10 @@
-"""How the name of one tensor differs between checkpoints of an architecture: a prefix more or less, old LayerNorm names."""
+"""How the name of one tensor differs between checkpoints of an architecture that is not known: a prefix more or less."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
-# What transformers itself renames when it loads old BERT files.
-_LEGACY = ((re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"), (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"))
-
-
-def modern_name(name: str) -> str:
-    """Without legacy LayerNorm names."""
-    for pattern, replacement in _LEGACY:
-        name = pattern.sub(replacement, name)
-    return name
+from bmm_engine.models.names import MOST_PARTS, leading_parts
 
 
 def change_prefix(prefix: str, name: str) -> str:
@@ -24,9 +15,11 @@ def change_prefix(prefix: str, name: str) -> str:
 
 
 def prefix_changes(wanted: Iterable[str], known: Iterable[str]) -> list[str]:
-    """The changes that may lead from names `wanted` to names `known`, in an order that depends on nothing else; none at all first."""
-    return ["", *(f"+{part}" for part in _first_parts(known)), *(f"-{part}" for part in _first_parts(wanted))]
-
-
-def _first_parts(names: Iterable[str]) -> list[str]:
-    return sorted({name.split(".")[0] + "." for name in names if "." in name})
+    """The changes that may lead from names `wanted` to names `known`, in an order that depends on nothing else; none at all first, then those of one
+    part of a name, then of more."""
+    more, fewer = leading_parts(known), leading_parts(wanted)
+    changes = [""]
+    for count in range(1, MOST_PARTS + 1):
+        changes += [f"+{part}" for part in more if part.count(".") == count]
+        changes += [f"-{part}" for part in fewer if part.count(".") == count]
+    return changes

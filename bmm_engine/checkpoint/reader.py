@@ -18,9 +18,12 @@ from bmm_engine.checkpoint.guard import read_json_object, regular_file
 from bmm_engine.checkpoint.layout import Layout, contained, file_stamp, find_weights
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.checkpoint.source import StateDictSource, TensorSource, TensorSpec, missing_tensor
-from bmm_engine.checkpoint.ties import config_ties
+from bmm_engine.checkpoint.ties import architecture_ties, config_ties
 from bmm_engine.checkpoint.torch_bin import TorchBinFile
 from bmm_engine.errors import CheckpointError, ConfigError
+from bmm_engine.models.architecture import naming_of
+from bmm_engine.models.bounds import Held
+from bmm_engine.models.naming import Naming
 
 _HASH_BLOCK_BYTES = 4 * 2**20
 
@@ -107,7 +110,21 @@ class Checkpoint(TensorSource):
         """Tied name -> the name that holds its data; compares the bytes of a tied pair that is stored twice, once."""
         stored = {name: holder for file in self._files for name, holder in file.aliases.items()}
         specs = {name: file.specs[name] for name, file in self._holder.items() if name not in stored}
-        return config_ties(self._config, specs, self._read) | stored
+        known = config_ties(self._config, specs, self._read)
+        naming = self._naming(specs)
+        if naming is not None:
+            own = architecture_ties(naming, specs, self._read)
+            known = own | {tied: held for tied, held in known.items() if held not in own and tied not in own.values()}
+        return known | stored
+
+    def _naming(self, specs: Mapping[str, TensorSpec]) -> Naming | None:
+        """What the architecture calls its tensors, where transformers knows it."""
+        if self._config is None or not isinstance(self._config.get("model_type"), str):
+            return None
+        try:
+            return naming_of(self.path, Held.of({name: spec.shape for name, spec in specs.items()}))
+        except (CheckpointError, ImportError):  # then the known pairs have to do
+            return None
 
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in self._holder if name not in self.aliases)

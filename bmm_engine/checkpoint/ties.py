@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
 from bmm_engine.checkpoint.source import TensorSpec
+from bmm_engine.models.naming import Naming
 
 # (tied name, patterns of the name that holds the data in order of preference, a name beside the tied one that shows
 # that the model has this head at all, or None where the language-model head is a single tensor)
@@ -33,12 +34,43 @@ _TIES: tuple[tuple[str, tuple[str, ...], str | None], ...] = (
     ("predictions.decoder.bias", ("predictions.bias",), None),
 )
 _COMPARE_BYTES = 64 * 2**20
+Load = Callable[[str, slice | None], torch.Tensor]
+
+
+def architecture_ties(naming: Naming, specs: Mapping[str, TensorSpec], load: Load) -> dict[str, str]:
+    """Tied name -> holder, for what the architecture ties and the files hold at least once.
+
+    A tied name that is stored as well is an alias only if its bytes are equal; otherwise it is a tensor of its own.
+    """
+    groups: dict[str, list[str]] = {}
+    for tied, holder in naming.ties.items():
+        groups.setdefault(holder, [holder]).append(tied)
+    files = {live: file for file, live in naming.known(specs).items()} if groups else {}
+    aliases: dict[str, str] = {}
+    for names in groups.values():
+        stored = [name for name in names if name in files]
+        if not stored:
+            continue
+        holder = files[stored[0]]
+        for name in names:
+            if name not in files:
+                # As the files would call it: by the live name where they have those.
+                own = (
+                    naming.saved.get(name, name)
+                    if holder != stored[0] or stored[0] == naming.saved.get(holder)
+                    else name
+                )
+                if own not in specs:
+                    aliases[own] = holder
+            elif files[name] != holder and equal_tensors(specs[files[name]], specs[holder], load):
+                aliases[files[name]] = holder
+    return aliases
 
 
 def config_ties(
     config: dict[str, Any] | None,
     specs: dict[str, TensorSpec],
-    load: Callable[[str, slice | None], torch.Tensor],
+    load: Load,
 ) -> dict[str, str]:
     """Tied name -> holder for the known pairs of a model whose config says `tie_word_embeddings: true`.
 
@@ -53,7 +85,7 @@ def config_ties(
         if holder is None:
             continue
         if tied in specs:
-            if _equal_bytes(specs[tied], specs[holder], load):
+            if equal_tensors(specs[tied], specs[holder], load):
                 aliases[tied] = holder
         elif companion is None or companion in specs:
             aliases[tied] = holder
@@ -73,16 +105,23 @@ def _holder(tied: str, patterns: tuple[str, ...], names: Collection[str]) -> str
     return None
 
 
-def _equal_bytes(first: TensorSpec, second: TensorSpec, load: Callable[[str, slice | None], torch.Tensor]) -> bool:
+def may_be_tied(name: str, names: Collection[str]) -> str | None:
+    """Which of `names` the tensor `name` is tied to in the models that tie it, if that is known."""
+    return next(
+        (found for tied, patterns, _ in _TIES if tied == name and (found := _holder(tied, patterns, names))), None
+    )
+
+
+def equal_tensors(first: TensorSpec, second: TensorSpec, load: Load, load_second: Load | None = None) -> bool:
+    """Have two tensors, of a source or of two, the same shape, dtype and bytes?"""
+    load_second = load_second or load
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
     if not first.shape or first.nbytes == 0:
-        return _equal(load(first.name, None), load(second.name, None))
-    rows = max(1, _COMPARE_BYTES * first.shape[0] // first.nbytes)
-    return all(
-        _equal(load(first.name, slice(start, start + rows)), load(second.name, slice(start, start + rows)))
-        for start in range(0, first.shape[0], rows)
-    )
+        return _equal(load(first.name, None), load_second(second.name, None))
+    step = max(1, _COMPARE_BYTES * first.shape[0] // first.nbytes)
+    parts = (slice(start, start + step) for start in range(0, first.shape[0], step))
+    return all(_equal(load(first.name, rows), load_second(second.name, rows)) for rows in parts)
 
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:

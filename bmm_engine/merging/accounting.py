@@ -105,7 +105,7 @@ def _fault(loading: Loading, source: TensorSource, asked_for: tuple[str, ...]) -
     if left:
         return (
             f"{loading.model} as it describes it has no place for {len(left)} tensors of the weights, the first is {left[0]!r}: whoever loads the"
-            f" model would lose them. They can be kept from the base (keep_base: ['{left[0]}'])."
+            " model would lose them."
         )
     missing = [
         name for name in loading.missing if "pool" not in name

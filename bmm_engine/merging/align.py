@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmm_engine.checkpoint import TensorSource, TensorSpec
-from bmm_engine.checkpoint.names import change_prefix, modern_name, prefix_changes
+from bmm_engine.checkpoint.compose import root_checkpoint
+from bmm_engine.checkpoint.names import change_prefix
+from bmm_engine.checkpoint.quantised import refuse_quantised
+from bmm_engine.checkpoint.renamed import RenamedSource
+from bmm_engine.checkpoint.untied import UntiedSource
 from bmm_engine.checkpoint.vocabulary import Reader, fit_vocabulary, is_vocabulary_tensor
-from bmm_engine.errors import ConfigError, MissingTensorError, ShapeMismatchError
+from bmm_engine.errors import ConfigError, ShapeMismatchError
+from bmm_engine.merging.advice import missing_tensors, other_shape
+from bmm_engine.merging.buffers import constant_buffers, is_buffer
+from bmm_engine.merging.heads import with_own_heads
+from bmm_engine.merging.matching import Matcher, known_naming
+from bmm_engine.models.naming import Naming
+
+logger = logging.getLogger(__name__)
 
 
 class AlignedExpert:
-    """An expert read by the base's names: a prefix more or less (`bert.`), legacy LayerNorm names, tied tensors."""
+    """An expert read by the base's names, in whatever layout it has them: `mapping` of what is merged, `kept` of what is kept from the base but is
+    there in the expert too."""
 
-    def __init__(self, source: TensorSource, mapping: dict[str, str], prefix: str):
+    def __init__(
+        self, source: TensorSource, mapping: dict[str, str], prefix: str = "", kept: Mapping[str, str] | None = None
+    ):
         self.source = source
         self.mapping = mapping  # base name -> expert name
         self.prefix = prefix  # "" | "+bert." (the expert has it, the base has not) | "-bert."
+        self.kept = dict(kept or {})
 
     @property
     def label(self) -> str:
         return self.source.label
+
+    def own_name(self, name: str) -> str | None:
+        """What the expert calls a tensor of the base, merged or kept; None where it has none."""
+        return self.mapping.get(name, self.kept.get(name))
 
     def own_module(self, module: str) -> str:
         return self.mapping.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
@@ -38,61 +59,143 @@ class AlignedExpert:
 
 @dataclass(frozen=True)
 class Alignment:
-    """`merged`: the base's tensors that every expert has, in the base's order; `kept`: those taken from the base as they are (integers, and
-    what `keep_base` names); `expert_only`: label -> tensors that only that expert has (task heads), left out of the merge."""
+    """`merged`: the base's tensors that every expert has, in the base's order; `kept`: those taken from the base as they are (integers, buffers, and
+    what `keep_base` names), `buffers` among them; `expert_only`: label -> tensors that only that expert has (task heads), left out of the merge;
+    `expert_buffers`: the same of what is no weight."""
 
     base: TensorSource
     experts: tuple[AlignedExpert, ...]
     merged: tuple[str, ...]
     kept: tuple[str, ...]
     expert_only: dict[str, tuple[str, ...]]
+    buffers: tuple[str, ...] = ()
+    expert_buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def align(
-    base: TensorSource, experts: Sequence[TensorSource], keep_base: Iterable[str] = (), vocabulary: str = "error"
+    base: TensorSource,
+    experts: Sequence[TensorSource],
+    keep_base: Iterable[str] = (),
+    vocabulary: str = "error",
+    live: nn.Module | None = None,
 ) -> Alignment:
-    """Match the experts' tensors to the base's names and check every shape, reading headers only.
+    """Match the experts' tensors to the base's names and check every shape, reading headers, and of what may be tied or a mask the values.
 
     `keep_base`: shell patterns of base tensors to copy from the base instead of merging. `vocabulary`: what to do where embeddings or output
-    heads differ in rows: "error", "crop" or "pad" (see `checkpoint/vocabulary.py`); row `i` must be the same token in all models.
-    Raises `MissingTensorError` (tensor, expert) and `ShapeMismatchError` (tensor, both shapes), `ConfigError` for a pattern that matches
-    nothing.
+    heads differ in rows: "error", "crop" or "pad" (see `checkpoint/vocabulary.py`); row `i` must be the same token in all models. `live`: the
+    base itself, where it was given as a live model.
+    Raises `MissingTensorError` (tensor, expert), `ShapeMismatchError` (tensor, both shapes), `CheckpointError` for quantised models, `ConfigError`
+    for a pattern that matches nothing.
     """
     if vocabulary not in ("error", "crop", "pad"):
         raise ConfigError(f"vocabulary must be 'error', 'crop' or 'pad', not {vocabulary!r}.")
+    refuse_quantised(base)
+    for source in experts:
+        refuse_quantised(source, integers=False)
+    naming = known_naming(base, experts, live)
+    base = with_own_heads(_loadable(base, naming), experts, naming)
     patterns = tuple(keep_base)
     names = base.names()
+    spellings = {n: (n, _original(base, n)) for n in names}
     for pattern in patterns:
-        if not any(fnmatchcase(n, pattern) for n in names):
+        if not any(fnmatchcase(own, pattern) for both in spellings.values() for own in both):
             raise ConfigError(
                 f"keep_base: the pattern {pattern!r} matches no tensor of {base.label}, which has {', '.join(names[:3])} and {len(names) - 3}"
                 " more. Patterns are shell patterns over tensor names, for example 'classifier.*'."
             )
-    kept = tuple(
-        n for n in names if any(fnmatchcase(n, p) for p in patterns) or not base.spec(n).dtype.is_floating_point
-    )
-    merged = tuple(n for n in names if n not in set(kept))
-    mappings = [_best_mapping(merged, source) for source in experts]
-    for source, (mapping, _) in zip(experts, mappings, strict=True):
-        _check_complete(base, source, merged, mapping)
-    readers = [Reader(source, mapping) for source, (mapping, _) in zip(experts, mappings, strict=True)]
+    buffers = constant_buffers(base, names, naming)
+    kept_names = {
+        n
+        for n in names
+        if any(fnmatchcase(own, p) for p in patterns for own in spellings[n])
+        or not base.spec(n).dtype.is_floating_point
+        or n in buffers
+    }
+    matchers = [Matcher(source, naming) for source in experts]
+    mappings = [matcher.match_merged([n for n in names if n not in kept_names], base) for matcher in matchers]
+    # A buffer that is in one file and not in another is none of the weights.
+    lacking = {
+        n for own in mappings for n in names if n not in own and n not in kept_names and is_buffer(base, n, naming)
+    }
+    buffers, kept_names = buffers | lacking, kept_names | lacking
+    kept = tuple(n for n in names if n in kept_names)
+    merged = tuple(n for n in names if n not in kept_names)
+    mappings = [{n: own for n, own in mapping.items() if n not in lacking} for mapping in mappings]
+    for t, (matcher, mapping) in enumerate(zip(matchers, mappings, strict=True)):
+        if len(mapping) < len(merged):
+            raise missing_tensors(base, experts, t, merged, mappings, matcher)
+    readers = [Reader(source, mapping) for source, mapping in zip(experts, mappings, strict=True)]
     if vocabulary != "error":
         base, experts = _fit(base, readers, merged, kept, vocabulary)
-    aligned, expert_only = [], {}
-    for source, (mapping, prefix) in zip(experts, mappings, strict=True):
+    aligned, expert_only, expert_buffers = [], {}, {}
+    for source, matcher, mapping in zip(experts, matchers, mappings, strict=True):
         for name in merged:
             ours, theirs = base.spec(name), source.spec(mapping[name])
             if ours.shape != theirs.shape:
-                raise _shape_mismatch(base, Reader(source, mapping), name)
+                raise other_shape(
+                    base, Reader(source, mapping), name, _differ_in_vocabulary(base, Reader(source, mapping), name)
+                )
             if not theirs.dtype.is_floating_point:
                 raise ShapeMismatchError(
                     f"{name}: {ours.dtype} in {base.label}, {theirs.dtype} in {source.label}. Quantised checkpoints cannot be merged; use the"
                     " original floating-point weights."
                 )
-        aligned.append(AlignedExpert(source, mapping, prefix))
-        used = set(mapping.values()) | {mapping.get(n, n) for n in kept} | {change_prefix(prefix, n) for n in kept}
-        expert_only[source.label] = tuple(n for n in source.names() if n not in used)
-    return Alignment(base, tuple(aligned), merged, kept, expert_only)
+        own_kept = matcher.kept(kept)
+        copies = (
+            matcher.match(tuple(base.aliases)) if base.aliases else {}
+        )  # of what the base ties, or they would have become tensors of their own
+        aligned.append(AlignedExpert(source, mapping, matcher.prefix, own_kept))
+        used = {
+            *mapping.values(),
+            *own_kept.values(),
+            *copies.values(),
+            *kept,
+            *(change_prefix(matcher.prefix, n) for n in kept),
+        }
+        held = {source.aliases.get(n, n) for n in used}
+        left = [n for n in source.names() if n not in used and n not in held]
+        constant = constant_buffers(source, left, naming) | {n for n in left if is_buffer(source, n, naming)}
+        expert_only[source.label] = tuple(n for n in left if n not in constant)
+        expert_buffers[source.label] = tuple(n for n in left if n in constant)
+        _say_renamed(source, mapping)
+    return Alignment(
+        base, tuple(aligned), merged, kept, expert_only, tuple(n for n in kept if n in buffers), expert_buffers
+    )
+
+
+def _loadable(base: TensorSource, naming: Naming | None) -> TensorSource:
+    """A base in a folder with its config, by names that load: the output has them. One in memory, or a bare file, keeps its own."""
+    if naming is None or base.config is None or root_checkpoint(base) is None:
+        return base
+    renamed = naming.loadable(base.names())
+    if renamed:
+        logger.info(
+            "%s: %d of its names do not load as they are, such as %r, written as %r",
+            base.label,
+            len(renamed),
+            *next(iter(renamed.items())),
+        )
+    return RenamedSource(base, renamed) if renamed else base
+
+
+def _original(base: TensorSource, name: str) -> str:
+    """What the base's files call a tensor."""
+    source: Any = base
+    while not isinstance(source, RenamedSource) and isinstance(source, UntiedSource):
+        source = source.source
+    return source.originals.get(name, name) if isinstance(source, RenamedSource) else name
+
+
+def _say_renamed(source: TensorSource, mapping: Mapping[str, str]) -> None:
+    renamed = [(ours, own) for ours, own in mapping.items() if ours != own]
+    if renamed:
+        logger.info(
+            "%s: %d of %d tensors go by another name than the base's, such as %r, which is %r there",
+            source.label,
+            len(renamed),
+            len(mapping),
+            *renamed[0],
+        )
 
 
 def _fit(
@@ -120,58 +223,3 @@ def _differ_in_vocabulary(base: TensorSource, reader: Reader, name: str) -> bool
         and is_vocabulary_tensor(base, name)
         and is_vocabulary_tensor(reader.source, own)
     )
-
-
-def _shape_mismatch(base: TensorSource, reader: Reader, name: str) -> ShapeMismatchError:
-    ours, theirs = base.spec(name).shape, reader.source.spec(reader.names[name]).shape
-    text = f"{name}: shape {ours} in {base.label}, {theirs} in {reader.source.label}. "
-    if _differ_in_vocabulary(base, reader, name):
-        fewer, more = sorted((ours[0], theirs[0]))
-        text += (
-            f"The vocabularies differ; if token i is the same in both, `vocabulary: crop` merges the first {fewer} tokens,"
-            f" `vocabulary: pad` all {more}."
-        )
-    else:
-        text += f"Merge fine-tunes of one base; to take this tensor from the base, add it to keep_base: ['{name}']."
-    return ShapeMismatchError(text)
-
-
-def _best_mapping(names: Sequence[str], source: TensorSource) -> tuple[dict[str, str], str]:
-    """The prefix change under which most of `names` are found in `source`."""
-    own = {modern_name(n): n for n in (*source.names(), *source.aliases)}
-    best: dict[str, str] = {}
-    chosen = ""
-    for prefix in prefix_changes(names, own):
-        mapping = {}
-        for name in names:
-            # What already agrees (a head beside a prefixed body) keeps its name.
-            found = own.get(modern_name(change_prefix(prefix, name))) or own.get(modern_name(name))
-            if found is not None:
-                mapping[name] = found
-        if len(mapping) > len(best):
-            best, chosen = mapping, prefix
-    return best, chosen
-
-
-def _check_complete(base: TensorSource, source: TensorSource, merged: Sequence[str], mapping: dict[str, str]) -> None:
-    missing = [n for n in merged if n not in mapping]
-    if not missing:
-        return
-    more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-    if len(missing) == len(merged):
-        example = next(iter(source.names()), "nothing")
-        raise MissingTensorError(
-            f"{source.label} shares no tensor with the base {base.label}: the base has {missing[0]!r}{more}, the expert {example!r}. Is it a"
-            " fine-tune of this base, and a full checkpoint?"
-        )
-    raise MissingTensorError(
-        f"{source.label} has no tensor {missing[0]!r}{more}, which the base {base.label} has. If it is a head that need not be merged, keep the"
-        f" base's: keep_base: ['{_common_pattern(missing, merged)}']; if not, the expert is incomplete."
-    )
-
-
-def _common_pattern(missing: Sequence[str], merged: Sequence[str]) -> str:
-    """`HEAD.*` where that names just what is missing, else the first name."""
-    top = missing[0].split(".")[0] + "."
-    whole = [n for n in merged if n.startswith(top)]
-    return f"{top}*" if len(missing) > 1 and list(missing) == whole else missing[0]

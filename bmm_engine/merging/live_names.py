@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection
 
 from torch import nn
 
-from bmm_engine.checkpoint.names import modern_name
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.align import Alignment
-from bmm_engine.models.architecture import checkpoint_names
+from bmm_engine.models.naming import Naming
 
 
 def live_names(
@@ -20,14 +19,13 @@ def live_names(
 
     Raises `CheckpointError` for a merged tensor that the live model lacks.
     """
-    state = model.state_dict(keep_vars=True)
-    by_file = {modern_name(file): live for live, file in checkpoint_names(model).items()}
-    by_file = {**{name: name for name in state}, **by_file}  # a base that is itself live goes by live names
-    prefix = getattr(model, "base_model_prefix", "")
+    names = (*alignment.merged, *alignment.kept)
+    own = {n: n if expert is None else alignment.experts[expert].own_name(n) or n for n in names}
+    naming = Naming.of(model)
+    by_own, by_base = naming.known(own.values()), naming.known(names)
     found, missing = {}, []
-    for name in (*alignment.merged, *alignment.kept):
-        own = name if expert is None else alignment.experts[expert].mapping.get(name, name)
-        live = next((by_file[n] for n in _spellings((own, name), prefix) if n in by_file), None)
+    for name in names:
+        live = next((live for live in (by_own.get(own[name]), by_base.get(name)) if live in naming.stored), None)
         if live is not None:
             found[name] = live
         elif name not in fused and name in alignment.merged and name not in alignment.base.aliases:
@@ -39,10 +37,3 @@ def live_names(
             " between file and model). Keep it from the base (keep_base), or merge without running the model: no search, and mode plain."
         )
     return found
-
-
-def _spellings(names: Sequence[str], prefix: str) -> Iterable[str]:
-    for name in map(modern_name, names):
-        yield name
-        if prefix:
-            yield name[len(prefix) + 1 :] if name.startswith(f"{prefix}.") else f"{prefix}.{name}"

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bmm_engine.checkpoint import Checkpoint, TensorSource, is_adapter, open_adapter, open_source
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.models.architecture import stored_layout
-from bmm_engine.models.bounds import Held
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def adapter_options(base: TensorSource) -> dict[str, Any]:
         return {}
     if base not in _options:
         try:
-            live_names, transposed = stored_layout(base.path, Held.of(base.shapes()))
+            live_names, transposed = stored_layout(base.path, base.shapes())
             _options[base] = {"live_names": live_names, "transposed": transposed}
         except CheckpointError as error:  # an architecture of its own: names and shapes in the files then have to tell
             logger.info("%s: %s", base.label, error)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from bmm_engine.errors import BmmError, CheckpointError, ConfigError
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.naming import Naming, checkpoint_names
+from bmm_engine.progress import quiet_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -85,17 +87,17 @@ def linear_modules(model: nn.Module, patterns: Iterable[str] | None = None) -> d
 
 
 def select_modules(
-    found: Mapping[str, LinearModule], patterns: Iterable[str] | None, aliases: Mapping[str, str] | None = None
+    found: Mapping[str, LinearModule], patterns: Iterable[str] | None, *aliases: Mapping[str, str]
 ) -> dict[str, LinearModule]:
-    """Those of `found` whose name, or alias, matches one of `patterns` (all for None).
+    """Those of `found` whose name, or an alias, matches one of `patterns` (all for None).
 
     Raises `ConfigError` for a pattern without a match.
     """
     if patterns is None:
         return dict(found)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    names = {name: (name, (aliases or {}).get(name, name)) for name in found}
-    matches = {p: [n for n, both in names.items() if any(fnmatchcase(b, p) for b in both)] for p in patterns}
+    names = {name: (name, *(own.get(name, name) for own in aliases)) for name in found}
+    matches = {p: [n for n, known in names.items() if any(fnmatchcase(k, p) for k in known)] for p in patterns}
     for pattern, matched in matches.items():
         if not matched:
             sample = ", ".join(list(found)[:3])
@@ -105,32 +107,6 @@ def select_modules(
             )
     chosen = {name for matched in matches.values() for name in matched}
     return {name: module for name, module in found.items() if name in chosen}
-
-
-def checkpoint_names(model: nn.Module) -> dict[str, str]:
-    """Live parameter name -> the name that `save_pretrained` gives it.
-
-    transformers 5 renames some tensors between file and model (ViT: `encoder.layer.0...query` is `layers.0...q_proj` live).
-    A tensor that is split or fused on its way to the file has no single name there and is left out.
-    """
-    live = model.state_dict(keep_vars=True)
-    try:
-        from transformers import PreTrainedModel
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # no transformers, or version 4, whose live names are the names in the file
-        return {name: name for name in live}
-    if not isinstance(model, PreTrainedModel):
-        return {name: name for name in live}
-    # Tensors pass through by identity where they are only renamed.
-    by_identity: dict[int, list[str]] = {}
-    for name, tensor in live.items():
-        by_identity.setdefault(id(tensor), []).append(name)
-    names: dict[str, str] = {}
-    for saved, tensor in revert_weight_conversion(model, dict(live)).items():
-        owners = by_identity.get(id(tensor), [])
-        for owner in owners if len(owners) == 1 else [o for o in owners if o == saved]:
-            names[owner] = saved
-    return names
 
 
 def module_checkpoint_names(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
@@ -298,13 +274,40 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def stored_layout(path: Path, held: Held) -> tuple[dict[str, str], list[str]]:
-    """Of the checkpoint at `path`, whose files hold `held`: live parameter name -> its name in the files, and the weights stored as (in, out).
+_namings: dict[str, Naming] = {}  # by what the config says: building the architecture takes a while
+_MOST_NAMINGS = 32
+
+
+def naming_of(path: Path, held: Held, overrides: Mapping[str, Any] | None = None) -> Naming:
+    """What the architecture of the checkpoint directory `path` calls its tensors. Raises `CheckpointError` as `meta_model` does."""
+    try:
+        key = (path / "config.json").read_text(encoding="utf-8") + json.dumps(
+            overrides or {}, sort_keys=True, default=repr
+        )
+    except (OSError, ValueError):
+        key = ""
+    if key and key in _namings:
+        return _namings[key]
+    with quiet_transformers():
+        found = Naming.of(meta_model(path, held, overrides))
+    if key:
+        while len(_namings) >= _MOST_NAMINGS:
+            _namings.pop(next(iter(_namings)))
+        _namings[key] = found
+    return found
+
+
+def stored_layout(path: Path, stored: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:
+    """Of the checkpoint at `path`, whose files hold `stored` (name -> shape): live parameter name, and the name that this version of transformers
+    would save it under, -> its name in the files; and the weights stored as (in, out).
 
     Raises `CheckpointError` for an architecture that transformers does not know.
     """
-    model = meta_model(path, held)
-    names = checkpoint_names(model)
+    model = meta_model(path, Held.of(stored))
+    naming = Naming.of(model)
+    files = {live: file for file, live in naming.known(stored).items()}
+    names = {saved: files.get(live, saved) for live, saved in naming.saved.items()}
+    names |= {live: files.get(live, saved) for live, saved in naming.saved.items()}
     flipped = [m.weight for m in linear_modules(model, ["*"]).values() if m.transposed]
     return names, [names.get(weight, weight) for weight in flipped]
 
@@ -318,23 +321,24 @@ def checkpoint_linear_modules(
 ) -> dict[str, LinearModule]:
     """The linear modules of the checkpoint at `path`, by the names that its files use; `patterns` as in `linear_modules`.
 
-    `stored`: name -> shape of each tensor in the files. A file may carry the base model's prefix where the architecture does not,
-    and the other way round; both are understood. Modules that the files do not hold under one name are left out. `overrides`: keys of the
-    config that differ from the file's. `held`: what the files hold in all, where `stored` is a part of it.
+    `stored`: name -> shape of each tensor in the files, in whatever layout: with the base model's prefix or without, under live names, or those
+    of an older version. Modules that the files do not hold under one name are left out. `overrides`: keys of the config that differ from the
+    file's. `held`: what the files hold in all, where `stored` is a part of it.
 
     Raises `CheckpointError` for an architecture that transformers does not know, `ConfigError` for a pattern without a match.
     """
     model = meta_model(path, held or Held.of(stored), overrides)
     found = linear_modules(model, None if patterns is None else ["*"])
-    prefix = getattr(model, "base_model_prefix", "")
-    by_file, live_names = {}, {}
-    for live, saved in module_checkpoint_names(model, found).items():
-        for candidate in _with_and_without(saved, prefix):
-            if f"{candidate}.weight" in stored:
-                by_file[candidate] = replace(found[live], name=candidate)
-                live_names[candidate] = live
-                break
-    return select_modules(by_file, patterns, live_names)
+    naming = Naming.of(model)
+    files = {live: file for file, live in naming.known(stored).items()}
+    by_file, live_names, saved_names = {}, {}, {}
+    for live, module in found.items():
+        name, ending, rest = files.get(module.weight, "").rpartition(".weight")
+        if ending and not rest:
+            by_file[name] = replace(module, name=name)
+            live_names[name] = live
+            saved_names[name] = naming.saved.get(module.weight, module.weight).removesuffix(".weight")
+    return select_modules(by_file, patterns, live_names, saved_names)
 
 
 def matrix_modules(stored: Mapping[str, tuple[int, ...]], patterns: Iterable[str]) -> dict[str, LinearModule]:
@@ -345,13 +349,6 @@ def matrix_modules(stored: Mapping[str, tuple[int, ...]], patterns: Iterable[str
             module = name[: -len(".weight")]
             found[module] = LinearModule(module, shape[0], shape[1], False, f"{module}.bias" in stored)
     return select_modules(found, patterns)
-
-
-def _with_and_without(name: str, prefix: str) -> tuple[str, ...]:
-    if not prefix:
-        return (name,)
-    other = name[len(prefix) + 1 :] if name.startswith(prefix + ".") else f"{prefix}.{name}"
-    return (name, other)
 
 
 def told(error: BaseException) -> str:

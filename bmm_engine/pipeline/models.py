@@ -11,8 +11,9 @@ from bmm_engine.checkpoint.compose import LayerRange, StackedSource
 from bmm_engine.errors import CheckpointError, NonFiniteWeightError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.sources import Models, adapter_options, open_expert
-from bmm_engine.models.architecture import checkpoint_names, load_config, meta_model, model_class, told
+from bmm_engine.models.architecture import load_config, meta_model, model_class, told
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.naming import Naming, checkpoint_names
 from bmm_engine.progress import quiet_transformers
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe, ModelRecipe, StackRecipe
@@ -89,12 +90,30 @@ def live_model(
         raise CheckpointError(
             f"{path}: transformers cannot load it as {cls.__name__} ({told(error)}); correct its config.json, or download it again"
         ) from error
-    _check_whole(path, live, told_of["missing_keys"])
+    _check_whole(path, live, _filled(live, _root(source), told_of["missing_keys"]))
     if isinstance(source, AdapterSource):
         with torch.no_grad():
             for name, tensor in source.live_tensors(checkpoint_names(live)):
                 live.get_parameter(name).copy_(tensor)
     return live.to(device), path
+
+
+def _filled(live: nn.Module, source: Checkpoint, missing: Iterable[str]) -> list[str]:
+    """What is still missing once the live model has what the files hold under names that transformers does not know: of a wrapped model."""
+    import torch
+
+    missing = list(missing)
+    if not missing:
+        return missing
+    files = {name: file for file, name in Naming.of(live).known(source.names()).items()}
+    state = live.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name in missing:
+            if name in files and name in state and state[name].shape == source.spec(files[name]).shape:
+                state[name].copy_(source.load(files[name]))
+            else:
+                files.pop(name, None)
+    return [name for name in missing if name not in files]
 
 
 def _check_whole(path: Path, live: nn.Module, missing: Iterable[str]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bmm_engine.checkpoint import Checkpoint, TensorSource
 from bmm_engine.checkpoint.compose import root_checkpoint
-from bmm_engine.checkpoint.names import change_prefix
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.merging.align import AlignedExpert, Alignment
 from bmm_engine.merging.live_names import live_names
@@ -195,9 +194,9 @@ def reader_of(alignment: Alignment, expert: AlignedExpert) -> Load:
     def read(name: str) -> Tensor:
         if name in expert.mapping:
             return expert.load(name)
-        own = change_prefix(expert.prefix, name)
+        own = expert.own_name(name)
         base = alignment.base
-        if own in source and source.spec(own).shape == base.spec(name).shape:
+        if own is not None and source.spec(own).shape == base.spec(name).shape:
             return source.load(own)
         return base.load(name)
 

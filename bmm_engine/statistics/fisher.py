@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
-from bmm_engine.models.architecture import checkpoint_names
 from bmm_engine.models.calling import Mask, call_model, evaluating, mask_of, placement, samples_of, to_device
+from bmm_engine.models.naming import checkpoint_names
 from bmm_engine.progress import track
 from bmm_engine.statistics.grams import weight_fingerprint
 from bmm_engine.statistics.measured import MeasuredSet

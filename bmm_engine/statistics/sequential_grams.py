@@ -31,13 +31,13 @@ from bmm_engine.errors import (
 )
 from bmm_engine.models.architecture import (
     LinearModule,
-    checkpoint_names,
     is_head,
     linear_modules,
 )
 from bmm_engine.models.blocks import BlockWalk, before_blocks, block_list, find_blocks, without_cache
 from bmm_engine.models.calling import Mask, evaluating, padding_of, placement, to_device
 from bmm_engine.models.heads import without_heads
+from bmm_engine.models.naming import checkpoint_names
 from bmm_engine.progress import track
 from bmm_engine.solving.moments import DenseMoment
 from bmm_engine.statistics.collect import Recorder

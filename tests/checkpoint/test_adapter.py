@@ -710,7 +710,8 @@ PEFT_CASES = [
 @pytest.mark.parametrize("case", PEFT_CASES)
 def test_as_peft_merges_it(tmp_path: Path, case: str) -> None:
     peft = pytest.importorskip("peft")
-    from bmm_engine.models.architecture import checkpoint_names, linear_modules
+    from bmm_engine.models.architecture import linear_modules
+    from bmm_engine.models.naming import checkpoint_names
     from tests import tiny
 
     logging.getLogger("peft").setLevel(logging.ERROR)

@@ -118,10 +118,10 @@ def test_without_the_option_both_sizes_and_the_remedy_are_named():
 
 def test_other_shapes_are_errors_whatever_the_option():
     base, expert = source(5, "base"), source(6, "expert", width=4)
-    with pytest.raises(ShapeMismatchError, match=r"shape \(5, 3\) in base, \(6, 4\) in expert.*keep_base"):
+    with pytest.raises(ShapeMismatchError, match=r"shape \(5, 3\) in base, \(6, 4\) in expert.*another size"):
         align(base, [expert], vocabulary="pad")
     head = {"classifier.weight": torch.zeros(3, 2)}, {"classifier.weight": torch.zeros(4, 2)}
-    with pytest.raises(ShapeMismatchError, match=r"classifier.*keep_base: \['classifier\.weight'\]"):
+    with pytest.raises(ShapeMismatchError, match=r"classifier.*keep_base: \['classifier\.\*'\]"):
         align(StateDictSource(head[0]), [StateDictSource(head[1])], vocabulary="crop")
     with pytest.raises(ConfigError, match=r"vocabulary must be 'error', 'crop' or 'pad', not 'trim'"):
         align(base, [base], vocabulary="trim")

@@ -1,0 +1,151 @@
+"""What an architecture calls its tensors: the live names, those in files of any version, its buffers, and which names are one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bmm_engine.models.names import leading_parts, modern_name, unwrapped
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Of one architecture. `live`: the names of its state dict, in its order; `saved`: live name -> the one that `save_pretrained` writes, where it
+    is one tensor there; `buffers`: live names, also of those that no file holds; `ties`: live name -> the name of the tensor that it is;
+    `stored`: `live`, as a set."""
+
+    live: tuple[str, ...]
+    saved: Mapping[str, str]
+    buffers: frozenset[str]
+    ties: Mapping[str, str]
+    stored: frozenset[str]
+    _rename: Callable[[str], str | None] = field(repr=False, compare=False)
+    _all: frozenset[str] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Naming:
+        """Of a live or meta model; of transformers' with all that they rename between file and model."""
+        live = tuple(model.state_dict(keep_vars=True))
+        buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
+        known = frozenset((*live, *buffers))
+        return cls(
+            live, checkpoint_names(model), buffers, _ties(model), frozenset(live), _renaming(model, known), known
+        )
+
+    def known(self, names: Iterable[str]) -> dict[str, str]:
+        """Name in a file -> live name, for those of `names` that are one tensor of the architecture, whatever the layout: as transformers loads them,
+        or with some leading parts more or less (what a trainer puts around a model)."""
+        rest = {name: modern_name(name) for name in names}
+        found = self._changed(rest, lambda name: name, set())
+        while rest := {name: plain for name, plain in rest.items() if name not in found}:
+            taken = set(found.values())
+            changes = _prefix_changes(rest.values(), self._all - taken)
+            more = max((self._changed(rest, change, set(taken)) for change in changes), key=len, default={})
+            if not more:
+                break
+            found |= more
+        return found
+
+    def loadable(self, names: Iterable[str]) -> dict[str, str]:
+        """Name in a file -> one that `from_pretrained` finds, for those that it would not find as they are."""
+        names = tuple(names)
+        known = self.known(names)
+        found = {
+            n: self.saved.get(live, live)
+            for n, live in known.items()
+            if self._rename(n) is None and live in self.stored
+        }
+        found |= {n: plain for n in names if n not in known and (plain := unwrapped(n)) != n}
+        return found if len({*names} - {*found} | {*found.values()}) == len(names) else {}
+
+    def _changed(
+        self, names: Mapping[str, str], change: Callable[[str], str | None], taken: set[str]
+    ) -> dict[str, str]:
+        """Those that the change makes a name of the architecture which no other has."""
+        found: dict[str, str] = {}
+        for name, plain in names.items():
+            changed = change(plain)
+            live = None if changed is None else self._rename(changed)
+            if live is not None and live not in taken:
+                taken.add(live)
+                found[name] = live
+        return found
+
+
+def checkpoint_names(model: nn.Module) -> dict[str, str]:
+    """Live parameter name -> the name that `save_pretrained` gives it.
+
+    transformers 5 renames some tensors between file and model (ViT: `encoder.layer.0...query` is `layers.0...q_proj` live).
+    A tensor that is split or fused on its way to the file has no single name there and is left out.
+    """
+    import torch
+
+    live = model.state_dict(keep_vars=True)
+    try:
+        from transformers import PreTrainedModel
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # no transformers, or version 4, whose live names are the names in the file
+        return {name: name for name in live}
+    if not isinstance(model, PreTrainedModel):
+        return {name: name for name in live}
+    # Tensors pass through by identity where they are only renamed; each name has one of its own, tied or not.
+    stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in live.items()}
+    owner = {id(tensor): name for name, tensor in stand_ins.items()}
+    return {
+        owner[id(tensor)]: saved
+        for saved, tensor in revert_weight_conversion(model, dict(stand_ins)).items()
+        if id(tensor) in owner
+    }
+
+
+def _prefix_changes(names: Iterable[str], known: Iterable[str]) -> Iterator[Callable[[str], str | None]]:
+    """Leading parts taken from the names, or put before them, as `known` names have them."""
+    for prefix in leading_parts(names):
+        yield lambda name, prefix=prefix: name.removeprefix(prefix) if name.startswith(prefix) else None  # type: ignore[misc]
+    for prefix in leading_parts(known):
+        yield lambda name, prefix=prefix: prefix + name  # type: ignore[misc]
+
+
+def _renaming(model: nn.Module, known: frozenset[str]) -> Callable[[str], str | None]:
+    """Name in a file -> live name, as transformers' loading has it; None for what it splits, fuses, turns round or does not know."""
+    plain: Callable[[str], str | None] = lambda name: name if name in known else None  # noqa: E731
+    try:
+        from transformers import PreTrainedModel
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        if not isinstance(model, PreTrainedModel):
+            return plain
+        conversions = get_model_conversion_mapping(model)
+    except ImportError:  # no transformers, or version 4
+        return plain
+    renamings: Any = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters: Any = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    prefix, names = model.base_model_prefix, dict.fromkeys(known, True)
+
+    def rename(name: str) -> str | None:
+        renamed, converter = rename_source_key(name, renamings, converters, prefix, names)
+        if renamed in known:
+            return renamed if converter is None else None
+        if name not in known:
+            name, _ = rename_source_key(name, [], [], prefix, names)
+        return name if name in known else None
+
+    return rename
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Live name -> the first name of the same parameter, or the one that transformers ties it to."""
+    said: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    found = {}
+    for names in groups.values():
+        holder = next((name for name in names if name in said.values()), names[0])
+        found.update({name: holder for name in names if name != holder})
+    return found
