@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def collect_from_checkpoint(
     batches = batches_of(data, path, options, live)
     without_logits(live)
     with naming(path, data):
-        return collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
+        found = collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
+    return replace(found, origin=str(path))
 
 
 def fisher_from_checkpoint(

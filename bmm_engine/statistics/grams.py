@@ -124,6 +124,7 @@ class GramSet:
     transposed: tuple[str, ...] = ()  # modules whose weight is stored (in, out): GPT-2's Conv1D
     kind: str = "expert"
     settings: dict[str, Any] = field(default_factory=dict)
+    origin: str = ""  # the model that was measured in this run, for messages
     _path: Path | None = None
     _headers: dict[str, tuple[int, int]] = field(
         default_factory=dict
@@ -153,7 +154,9 @@ class GramSet:
 
     @property
     def where(self) -> str:
-        return str(self._path) if self._path else f"Grams of {self.calibration or 'a live model'}"
+        if self._path:
+            return str(self._path)
+        return f"Grams of {self.origin or 'a live model'}" + (f" on {self.calibration}" if self.calibration else "")
 
     @property
     def on_disk(self) -> bool:

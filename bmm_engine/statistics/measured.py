@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -77,6 +77,10 @@ class MeasuredSet:
     def check_shape(cls, path: Path, name: str, shape: tuple[int, ...]) -> None:
         """Raise `CheckpointError` unless what was measured at `name` can have that shape."""
 
+    @classmethod
+    def check_record(cls, path: Path, record: Any, names: list[str]) -> None:
+        """Raise `CheckpointError` unless what the record says besides fits `names`, which were measured."""
+
     @property
     def on_disk(self) -> bool:
         """Was it read from a file?"""
@@ -124,6 +128,7 @@ class MeasuredSet:
         check_tensors(path, stored, (f"{cls.KEY}.{name}" for name in names), maker)
         check_names(path, "fingerprints", record.fingerprints, names, maker)
         check_names(path, "aliases", record.aliases.values(), names, maker)
+        cls.check_record(path, record, names)
         shapes = {name: stored[f"{cls.KEY}.{name}"].shape for name in names}
         for name, shape in shapes.items():
             cls.check_shape(path, name, shape)
