@@ -19,7 +19,9 @@ _FACTORED_WIDTH = 256
 _LOST = {dtype: 2.0**24 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 # Entries that are looked at at a time.
 _SLAB = 4 * 2**20
-_REMEDY = "A file of it is damaged or was edited, or a weight of the model is not sound: collect it again from a good one."
+_REMEDY = (
+    "A file of it is damaged or was edited, or a weight of the model is not sound: collect it again from a good one."
+)
 
 
 def check_gram(total: Tensor, row_sum: Tensor, rows: int, where: str, name: str) -> None:

@@ -192,7 +192,10 @@ def test_configs_of_an_architecture_that_nobody_knows():
     assert config_differences(None, base) == []
 
 
-@pytest.mark.parametrize("change", [{"layer_norm_eps": [1]}, {"vocab_size": "/etc/passwd"}, {"hidden_act": math.nan}, {"model_type": ["bert"]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"layer_norm_eps": [1]}, {"vocab_size": "/etc/passwd"}, {"hidden_act": math.nan}, {"model_type": ["bert"]}],
+)
 def test_values_that_no_config_takes(change):
     base = {"model_type": "bert", "hidden_size": 16}
     found = config_differences(base, {**base, **change})

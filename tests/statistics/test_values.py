@@ -213,7 +213,8 @@ def test_a_sensitivity_of_zero_is_one_where_the_record_tells_of_it(tmp_path):
     for name, words in (("a", "is all zero, by the file's record it was not 0"), ("pooler", "is not 0, by")):
         damaged = tmp_path / f"{name}.safetensors"
         SensitivitySet(measured, calibration="texts").save(damaged)
-        spoilt(damaged, tensors=lambda t, own=f"sensitivity.{name}": t[own].copy_(0 * t[own] + (name == "pooler")))
+        other = torch.zeros(6, 6) if name == "a" else torch.ones(3, 3)
+        spoilt(damaged, tensors=lambda t, own=name, other=other: t.update({f"sensitivity.{own}": other}))
         with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: the sensitivity of '{name}' {words}"):
             SensitivitySet.load(damaged).get(name)
 

@@ -61,7 +61,9 @@ def _mutate(rng: random.Random, path: Path, what: str, victim: int) -> str:
     if action < 0.5:
         record = json.loads(next(iter(header["__metadata__"].values())))
         key = next(iter(header["__metadata__"]))
-        did, text = mutate_json(rng, record, ("rows", "modules", "fingerprints", "weights_dtype", "kind", "version", "unread"))
+        did, text = mutate_json(
+            rng, record, ("rows", "modules", "fingerprints", "weights_dtype", "kind", "version", "unread")
+        )
         header["__metadata__"] = {key: text.encode("utf-8", "replace").decode()}
         path.write_bytes(joined(header, data))
         return f"record: {did}"
