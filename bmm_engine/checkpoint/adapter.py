@@ -161,9 +161,7 @@ class AdapterSource(TensorSource):
     # Reading
 
     def _read(self, key: str, rows: slice | None = None) -> Tensor:
-        tensor = self._file.read(key, rows)
-        self._file.release()
-        return tensor
+        return self._file.read(key, rows)
 
     def _trained(self, key: str, rows: slice | None = None) -> Tensor:
         """What is multiplied or added. Raises `CheckpointError` for NaN and infinity, which would be taken for the base's."""

@@ -45,7 +45,8 @@ _MOST_ALPHA = 1e6
 
 
 class AdapterConfig(BaseModel):
-    """The keys of `adapter_config.json` that are known, with their types: text is no number. PEFT adds keys; those are let pass."""
+    """The keys of `adapter_config.json` that are known, with their types: text is no number. PEFT adds keys; those are let pass. A switch that is
+    null is off: PEFT keeps the null, and asks of it only whether it is true."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -100,7 +101,7 @@ class LoraSettings:
             AdapterConfig, raw, path, "Correct it, or save the adapter again with PEFT's save_pretrained."
         )
         _refuse(path, raw)
-        modules_to_save = config.modules_to_save or ()
+        modules_to_save = () if config.modules_to_save is None else config.modules_to_save
         if not isinstance(modules_to_save, (list, tuple)) or not all(isinstance(m, str) for m in modules_to_save):
             raise CheckpointError(f"{path}: modules_to_save={shown(modules_to_save)} is no list of names; correct it")
         return cls(
@@ -174,7 +175,7 @@ def _positive(path: Path, key: str, value: Any, most: float, *, whole: bool = Fa
 
 
 def _patterns(path: Path, key: str, given: Any, most: float, *, whole: bool = False) -> dict[str, Any]:
-    patterns = given or {}
+    patterns = {} if given is None else given
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{path}: {key}={shown(patterns)} is no map from module names to numbers; correct it")
     for pattern, value in patterns.items():

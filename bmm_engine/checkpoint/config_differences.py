@@ -32,7 +32,7 @@ _TIED, _SCALED = "tie_word_embeddings", "scale_decoder_outputs"
 # For an architecture that transformers does not know: what the keys of those that it knows are made of.
 _TELLING = re.compile(
     r"^model_type$|head|layer|hidden|inter|width|dim|eps|act|rope|rotary|theta|norm|window|position|scal|softcap|bias|tie_|kernel|stride|patch"
-    r"|expert|topk|group|causal|decoder|alibi|parallel"
+    r"|expert|vocab|topk|group|causal|decoder|alibi|parallel"
 )
 
 
@@ -67,8 +67,14 @@ def config_differences(base: Mapping[str, Any] | None, expert: Mapping[str, Any]
             for path, ours, theirs in _unequal(whole[0][0], whole[1][0], (), both=False)
         ]
     else:
+        declared = next((own[1] for own in whole if own is not None), set())
         found = [
-            Difference(".".join(path), ours, theirs, _matters(path) and bool(_TELLING.search(path[-1])))
+            Difference(
+                ".".join(path),
+                ours,
+                theirs,
+                _matters(path) and (path[0] in declared or bool(_TELLING.search(path[-1]))),
+            )
             for path, ours, theirs in _unequal(base, expert, (), both=not odd)
         ]
     return sorted(found, key=lambda one: not one.matters)

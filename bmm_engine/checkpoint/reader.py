@@ -15,7 +15,7 @@ from torch import nn
 
 from bmm_engine.checkpoint import hub
 from bmm_engine.checkpoint.guard import read_json_object, regular_file
-from bmm_engine.checkpoint.layout import Layout, contained, file_stamp, find_weights
+from bmm_engine.checkpoint.layout import Layout, contained, find_weights
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.checkpoint.source import StateDictSource, TensorSource, TensorSpec, missing_tensor
 from bmm_engine.checkpoint.ties import architecture_ties, config_ties
@@ -40,7 +40,6 @@ class WeightFile(Protocol):
     @property
     def stamp(self) -> tuple[int, int, int]: ...
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor: ...
-    def release(self) -> None: ...
 
 
 class Checkpoint(TensorSource):
@@ -61,7 +60,6 @@ class Checkpoint(TensorSource):
         self._config = config
         self._files = files
         self._holder = {name: file for file in files for name in file.specs}
-        self._last_read: WeightFile | None = None
 
     @classmethod
     def open(
@@ -144,14 +142,6 @@ class Checkpoint(TensorSource):
         """Name -> shape of every tensor in the files."""
         return {name: file.specs[name].shape for name, file in self._holder.items()}
 
-    def check_unchanged(self) -> None:
-        """Raise CheckpointError unless the weight files are those that were opened: one that is mapped (transformers does) and was cut meanwhile
-        would end the process."""
-        for file in self._files:
-            regular_file(file.path)
-            if file_stamp(file.path) != file.stamp:
-                raise CheckpointError(f"{file.path}: changed on disk since it was opened; open the checkpoint again")
-
     def shard_sizes(self) -> dict[str, int]:
         """Base name of each weight file -> its size in bytes."""
         return {file.path.name: file.path.stat().st_size for file in self._files}
@@ -171,11 +161,7 @@ class Checkpoint(TensorSource):
         raise missing_tensor(name, self.label, self._holder)
 
     def _read(self, name: str, rows: slice | None) -> torch.Tensor:
-        file = self._holder[name]
-        if self._last_read is not None and self._last_read is not file:
-            self._last_read.release()
-        self._last_read = file
-        return file.read(name, rows)
+        return self._holder[name].read(name, rows)
 
 
 def open_source(

@@ -49,12 +49,13 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class SafetensorsFile:
-    """One checked file: specs in offset order, and where each tensor's bytes start."""
+    """One checked file: specs in offset order, where each tensor's bytes start, and the texts in its header."""
 
     path: Path
     specs: dict[str, TensorSpec]
     offsets: dict[str, int]
     stamp: tuple[int, int, int]
+    metadata: dict[str, str]
 
     @classmethod
     def open(cls, path: Path) -> SafetensorsFile:
@@ -62,7 +63,7 @@ class SafetensorsFile:
         check_weight_file(path)
         with path.open("rb") as file:
             stamp = file_stamp(file.fileno())
-            header, data_start = _read_header(path, file.read(8), file, stamp[0])
+            header, metadata, data_start = _read_header(path, file.read(8), file, stamp[0])
         entries = sorted(_entries(path, header), key=lambda entry: entry[:2])
         described = data_start + max((end for _, end, _ in entries), default=0)
         if described != stamp[0]:
@@ -74,14 +75,11 @@ class SafetensorsFile:
         specs = {spec.name: spec for _, _, spec in entries}
         offsets = {spec.name: data_start + begin for begin, _, spec in entries}
         _check_no_gaps(path, entries, stamp[0])
-        return cls(path, specs, offsets, stamp)
+        return cls(path, specs, offsets, stamp, metadata)
 
     @property
     def aliases(self) -> dict[str, str]:
         return {}
-
-    def release(self) -> None:
-        """Nothing to give back: no file stays open between reads."""
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """One tensor, or a range of its rows, in fresh memory. Raises CheckpointError when the file has changed."""
@@ -93,30 +91,38 @@ class SafetensorsFile:
             shape = (stop - start, *shape[1:])
             offset += start * math.prod(shape[1:]) * spec.dtype.itemsize
         tensor = torch.empty(shape, dtype=spec.dtype)
-        view = byte_view(tensor)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                if file_stamp(file.fileno()) != self.stamp:
-                    raise CheckpointError(
-                        f"{self.path}: changed on disk since it was opened; open the checkpoint again"
-                    )
-                file.seek(offset)
-                done = 0
-                while done < len(view):
-                    count = file.readinto(view[done:])  # the system reads at most 2 GiB at once
-                    if not count:
-                        raise CheckpointError(
-                            f"{self.path}: ends after {done} of the {len(view)} bytes of tensor {name!r}; download it "
-                            "again"
-                        )
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: tensor {name!r} cannot be read ({error.strerror})") from error
+        read_into(byte_view(tensor), self.path, offset, self.stamp, name)
         return tensor
 
 
-def _read_header(path: Path, length_bytes: bytes, file: Any, file_bytes: int) -> tuple[dict[str, Any], int]:
-    """The parsed header and the offset at which tensor data starts."""
+def read_into(view: memoryview, path: Path, offset: int, stamp: tuple[int, int, int], name: str) -> None:
+    """Fill `view` with the bytes of the tensor `name` from `offset` on. Raises CheckpointError where the file is not that of the `stamp`, or ends."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            if file_stamp(file.fileno()) != stamp:
+                raise changed(path)
+            file.seek(offset)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])  # the system reads at most 2 GiB at once
+                if not count:
+                    raise CheckpointError(
+                        f"{path}: ends after {done} of the {len(view)} bytes of tensor {name!r}; download it again"
+                    )
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{path}: tensor {name!r} cannot be read ({error.strerror})") from error
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error for a file that is no more the one that was opened."""
+    return CheckpointError(f"{path}: changed on disk since it was opened; start again once it is whole")
+
+
+def _read_header(
+    path: Path, length_bytes: bytes, file: Any, file_bytes: int
+) -> tuple[dict[str, Any], dict[str, str], int]:
+    """The parsed header, the texts in it, and the offset at which tensor data starts."""
     length = int.from_bytes(length_bytes, "little")
     if len(length_bytes) < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
         raise CheckpointError(
@@ -134,10 +140,10 @@ def _read_header(path: Path, length_bytes: bytes, file: Any, file_bytes: int) ->
         raise CheckpointError(f"{path}: the safetensors header is not a JSON object; download it again")
     metadata = header.pop("__metadata__", None)
     if metadata is None:
-        return header, 8 + length
+        return header, {}, 8 + length
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: the metadata in its header is no map from names to texts; download it again")
-    return header, 8 + length
+    return header, metadata, 8 + length
 
 
 def _shortened(text: str) -> str:

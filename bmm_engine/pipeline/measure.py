@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def collect_from_checkpoint(
     live, path = live_model(source, dtype=options.dtype, device=device)
     batches = batches_of(data, path, options, live)
     with naming(path, data):
-        return collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
+        found = collect_grams(live, batches, modules=modules, calibration=data.describe(), progress=progress)
+    return replace(found, origin=str(path))
 
 
 def fisher_from_checkpoint(

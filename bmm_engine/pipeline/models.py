@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmm_engine.checkpoint import AdapterSource, Checkpoint, TensorSource, open_adapter
 from bmm_engine.checkpoint.compose import LayerRange, StackedSource
-from bmm_engine.errors import CheckpointError, NonFiniteWeightError
+from bmm_engine.disk.files import named
+from bmm_engine.errors import BmmError, CheckpointError, NonFiniteWeightError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.sources import Models, adapter_options, open_expert
 from bmm_engine.models.architecture import load_config, meta_model, model_class, told
@@ -19,7 +22,9 @@ from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe, ModelRecipe, StackRecipe
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 
 def open_models(recipe: Recipe, local_files_only: bool = False) -> Models:
@@ -70,7 +75,7 @@ def live_model(
     source: TensorSource, *, cls: Any = None, dtype: str = "float32", device: str = "cpu", reports: bool = True
 ) -> tuple[nn.Module, Path]:
     """A checkpoint, or an adapter on one, as a live model of its own architecture (or of the class `cls`); and where its tokenizer lies.
-    `reports`: let transformers say what the files lack.
+    `reports`: the log hears of what the files lack, and of what has no place in the model.
 
     Raises `CheckpointError` for what transformers cannot load, `ConfigError` for a device that is not there.
     """
@@ -79,18 +84,24 @@ def live_model(
     check_device(device)
     path, held = model_folder(source), held_by(source)
     meta_model(path, held)  # one that the files do not account for would fill memory
-    cls = cls or model_class(load_config(path, held))
-    _root(source).check_unchanged()
+    config = load_config(path, held)
+    cls = cls or model_class(config)
+    tensors = _Tensors(_root(source))
     try:
-        with quiet_transformers(reports):
+        with quiet_transformers(reports=False):
             live, told_of = cls.from_pretrained(
-                path, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
+                None, config=config, state_dict=tensors.by_name(), dtype=getattr(torch, dtype), output_loading_info=True
             )
     except Exception as error:  # of a config or file that it did not foresee, transformers may raise anything
+        if tensors.failed is not None:
+            raise tensors.failed from None
         raise CheckpointError(
             f"{path}: transformers cannot load it as {cls.__name__} ({told(error)}); correct its config.json, or download it again"
         ) from error
-    _check_whole(path, live, _filled(live, _root(source), told_of["missing_keys"]))
+    missing = _filled(live, _root(source), told_of["missing_keys"])
+    _check_whole(path, live, missing)
+    if reports:
+        _report(path, live, {**told_of, "missing_keys": missing})
     if isinstance(source, AdapterSource):
         with torch.no_grad():
             for name, tensor in source.live_tensors(checkpoint_names(live)):
@@ -114,6 +125,46 @@ def _filled(live: nn.Module, source: Checkpoint, missing: Iterable[str]) -> list
             else:
                 files.pop(name, None)
     return [name for name in missing if name not in files]
+
+
+def _report(path: Path, live: nn.Module, told_of: Mapping[str, Iterable[str]]) -> None:
+    for key, what in (
+        ("missing_keys", "are not in its files, and are random now"),
+        ("unexpected_keys", "have no place in it"),
+    ):
+        if names := sorted(told_of[key]):
+            logger.warning("%s: as %s, %d tensors %s: %s", path, type(live).__name__, len(names), what, named(names))
+
+
+class _Tensors:
+    """The tensors of a checkpoint for transformers, which would map its files: one that is cut meanwhile would end the process."""
+
+    def __init__(self, source: Checkpoint):
+        self.source = source
+        self.failed: BmmError | None = None
+
+    def by_name(self) -> dict[str, Any]:
+        """Each is read when it is asked for, as from files; by older versions of transformers, which ask for tensors, all at once."""
+        from importlib.util import find_spec
+
+        lazily = find_spec("transformers.core_model_loading") is not None
+        return {name: _Unread(self, name) if lazily else self.source.load(name) for name in self.source.shapes()}
+
+    def read(self, name: str) -> Tensor:
+        try:
+            return self.source.load(name)
+        except BmmError as error:  # transformers makes a list of what went wrong, without a word of ours
+            self.failed = error
+            raise
+
+
+@dataclass(frozen=True)
+class _Unread:
+    tensors: _Tensors
+    name: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.tensors.read(self.name)[index]
 
 
 def _check_whole(path: Path, live: nn.Module, missing: Iterable[str]) -> None:

@@ -12,14 +12,14 @@ from bmm_engine.checkpoint import parse_size
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, and a switch is no number: `trials: true` is not 1, `fit_bias: 0` is not false."""
+    """Unknown keys are errors, and a switch is no number and no text: `trials: true` is not 1, `fit_bias: 0` and `fit_bias: 'no'` are not false."""
 
     model_config = ConfigDict(extra="forbid")
 
     @field_validator("*", mode="before")
     @classmethod
-    def _switch_or_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if type(value) not in (bool, int, float):
+    def _switch_or_not(cls, value: Any, info: ValidationInfo) -> Any:
+        if type(value) not in (bool, int, float, str):
             return value
         kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and not kinds & {bool, Any}:

@@ -16,7 +16,7 @@ from bmm_engine.checkpoint import Checkpoint, CheckpointWriter, InputRecords, St
 from bmm_engine.checkpoint.compose import checkpoints_of
 from bmm_engine.checkpoint.dtypes import float_dtype
 from bmm_engine.checkpoint.identity import as_texts, model_digest, values_digest
-from bmm_engine.errors import ConfigError, OutputExistsError
+from bmm_engine.errors import BmmError, ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.locks import LockFile
 from bmm_engine.merging.merge import MergeResult, run_stream, tensors_of
@@ -34,6 +34,8 @@ from bmm_engine.sequential.state import (
     Sweep,
     check_folder,
     clean_folders,
+    drop_other,
+    finished_stages,
     open_folder,
     remove_folder,
     writing,
@@ -127,7 +129,7 @@ def walk_models(
         folder = None
         if destination.path is not None:
             identity = _identity(plan, anchor_plan, skeleton)
-            folder = stack.enter_context(_taken(walk_folder(destination.path), identity))
+            folder = stack.enter_context(_taken(walk_folder(destination.path), identity, destination.overwrite))
         prior_source = _anchor(anchor_plan, folder, progress)
         walks = [
             SequentialWalk(plan, skeleton, calibration, Sweep(folder and folder / f"sweep-{n + 1}"), report)
@@ -166,15 +168,33 @@ def check_walk(output: Path) -> None:
 
 
 @contextmanager
-def _taken(folder: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
-    """The folder of an unfinished merge, for this process alone. Raises `ConfigError`, `OutputExistsError`, `OutputWriteError`."""
+def _taken(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> Iterator[Path]:
+    """The folder of an unfinished merge, for this process alone; one that ends in an error before any stage is finished leaves none.
+
+    Raises `ConfigError`, `OutputExistsError`, `OutputWriteError`."""
     check_folder(folder)
     lock = _locked(folder)
+    while True:
+        try:
+            dropped = drop_other(folder, identity, overwrite)
+        except BmmError:
+            lock.close()
+            raise
+        if not dropped:
+            break
+        lock.close()
+        lock = _locked(folder)
     try:
         open_folder(folder, identity)
         with writing(folder):
             clean_folders(folder)
         yield folder
+    except OutputWriteError:
+        raise  # a full disk: what there is of the anchor is of use
+    except BmmError:
+        if lock.is_at(folder / LOCK) and not finished_stages(folder):
+            remove_folder(folder)
+        raise
     finally:
         lock.close()
 

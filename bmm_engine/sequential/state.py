@@ -36,7 +36,7 @@ from bmm_engine.disk.files import (
     remove_own,
     retire,
 )
-from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError
+from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError, shown
 from bmm_engine.progress import Report
 
 SOLVED, RECORD = "solved.safetensors", "record.json"
@@ -218,28 +218,52 @@ def check_folder(folder: Path) -> None:
 
 
 def open_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder of a merge, or go on in it. Raises `ConfigError` where it is another merge's, `OutputExistsError`, `OutputWriteError`."""
-    check_folder(folder)
-    found = _identity_in(folder)
-    identity = {"format": FORMAT, **identity}
-    if found is not None:
-        differs = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
-        if differs:
-            key = differs[0]
-            raise ConfigError(
-                f"{folder}: holds an unfinished sequential merge with another {key} ({found.get(key)!r} there, {identity.get(key)!r} here). Finish"
-                " that one first, or remove the folder to start anew."
-            )
+    """Make the folder of a merge, or go on in it, once `drop_other` made sure of it. Raises `OutputWriteError`."""
+    if _identity_in(folder) is not None:
         return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         staged = folder / f".{IDENTITY}"
         with staged.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(identity, indent=1))
+            file.write(json.dumps({"format": FORMAT, **identity}, indent=1))
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, folder / IDENTITY)
         sync_path(folder)
+
+
+def drop_other(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> bool:
+    """Remove the folder of another merge, which would be in this one's way, whole: where no stage of it is finished (it ended in an error, its recipe
+    was corrected, and nothing is lost), or with `overwrite`. Is it gone?
+
+    Raises `ConfigError` for one with finished stages, `OutputExistsError` for one that holds what is not ours, `OutputWriteError`.
+    """
+    check_folder(folder)
+    found, identity = _identity_in(folder), {"format": FORMAT, **identity}
+    differs = [key for key in {**(found or {}), **identity} if found and found.get(key) != identity.get(key)]
+    if found is None or not differs:
+        return False
+    finished, key = finished_stages(folder), differs[0]
+    there, here = (shown(own.get(key)) for own in (found, identity))
+    if finished and not overwrite:
+        raise ConfigError(
+            f"{folder}: holds an unfinished sequential merge with another {key} ({there} there, {here} here), {finished} stages of which are"
+            " finished. To give them up and start anew, say --overwrite (overwrite=True) or remove the folder; to finish that one, run it as it was;"
+            " or choose another output."
+        )
+    with writing(folder):
+        theirs = retire(folder, is_walk_entry, (IDENTITY,))
+    if theirs:
+        raise OutputExistsError(
+            f"{folder}: belongs to another merge, with another {key} ({there} there, {here} here), and holds {named(theirs)} besides. Move it"
+            " elsewhere, or choose another output."
+        )
+    return True
+
+
+def finished_stages(folder: Path) -> int:
+    """Of all sweeps in the folder of a merge."""
+    return sum(is_folder(path) for path in folder.glob("sweep-*/stage-*"))
 
 
 def remove_folder(folder: Path, report: Report = lambda line: None) -> None:

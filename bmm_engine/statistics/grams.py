@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from bmm_engine.checkpoint.safetensors_io import TAGS, SafetensorsFile
 from bmm_engine.errors import (
     CheckpointError,
     ConfigError,
@@ -124,7 +125,8 @@ class GramSet:
     transposed: tuple[str, ...] = ()  # modules whose weight is stored (in, out): GPT-2's Conv1D
     kind: str = "expert"
     settings: dict[str, Any] = field(default_factory=dict)
-    _path: Path | None = None
+    origin: str = ""  # the model that was measured in this run, for messages
+    _file: SafetensorsFile | None = None
     _headers: dict[str, tuple[int, int]] = field(
         default_factory=dict
     )  # group -> (width, rows), for those still on disk
@@ -153,12 +155,14 @@ class GramSet:
 
     @property
     def where(self) -> str:
-        return str(self._path) if self._path else f"Grams of {self.calibration or 'a live model'}"
+        if self._file is not None:
+            return str(self._file.path)
+        return f"Grams of {self.origin or 'a live model'}" + (f" on {self.calibration}" if self.calibration else "")
 
     @property
     def on_disk(self) -> bool:
         """Was it read from a file?"""
-        return self._path is not None
+        return self._file is not None
 
     def width(self, module: str) -> int:
         group = self.group(module)
@@ -181,15 +185,12 @@ class GramSet:
         return gram
 
     def _read(self, group: str) -> GramAccumulator:
-        if group not in self._headers:
+        if self._file is None or group not in self._headers:
             return self.grams[group]
-        from safetensors import safe_open
-
         accumulator = GramAccumulator.__new__(GramAccumulator)
         accumulator.name = group
-        with safe_open(str(self._path), framework="pt") as file:
-            accumulator.total = file.get_tensor(f"gram.{group}")
-            accumulator.row_sum = file.get_tensor(f"row_sum.{group}")
+        accumulator.total = self._file.read(f"gram.{group}")
+        accumulator.row_sum = self._file.read(f"row_sum.{group}")
         accumulator.rows = self._headers[group][1]
         return accumulator
 
@@ -244,7 +245,8 @@ class GramSet:
     def load(cls, path: str | os.PathLike[str]) -> GramSet:
         """Open a saved set: names and counts now, each matrix when it is asked for. Raises `CheckpointError`."""
         path = Path(path)
-        record, stored = read_record(path, FORMAT, FORMAT_VERSION, "Gram", MAKER, GramRecord)
+        record, file = read_record(path, FORMAT, FORMAT_VERSION, "Gram", MAKER, GramRecord)
+        stored = file.specs
         groups = set(record.modules.values())
         check_names(path, "rows", record.rows, groups, MAKER)
         check_names(path, "modules", groups, record.rows, MAKER)
@@ -266,7 +268,7 @@ class GramSet:
                 )
             if gram.dtype != row_sum.dtype:
                 raise CheckpointError(
-                    f"{path}: the Gram of {group!r} is {gram.dtype}, its sum of rows {row_sum.dtype}. Collect it again."
+                    f"{path}: the Gram of {group!r} is {TAGS[gram.dtype]}, its sum of rows {TAGS[row_sum.dtype]}. Collect it again."
                 )
             headers[group] = (shape[0], rows)
         check_tensors(path, stored, (f"{kind}.{group}" for group in groups for kind in ("gram", "row_sum")), MAKER)
@@ -280,7 +282,7 @@ class GramSet:
             transposed=tuple(record.transposed),
             kind=record.kind,
             settings=record.settings,
-            _path=path,
+            _file=file,
             _headers=headers,
         )
 

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.errors import MissingTensorError
 from bmm_engine.statistics.fingerprints import check_weight
 from bmm_engine.statistics.records import Record, check_names, check_tensors, read_record, write_record
@@ -31,8 +32,8 @@ class MeasuredSet:
     weights_dtype: str = "float32"
     calibration: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
-    _path: Path | None = None
-    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of those still on disk
+    _file: SafetensorsFile | None = None  # where they still are
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of those in it
 
     KEY: ClassVar[str]  # its tensors are KEY.NAME in a file of the format bmm-KEY, made by `bmm collect --KEY`
     VERSION: ClassVar[int] = 1
@@ -45,7 +46,7 @@ class MeasuredSet:
 
     @property
     def where(self) -> str:
-        return str(self._path) if self._path else f"{self.TITLE} of {self.calibration or 'a live model'}"
+        return str(self._file.path) if self._file else f"{self.TITLE} of {self.calibration or 'a live model'}"
 
     def resolve(self, name: str) -> str | None:
         """What `name` (a live name or a name in the checkpoint) is called here, or None."""
@@ -60,13 +61,9 @@ class MeasuredSet:
     def get(self, name: str, rows: slice | None = None) -> Tensor:
         """What was measured at `name`, or some rows of it, read from disk if the set was loaded. Raises `MissingTensorError`."""
         own = self._known(name)
-        if own not in self._shapes:
+        if self._file is None:
             return self.tensors[own] if rows is None else self.tensors[own][rows]
-        from safetensors import safe_open
-
-        with safe_open(str(self._path), framework="pt") as file:
-            key = f"{self.KEY}.{own}"
-            found: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+        found = self._file.read(f"{self.KEY}.{own}", rows)
         self.check_values(own, found)
         return found
 
@@ -77,10 +74,14 @@ class MeasuredSet:
     def check_shape(cls, path: Path, name: str, shape: tuple[int, ...]) -> None:
         """Raise `CheckpointError` unless what was measured at `name` can have that shape."""
 
+    @classmethod
+    def check_record(cls, path: Path, record: Any, names: list[str]) -> None:
+        """Raise `CheckpointError` unless what the record says besides fits `names`, which were measured."""
+
     @property
     def on_disk(self) -> bool:
         """Was it read from a file?"""
-        return self._path is not None
+        return self._file is not None
 
     def check(
         self, name: str, weight: Tensor, label: str, others: Mapping[str, Callable[[], Tensor]] | None = None
@@ -119,16 +120,18 @@ class MeasuredSet:
         """Open a saved set: names and shapes now, each tensor when it is asked for. Raises `CheckpointError`."""
         path = Path(path)
         maker = f"`bmm collect --{cls.KEY}`"
-        record, stored = read_record(path, cls._format(), cls.VERSION, cls.TITLE, maker, cls.RECORD)
+        record, file = read_record(path, cls._format(), cls.VERSION, cls.TITLE, maker, cls.RECORD)
+        stored = file.specs
         names = [own.removeprefix(f"{cls.KEY}.") for own in stored if own.startswith(f"{cls.KEY}.")]
         check_tensors(path, stored, (f"{cls.KEY}.{name}" for name in names), maker)
         check_names(path, "fingerprints", record.fingerprints, names, maker)
         check_names(path, "aliases", record.aliases.values(), names, maker)
+        cls.check_record(path, record, names)
         shapes = {name: stored[f"{cls.KEY}.{name}"].shape for name in names}
         for name, shape in shapes.items():
             cls.check_shape(path, name, shape)
         known = {name: getattr(record, name) for name in cls._recorded()}
-        return cls(tensors={}, **known, _path=path, _shapes=shapes)
+        return cls(tensors={}, **known, _file=file, _shapes=shapes)
 
     @classmethod
     def _format(cls) -> str:
@@ -136,4 +139,4 @@ class MeasuredSet:
 
     @classmethod
     def _recorded(cls) -> list[str]:
-        return [own.name for own in fields(cls) if own.name not in ("tensors", "_path", "_shapes")]
+        return [own.name for own in fields(cls) if own.name not in ("tensors", "_file", "_shapes")]

@@ -7,15 +7,16 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from bmm_engine.checkpoint.guard import parse_json
-from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
+from bmm_engine.checkpoint.safetensors_io import TAGS, SafetensorsFile
+from bmm_engine.checkpoint.source import TensorSpec
 from bmm_engine.checkpoint.validated import validated
 from bmm_engine.disk.files import is_file, is_running, siblings
 from bmm_engine.errors import CheckpointError, OutputExistsError, OutputWriteError, shown
@@ -53,14 +54,6 @@ def write_record(
     return path
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """What the header says of one tensor; `dtype` as safetensors names it."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
 class Record(BaseModel):
     """What every file says beside its tensors. No key is unknown, and none of another type."""
 
@@ -79,16 +72,12 @@ R = TypeVar("R", bound=Record)
 
 def check_replaceable(path: Path, format_name: str, what: str) -> None:
     """Refuse a place that is taken by anything but a file of the same format. Raises `OutputExistsError`."""
-    from safetensors import SafetensorError, safe_open
-
     if not os.path.lexists(path):
         return
     try:
-        if is_file(path):
-            with safe_open(str(path), framework="pt") as file:
-                if format_name in (file.metadata() or {}):
-                    return
-    except (SafetensorError, OSError):
+        if is_file(path) and format_name in SafetensorsFile.open(path).metadata:
+            return
+    except (CheckpointError, OSError):
         pass
     raise OutputExistsError(
         f"{path}: exists and is no {what} file, so it is not replaced. Choose another path, or move it elsewhere."
@@ -97,33 +86,25 @@ def check_replaceable(path: Path, format_name: str, what: str) -> None:
 
 def read_record(
     path: Path, format_name: str, version: int, what: str, maker: str, schema: type[R]
-) -> tuple[R, dict[str, StoredTensor]]:
-    """The record of a file by `write_record`, as `schema`, and what its header says of its tensors, by name; they are left on disk.
+) -> tuple[R, SafetensorsFile]:
+    """The record of a file by `write_record`, as `schema`, and the file, whose tensors are left on disk.
 
     `what` it holds, and the `maker` that makes it again, are for messages. Raises `CheckpointError`.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise CheckpointError(f"{path}: no such {what} file. Make it with {maker}.")
     try:
-        SafetensorsFile.open(
-            path
-        )  # a header that says a name twice, or leaves gaps, is read by the library all the same
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            tensors = {name: StoredTensor(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    except (SafetensorError, OSError, CheckpointError) as error:
+        file = SafetensorsFile.open(path)
+    except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"{path}: not a readable {what} file ({error}). Collect it again with {maker}."
         ) from error
-    if format_name not in metadata:
+    if format_name not in file.metadata:
         raise CheckpointError(
             f"{path}: a safetensors file, but not a {what} file (no {format_name!r} metadata). Make one with {maker}."
         )
     remedy = f"Collect it again with {maker}."
-    raw = parse_json(metadata[format_name], f"{path}: its record", f"collect it again with {maker}")
+    raw = parse_json(file.metadata[format_name], f"{path}: its record", f"collect it again with {maker}")
     if not isinstance(raw, dict):
         raise CheckpointError(
             f"{path}: its record is a JSON {type(raw).__name__} where an object is expected. {remedy}"
@@ -132,19 +113,19 @@ def read_record(
         raise CheckpointError(
             f"{path}: {what} format version {shown(raw.get('version'))}, this engine reads {version}. Collect it again."
         )
-    return validated(schema, raw, path, remedy), tensors
+    return validated(schema, raw, path, remedy), file
 
 
-def check_tensors(path: Path, stored: Mapping[str, StoredTensor], expected: Iterable[str], maker: str) -> None:
+def check_tensors(path: Path, stored: Mapping[str, TensorSpec], expected: Iterable[str], maker: str) -> None:
     """Raise `CheckpointError` unless the file holds just the tensors that its record tells of, in float32 or float64."""
     wanted = set(expected)
     for name in sorted(wanted ^ set(stored)):
         said = "tells of it, but it is not there" if name in wanted else "tells nothing of it"
         raise CheckpointError(f"{path}: tensor {shown(name)}: the file's record {said}. Collect it again with {maker}.")
     for name, tensor in stored.items():
-        if tensor.dtype not in ("F32", "F64"):
+        if tensor.dtype not in (torch.float32, torch.float64):
             raise CheckpointError(
-                f"{path}: tensor {shown(name)} is {tensor.dtype}; what is measured is F32 or F64. Collect it again with {maker}."
+                f"{path}: tensor {shown(name)} is {TAGS[tensor.dtype]}; what is measured is F32 or F64. Collect it again with {maker}."
             )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from bmm_engine.progress import track
 from bmm_engine.statistics.fisher import differentiable, draw_labels, sample_seed
 from bmm_engine.statistics.grams import weight_fingerprint
 from bmm_engine.statistics.measured import MeasuredSet
+from bmm_engine.statistics.records import Record, check_names
 from bmm_engine.statistics.values import check_second_moment
 
 Logits = Callable[[Any, Any], Tensor]
+MAKER = "`bmm collect --sensitivity`"
 
 
 def collect_sensitivity(
@@ -52,7 +54,7 @@ def collect_sensitivity(
     Draws depend on `seed` and the number of the sample alone. Accumulates in float32 (float64 for a float64 model). One backward pass for each
     batch, through activations only. The model is left as it was, its `.grad` included.
 
-    Of a module that the logits do not depend on it is zero.
+    Of a module that the logits do not depend on (a pooler that the head does not read) it is zero; of one at least it is not.
     Raises `EmptyCalibrationError`, `CollectionError` (no logits; NaN or infinity), `ConfigError`.
     """
     chosen = linear_modules(model, modules)
@@ -76,17 +78,46 @@ def collect_sensitivity(
     return recorder.finish(dtype, calibration or f"{seen} samples")
 
 
+class SensitivityRecord(Record):
+    unread: list[str] = []  # noqa: RUF012  (pydantic copies it)
+
+
 @dataclass
 class SensitivitySet(MeasuredSet):
-    """The sensitivities of one expert: for each linear module the mean of J^T J (out, out)."""
+    """The sensitivities of one expert: for each linear module the mean of J^T J (out, out). `unread`: the modules on which the logits do not depend:
+    where a file holds zeros for another, it is damaged."""
+
+    unread: list[str] = field(default_factory=list)
 
     KEY = "sensitivity"
     TITLE = "sensitivity"
+    RECORD = SensitivityRecord
+
+    def __post_init__(self) -> None:
+        if not self.on_disk:
+            self.unread = [name for name, values in self.tensors.items() if not bool(values.any())]
 
     def check_values(self, name: str, values: Tensor) -> None:
         """It is a mean of J^T J. Raises `CheckpointError`, `NonFiniteGramError`."""
-        if values.shape == self.shape(name):  # not for some of its rows
-            check_second_moment(values, self.where, f"the sensitivity of {name!r}", name)
+        if values.shape != self.shape(name):  # some of its rows
+            return
+        check_second_moment(values, self.where, f"the sensitivity of {name!r}", name)
+        if bool(values.any()) == (name in self.unread):
+            told, found = ("not 0", "all zero") if name not in self.unread else ("all zero", "not 0")
+            raise CheckpointError(
+                f"{self.where}: the sensitivity of {name!r} is {found}, by the file's record it was {told} when it was measured. The file is damaged"
+                " or was edited: collect it again with `bmm collect --sensitivity`."
+            )
+
+    @classmethod
+    def check_record(cls, path: Path, record: SensitivityRecord, names: list[str]) -> None:
+        """The modules that are not read are some of those that were measured, not all. Raises `CheckpointError`."""
+        check_names(path, "unread", record.unread, names, MAKER)
+        if names and set(names) <= set(record.unread):
+            raise CheckpointError(
+                f"{path}: by its record the model's logits depend on none of its {len(names)} modules, so nothing can be weighed by it. Collect it"
+                f" again with {MAKER}, on a model with its head."
+            )
 
     @classmethod
     def check_shape(cls, path: Path, name: str, shape: tuple[int, ...]) -> None:
@@ -135,19 +166,25 @@ class _Recorder:
             self._rows[name] += len(rows)
 
     def finish(self, dtype: torch.dtype, calibration: str) -> SensitivitySet:
-        """Raises `EmptyCalibrationError`."""
+        """Raises `EmptyCalibrationError`, `CollectionError`."""
         if not any(self._rows.values()):
             raise EmptyCalibrationError(
                 "The calibration set is empty, all padding, or reaches none of the modules. Give at least a few dozen samples of the expert's task."
             )
         live = {name: self.model.get_submodule(name).weight for name in self.modules}
-        return SensitivitySet(
+        found = SensitivitySet(
             tensors={name: self._mean(name) for name in self.modules},
             fingerprints={name: weight_fingerprint(weight.detach(), dtype) for name, weight in live.items()},  # type: ignore[operator]
             weights_dtype=str(dtype).removeprefix("torch."),
             calibration=calibration,
             aliases={saved: own for own, saved in module_checkpoint_names(self.model, live).items() if saved != own},
         )
+        if len(found.unread) == len(found.tensors):
+            raise CollectionError(
+                f"{type(self.model).__name__}: its logits depend on none of the {len(found.tensors)} modules that were measured (the first is"
+                f" {found.unread[0]!r}): their derivatives are all zero. Give the model with its trained head."
+            )
+        return found
 
     def _mean(self, name: str) -> Tensor:
         """Zeros where the logits do not depend on the module (a pooler that the head does not read)."""

@@ -15,9 +15,13 @@ _ASYMMETRY = {torch.float32: 1e-5, torch.float64: 1e-12}
 # Below zero, relative to the trace, by which an eigenvalue may lie; and up to which width a factorisation tells (its cost is that of the solve).
 _INDEFINITE = {torch.float32: 1e-4, torch.float64: 1e-9}
 _FACTORED_WIDTH = 256
+# The square of a number below 1e-19 is zero in float32 where its product with another is not: what so many rows of such may lack on the diagonal.
+_LOST = {dtype: 2.0**24 * torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 # Entries that are looked at at a time.
 _SLAB = 4 * 2**20
-_REMEDY = "The file is damaged or was edited: collect it again from its expert."
+_REMEDY = (
+    "A file of it is damaged or was edited, or a weight of the model is not sound: collect it again from a good one."
+)
 
 
 def check_gram(total: Tensor, row_sum: Tensor, rows: int, where: str, name: str) -> None:
@@ -35,7 +39,7 @@ def check_gram(total: Tensor, row_sum: Tensor, rows: int, where: str, name: str)
             " module, or leave the module out with `modules`."
         )
     # (sum x_i)^2 <= n sum x_i^2: so many rows at least.
-    needed = row_sum.double().square() / diagonal.clamp_min(torch.finfo(torch.float64).tiny)
+    needed = row_sum.double().square() / (diagonal + _LOST[total.dtype])
     if bool((needed > rows * (1 + 10 * _SLACK[total.dtype])).any()):
         raise CheckpointError(
             f"{where}: {what} says that {rows} rows were measured, its sums are of {float(needed.max()):.6g} at least. {_REMEDY}"
@@ -53,7 +57,7 @@ def check_second_moment(total: Tensor, where: str, what: str, name: str) -> None
             f"{where}: {what} is no second moment: entry ({index}, {index}) is {float(diagonal[index]):.6g}, a sum of squares is not negative."
             f" {_REMEDY}"
         )
-    root = diagonal.sqrt()
+    root = (diagonal + _LOST[total.dtype]).sqrt()
     for rows in _slabs(len(root)):
         part, allowed = total[rows], root[rows, None] * root
         if bool(((part - total[:, rows].mT).abs() > _ASYMMETRY[total.dtype] * allowed).any()):
@@ -68,7 +72,7 @@ def check_second_moment(total: Tensor, where: str, what: str, name: str) -> None
                 f"{where}: {what} is no second moment: entry ({i}, {j}) is {float(total[i, j]):.6g}, its diagonal allows"
                 f" {float(root[i] * root[j]):.6g}. {_REMEDY}"
             )
-    if len(root) <= _FACTORED_WIDTH and bool(root.any()):
+    if len(root) <= _FACTORED_WIDTH and bool(diagonal.any()):
         wide = total.double()
         scale = float(wide.diagonal().sum())
         shifted = wide / scale + _INDEFINITE[total.dtype] * torch.eye(len(root), dtype=wide.dtype, device=wide.device)

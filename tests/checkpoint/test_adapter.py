@@ -460,6 +460,9 @@ def test_not_a_plain_lora(tmp_path: Path, options: dict[str, Any]) -> None:
         ({"lora_alpha": None}, "lora_alpha=None is no positive number"),
         ({"alpha_pattern": {"query": "8"}}, r"alpha_pattern\['query'\]='8' is no positive number"),
         ({"rank_pattern": "query"}, "rank_pattern='query' is no map"),
+        ({"rank_pattern": ""}, "rank_pattern='' is no map"),
+        ({"alpha_pattern": False}, "alpha_pattern=False is no map"),
+        ({"modules_to_save": ""}, "modules_to_save='' is no list"),
         ({"use_rslora": "false"}, "use_rslora = 'false': it should be a valid boolean"),
         ({"use_rslora": 0}, "use_rslora = 0: it should be a valid boolean"),
         ({"use_dora": "no"}, "use_dora = 'no': it should be a valid boolean"),
@@ -490,7 +493,7 @@ def test_keys_that_peft_may_add_are_let_pass(tmp_path: Path) -> None:
     options = {
         "eva_config": None,
         "corda_config": None,
-        "use_rslora": None,
+        **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "modules_to_save")),
         "peft_version": "0.19",
         "qalora_group_size": 16,
     }

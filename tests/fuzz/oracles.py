@@ -61,9 +61,10 @@ def check_tensors(out: Path, origin: dict[str, torch.Tensor], tuned: list[dict[s
 
 
 def without_prefix(name: str, known: Container[str]) -> str:
-    """A prefix more than the base has is no other name: PEFT's and wrappers' `model.`."""
-    shorter = name.removeprefix("model.")
-    return shorter if name not in known and shorter in known else name
+    """A prefix more or less than the base has is no other name: PEFT's and wrappers' `model.`, which the class that the config names loads."""
+    if name in known:
+        return name
+    return next((other for other in (name.removeprefix("model."), f"model.{name}") if other in known), name)
 
 
 def check_inspected(ended: Ended, folder: Path) -> str | None:

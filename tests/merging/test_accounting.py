@@ -149,6 +149,16 @@ def test_the_same_of_other_families(saved, architecture, change, tmp_path):
         bmm.plan_merge(base, [paths[0], edited(paths[1], tmp_path / "other", **change)])
 
 
+def test_a_rope_that_leaves_out_its_theta_has_the_default(saved, tmp_path):
+    base, paths = saved["llama"]
+    short = edited(paths[1], tmp_path / "short", rope_parameters={"rope_type": "default"})
+    assert bmm.plan_merge(base, [paths[0], short]).module_count == 14
+    far = edited(base, tmp_path / "far", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    first = edited(paths[0], tmp_path / "first", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(ConfigError, match=r"short: .*rope_parameters\.rope_theta = 10000\.0, the base has 500000\.0"):
+        bmm.plan_merge(far, [first, short])
+
+
 def test_what_does_not_matter_is_a_line_in_the_log(saved, tmp_path, caplog):
     base, paths = saved["llama"]
     config = json.loads((base / "config.json").read_text())
@@ -181,7 +191,10 @@ def test_configs_of_an_architecture_that_nobody_knows():
     assert config_differences(None, base) == []
 
 
-@pytest.mark.parametrize("change", [{"layer_norm_eps": [1]}, {"hidden_act": math.nan}, {"model_type": ["bert"]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"layer_norm_eps": [1]}, {"vocab_size": "/etc/passwd"}, {"hidden_act": math.nan}, {"model_type": ["bert"]}],
+)
 def test_values_that_no_config_takes(change):
     base = {"model_type": "bert", "hidden_size": 16}
     found = config_differences(base, {**base, **change})

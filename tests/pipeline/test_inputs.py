@@ -175,7 +175,7 @@ def test_a_picture_that_is_none(tmp_path: Path, content: bytes | None) -> None:
         collect_from_checkpoint(str(model), read_calibration(pictures), CalibrationRecipe())
 
 
-def test_a_file_that_was_cut_before_transformers_maps_it(models: Path, tmp_path: Path) -> None:
+def test_a_file_that_was_cut_before_it_is_run(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "bert", tmp_path / "bert")
     checkpoint = Checkpoint.open(tmp_path / "bert")
     os.truncate(tmp_path / "bert" / "model.safetensors", 5000)

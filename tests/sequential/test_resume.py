@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import yaml
 from safetensors.torch import save_file
 
 from bmm_engine import merge_sequential
-from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
+from bmm_engine.errors import BmmError, CheckpointError, ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.locks import LockFile
 from bmm_engine.sequential.state import Sweep
 from tests.tiny import family, make_batches
@@ -106,9 +107,49 @@ def test_another_merge_is_refused_and_nothing_of_the_first_is_lost(models, tmp_p
         ("fit_bias", {"fit_bias": False}),
     ):
         given = {"experts": experts, "batches": batches, **change}
-        with pytest.raises(ConfigError, match=rf"unfinished sequential merge with another {what} "):
+        words = (
+            rf"out\.walk: holds an unfinished sequential merge with another {what} .*, 2 stages of which .*--overwrite"
+        )
+        with pytest.raises(ConfigError, match=words) as caught:
             merge_sequential(base, given.pop("experts"), given.pop("batches"), output=tmp_path / "out", **given)
+        assert len(str(caught.value)) < 1500
     assert before == sorted(p.relative_to(tmp_path) for p in (tmp_path / "out.walk").rglob("*"))
+    whole = merge_sequential(*models, output=tmp_path / "whole", alpha=0.5)
+    merge_sequential(*models, output=tmp_path / "out", alpha=0.5, overwrite=True)
+    assert weights(tmp_path / "out") == weights(whole.path)
+    assert not list(tmp_path.glob("*walk*"))
+
+
+def test_after_an_error_the_corrected_recipe_runs(models, tmp_path):
+    """One that ends before a stage is finished leaves nothing; what a kill left then is in nobody's way either."""
+    base, experts, batches = models
+    far = [[{**batch, "input_ids": batch["input_ids"].float()} for batch in own] for own in batches]
+    with pytest.raises(BmmError):
+        merge_sequential(base, experts, far, output=tmp_path / "out")
+    assert not list(tmp_path.glob("*walk*"))
+    whole = merge_sequential(*models, output=tmp_path / "whole")
+    for name, stop in (("killed", StoppedError), ("killed early", KeyboardInterrupt)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sweep, "publish", mock.Mock(side_effect=stop))
+            with pytest.raises(stop):
+                merge_sequential(*models, output=tmp_path / name, alpha=0.7)
+        assert (tmp_path / f"{name}.walk" / "anchor").exists()
+        merge_sequential(*models, output=tmp_path / name)
+        assert weights(tmp_path / name) == weights(whole.path)
+        assert not (tmp_path / f"{name}.walk").exists()
+
+
+def test_what_a_user_put_into_another_merges_folder_is_not_removed(models, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sweep, "publish", mock.Mock(side_effect=StoppedError))
+        with pytest.raises(StoppedError):
+            merge_sequential(*models, output=tmp_path / "out", alpha=0.7)
+    (tmp_path / "out.walk" / "notes").write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match=r"belongs to another merge, with another alpha .*'notes'.*Move it"):
+            merge_sequential(*models, output=tmp_path / "out", overwrite=overwrite)
+    assert (tmp_path / "out.walk" / "notes").read_text() == "precious"
+    assert (tmp_path / "out.walk" / "anchor").exists()
 
 
 def test_a_second_process_is_refused(models, tmp_path):

@@ -124,3 +124,11 @@ def test_a_module_that_the_logits_do_not_depend_on_has_none():
     assert found.get("first").trace() > 0
     with pytest.raises(EmptyCalibrationError, match="reaches none of the modules"):
         bmm.collect_sensitivity(model, batches, modules=["unused"], mask=None, progress=False)
+
+
+def test_a_head_that_reads_nothing_measures_nothing():
+    model = Two()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    with pytest.raises(CollectionError, match=r"depend on none of the 1 modules .*'first'.*trained head"):
+        bmm.collect_sensitivity(model, [torch.ones(2, 4).double()], modules=["first"], mask=None, progress=False)

@@ -201,9 +201,40 @@ def test_sensitivities_that_nobody_can_have_measured(fault, tmp_path):
         own.get("a")
 
 
-def test_a_sensitivity_of_zero_is_one(tmp_path):
-    path = spoilt(write("sensitivity", tmp_path), tensors=lambda t: t["sensitivity.a"].zero_())
-    assert not SensitivitySet.load(path).get("a").any()
+def test_a_sensitivity_of_zero_is_one_where_the_record_tells_of_it(tmp_path):
+    """A pooler that the head does not read has none; where another's is zero the file is damaged."""
+    measured = {"a": gram().mean(), "pooler": torch.zeros(3, 3)}
+    path = SensitivitySet(measured, calibration="texts").save(tmp_path / "sensitivity.safetensors")
+    own = SensitivitySet.load(path)
+    assert own.unread == ["pooler"]
+    assert torch.equal(own.get("pooler"), measured["pooler"])
+    assert torch.equal(own.get("a"), measured["a"])
+    assert SensitivitySet.load(own.save(tmp_path / "again.safetensors")).unread == ["pooler"]
+    for name, words in (("a", "is all zero, by the file's record it was not 0"), ("pooler", "is not 0, by")):
+        damaged = tmp_path / f"{name}.safetensors"
+        SensitivitySet(measured, calibration="texts").save(damaged)
+        other = torch.zeros(6, 6) if name == "a" else torch.ones(3, 3)
+        spoilt(damaged, tensors=lambda t, own=name, other=other: t.update({f"sensitivity.{own}": other}))
+        with pytest.raises(CheckpointError, match=rf"{name}\.safetensors: the sensitivity of '{name}' {words}"):
+            SensitivitySet.load(damaged).get(name)
+
+
+@pytest.mark.parametrize(
+    ("unread", "words"),
+    [
+        (["a"], "depend on none of its 1 modules"),
+        (["z"], "unread names 'z'"),
+        ("a", "unread = 'a'"),
+        (None, "unread = None"),
+    ],
+)
+def test_records_of_what_is_not_read(unread, words, tmp_path):
+    with pytest.raises(CheckpointError, match=rf"sensitivity\.safetensors: .*{words}"):
+        SensitivitySet.load(spoilt(write("sensitivity", tmp_path), lambda r: r.update(unread=unread)))
+
+
+def test_the_shape_of_a_sensitivity(tmp_path):
+    path = write("sensitivity", tmp_path)
     path = spoilt(path, tensors=lambda t: t.update({"sensitivity.a": torch.ones(2, 3)}))
     with pytest.raises(CheckpointError, match=r"'a' has shape \(2, 3\)"):
         SensitivitySet.load(path)
@@ -238,6 +269,16 @@ def test_what_is_measured_passes(rows, width, dtype):
     own = GramAccumulator(width, dtype=dtype)
     for part in x.split(7):
         own.update(part)
+    check_gram(own.total, own.row_sum, own.rows, "here", "a")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_whose_squares_are_zero_in_their_dtype(dtype):
+    x = torch.ones(9, 4, dtype=dtype)
+    x[:, 2] = 1e-30 if dtype == torch.float32 else 1e-200
+    own = GramAccumulator(4, dtype=dtype).update(x)
+    assert own.total[2, 2] == 0
+    assert own.total[1, 2] > 0
     check_gram(own.total, own.row_sum, own.rows, "here", "a")
 
 

@@ -90,10 +90,12 @@ def _settings(config: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     if found.get("peft_type") != "LORA":
         raise Invalid(f"peft_type is {str(found.get('peft_type'))[:40]!r}")
     for key in _FLAGS:
-        if not isinstance(found.get(key, False), bool):
+        if found.get(key) is not None and not isinstance(
+            found[key], bool
+        ):  # null is off for PEFT, whose dataclass takes any value
             raise Invalid(f"{key} is {str(found[key])[:40]!r}, no truth value")
     for key in ("rank_pattern", "alpha_pattern"):
-        if found.get(key) and not isinstance(found[key], dict):
+        if found.get(key) is not None and not isinstance(found[key], dict):
             raise Invalid(f"{key} is {str(found[key])[:40]!r}")
     if found.get("use_dora"):
         raise Invalid("DoRA without magnitudes")

@@ -20,6 +20,8 @@ FUNCTION = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
     "rms_norm_eps", "hidden_act", "rope_parameters", "attention_bias", "mlp_bias", "tie_word_embeddings",
 )  # fmt: skip
+# What a Llama's config means where it does not say it.
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _OFTEN = (*FUNCTION, "architectures", "max_position_embeddings", "pad_token_id", "dtype")
 
 
@@ -71,8 +73,8 @@ def _changed(path: Path, tree: dict[str, Any]) -> tuple[dict[str, Any], set[str]
     now = read_config(path)
     missing = object()
     rope = now.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_type" not in rope:
-        now["rope_parameters"] = {**rope, "rope_type": "default"}  # what is left out
+    if isinstance(rope, dict):
+        now["rope_parameters"] = {**_ROPE, **rope}  # what is left out
     return now, {key for key in {*now, *tree} if _differ(now.get(key, missing), tree.get(key, missing))}
 
 

@@ -61,7 +61,9 @@ def _mutate(rng: random.Random, path: Path, what: str, victim: int) -> str:
     if action < 0.5:
         record = json.loads(next(iter(header["__metadata__"].values())))
         key = next(iter(header["__metadata__"]))
-        did, text = mutate_json(rng, record, ("rows", "modules", "fingerprints", "weights_dtype", "kind", "version"))
+        did, text = mutate_json(
+            rng, record, ("rows", "modules", "fingerprints", "weights_dtype", "kind", "version", "unread")
+        )
         header["__metadata__"] = {key: text.encode("utf-8", "replace").decode()}
         path.write_bytes(joined(header, data))
         return f"record: {did}"
@@ -212,8 +214,15 @@ def _check_sensitivity(
     record: dict[str, Any], tensors: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]
 ) -> None:
     names = [name.removeprefix("sensitivity.") for name in tensors]
+    unread = record.get("unread", [])
+    if not isinstance(unread, list) or not all(name in names for name in unread):
+        raise Invalid(f"unread is {str(unread)[:40]}")
     for name, tensor in tensors.items():
-        _check_square(name, tensor)
+        if name.removeprefix("sensitivity.") in unread:
+            if tensor.any():
+                raise Invalid(f"{name} is told as unread, and is not zero")
+        else:
+            _check_square(name, tensor)
     _check_prints(record, weights, {n: f"{n}.weight" for n in names if f"{n}.weight" in weights})
     if lost := sorted(n for n in names if f"{n}.weight" not in weights):
         raise Unjudged(f"a sensitivity of {lost[0]!r}, which the expert has not")
