@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,13 @@ from bmm_engine.checkpoint.layout import contained
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import ConfigError
 
+# Files of which a tokenizer has at least one; without any transformers makes an empty one, and says nothing.
+_VOCABULARIES = (
+    *("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.vocab", "*.bpe"),
+    *("bpe.codes", "dict.txt", "entity_vocab.json", "tokenizer.pkl"),
+)
+# These need none: a token is a byte, or a character.
+_WITHOUT = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
 # Files that fix the tokens' numbers, for tokenizers that are not one tokenizer.json.
 _PLAIN_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tiktoken.model")
 
@@ -31,6 +39,21 @@ def check_same_tokenizer(base: TensorSource, experts: Sequence[TensorSource]) ->
                 f"{label}: its tokenizer is not that of {known[0][0]}{_difference(known[0][1], vocabulary)}. Embeddings are merged row by row, which"
                 " needs the same token in every row: merge models of one tokenizer, or bring them to one first."
             )
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a folder holds a tokenizer: some file with a vocabulary, or a kind that needs none. Raises CheckpointError for a damaged config."""
+    if not directory.is_dir():
+        return False
+    if any(fnmatchcase(path.name, pattern) for path in directory.iterdir() for pattern in _VOCABULARIES):
+        return True
+    config = directory / "tokenizer_config.json"
+    return config.exists() and read_json_object(config).get("tokenizer_class") in _WITHOUT
+
+
+def has_processor(directory: Path) -> bool:
+    """Whether a folder says how images are prepared."""
+    return any((directory / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
 
 
 def vocabulary_of(directory: Path) -> dict[str, Any] | None:

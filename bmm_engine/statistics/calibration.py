@@ -12,21 +12,25 @@ import torch
 from torch import Tensor
 
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
+from bmm_engine.checkpoint.tokenizer import has_tokenizer
 from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError, cut, listed, shown
 from bmm_engine.statistics.rows import read_lines, read_rows, text_of
 from bmm_engine.statistics.text_file import check_path, check_regular
 
+_COPY_TOKENIZER = "Copy the base's tokenizer files there, or give calibration as .safetensors of model inputs."
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples of one task, read but not yet batched: `texts`, named `inputs` (each (samples, ...)), or `images` (paths)."""
+    """Samples of one task, read but not yet batched: `texts`, named `inputs` (each (samples, ...)), or `images` (paths). `prepared_by`: the folder of
+    the tokenizer or image processor, where it is not the model's own."""
 
     source: Path
     texts: tuple[str, ...] = ()
     inputs: dict[str, Tensor] | None = None
     images: tuple[Path, ...] = ()
+    prepared_by: Path | None = None
 
     def __len__(self) -> int:
         if self.inputs is not None:
@@ -53,7 +57,7 @@ class CalibrationData:
             for start in range(0, len(self), batch_size):
                 yield {key: value[start : start + batch_size] for key, value in self.inputs.items()}
         elif self.texts:
-            tokenizer = load_tokenizer(model_path)
+            tokenizer = load_tokenizer(self.prepared_by or model_path)
             tokens = tokenizer(list(self.texts), truncation=True, max_length=max_length)
             order = list(range(len(self)))
             if not ordered:
@@ -63,7 +67,7 @@ class CalibrationData:
                 chosen = {key: [values[i] for i in rows] for key, values in tokens.items()}
                 yield dict(tokenizer.pad(chosen, padding=True, return_tensors="pt"))
         else:
-            yield from _image_batches(self.images, model_path, batch_size)
+            yield from _image_batches(self.images, self.prepared_by or model_path, batch_size)
 
 
 def read_calibration(path: Path, *, samples: int | None = None, field: str = "text") -> CalibrationData:
@@ -102,16 +106,24 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer, able to pad. Raises `CheckpointError`."""
+    """The checkpoint's tokenizer, able to pad. Raises `CheckpointError`, also where transformers would make one that knows no words."""
     from transformers import AutoTokenizer
 
+    if not has_tokenizer(path):
+        raise CheckpointError(
+            f"{path}: has no tokenizer: none of its files holds a vocabulary (tokenizer.json, vocab.txt, tokenizer.model, ...). {_COPY_TOKENIZER}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: has no tokenizer that transformers can load ({_first_line(error)}). Copy the base's tokenizer files there, or give"
-            " calibration as .safetensors of model inputs."
+            f"{path}: has no tokenizer that transformers can load ({_first_line(error)}). {_COPY_TOKENIZER}"
         ) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{path}: the tokenizer that transformers makes of its files knows no tokens but {listed(tokenizer.all_special_tokens) or 'none'}:"
+            f" every text would be the same to it. {_COPY_TOKENIZER}"
+        )
     tokenizer.padding_side = "right"  # on the left, absolute positions and the first token would depend on the batch
     if tokenizer.pad_token is None:
         tokenizer.pad_token = (
