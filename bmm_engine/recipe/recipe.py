@@ -235,6 +235,8 @@ class Recipe(Algebra, Named):
         def beside(value: str, key: str) -> str:
             check_path(value, key)
             found = str(folder / value)
+            if value.startswith("~") and not os.path.lexists(found):
+                found = str(folder / os.path.expanduser(value))
             check_path(found, key)
             return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,8 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     `EmptyCalibrationError`.
     """
     check_path(path, "calibration")
+    if str(path).startswith("~") and not path.exists():
+        path = Path(os.path.expanduser(path))
     if not path.exists():
         raise ConfigError(
             f"calibration: {path} does not exist. Give a .txt, .jsonl, .tsv, .csv or .safetensors file, or a folder of images."
@@ -85,7 +88,7 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     if path.is_dir():
         images = image_files(path)
         data = CalibrationData(path, images=tuple(spread(images, samples)))
-    elif path.suffix == ".safetensors":
+    elif path.suffix.lower() == ".safetensors":
         data = CalibrationData(path, inputs=read_inputs(path, samples))
     else:
         texts = [text for text in _read_texts(path, field) if text.strip()]
@@ -133,7 +136,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _read_texts(path: Path, field: str) -> Iterator[str]:
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         yield from read_lines(path)
     else:
         yield from (text_of(row[field], row.where, field) for row in read_rows(path, [field]))
