@@ -94,7 +94,7 @@ def _is_own_head(name: str, model: nn.Module) -> bool:
         child = name.split(".")[0]
         if linear_module(child, getattr(model, child)) is not None or _HEADS.fullmatch(child):
             return True
-    if type(model).__name__.startswith("PerceiverFor") and name.startswith("perceiver.decoder."):
+    if name.startswith("perceiver.decoder.") and _TASKS.search(type(model).__name__):
         return True  # of the task, although the body calls it
     get_outputs: Any = getattr(model, "get_output_embeddings", None)
     try:
