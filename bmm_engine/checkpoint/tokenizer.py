@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,6 +15,7 @@ from bmm_engine.checkpoint.layout import contained
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import ConfigError
 
+CHAT_TEMPLATE = "chat_template.jinja"
 # Files of which a tokenizer has at least one; without any transformers makes an empty one, and says nothing.
 _VOCABULARIES = (
     *("tokenizer.json", "tekken.json", "vocab*", "*.model", "*.model.v*", "*.spm", "*.tiktoken", "*.vocab", "*.bpe"),
@@ -54,6 +56,47 @@ def has_tokenizer(directory: Path) -> bool:
 def has_processor(directory: Path) -> bool:
     """Whether a folder says how images are prepared."""
     return any((directory / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
+
+
+def chat_template(directory: Path) -> str | None:
+    """The template that a folder's tokenizer has for conversations, of several the default one. Raises CheckpointError for a damaged file."""
+    if not directory.is_dir():
+        return None
+    if (directory / CHAT_TEMPLATE).exists():
+        content = read_bytes(contained(directory, CHAT_TEMPLATE, asked_by=str(directory)))
+        return content.decode("utf-8", "backslashreplace").strip() or None
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if not (directory / name).exists():
+            continue
+        given = read_json_object(contained(directory, name, asked_by=str(directory))).get("chat_template")
+        if isinstance(given, list):
+            given = {own.get("name"): own.get("template") for own in given if isinstance(own, dict)}
+        if isinstance(given, dict):
+            given = given.get("default")
+        if isinstance(given, str) and given.strip():
+            return given.strip()
+    return None
+
+
+def chosen_template(asked: str | None, models: Sequence[TensorSource]) -> str | None:
+    """The template that the output is to have: what was `asked` for, or, for `auto`, the one that most of the models have (of equally many, the one
+    that comes first); None leaves the base's."""
+    if asked != "auto":
+        return asked
+    roots = [root for source in models for own in checkpoints_of(source) if (root := root_checkpoint(own)) is not None]
+    folders = dict.fromkeys(root.path for root in roots)
+    found = Counter(template for folder in folders if (template := chat_template(folder)) is not None)
+    return found.most_common(1)[0][0] if found else None
+
+
+def with_template(root: Path, template: str) -> dict[str, bytes | None]:
+    """File name -> what it holds, for the files beside the base at `root` that have a template of their own; None for those that go."""
+    changed: dict[str, bytes | None] = {CHAT_TEMPLATE: template.encode(), "chat_template.json": None}
+    if (root / "tokenizer_config.json").exists():
+        config = read_json_object(contained(root, "tokenizer_config.json", asked_by=str(root)))
+        if config.pop("chat_template", None) is not None:
+            changed["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return changed
 
 
 def vocabulary_of(directory: Path) -> dict[str, Any] | None:

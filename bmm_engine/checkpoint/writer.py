@@ -146,8 +146,11 @@ class CheckpointWriter:
             _write_file(self._stage.out / filename, text.encode("utf-8", "backslashreplace"))
         self._beside.add(filename)
 
-    def copy_sidecars(self, source: Checkpoint, *, changed: Mapping[str, bytes] | None = None) -> tuple[str, ...]:
-        """Copy what `source` has beside its weights (see `sidecars.py`) and return the names. `changed`: content for some of them.
+    def copy_sidecars(
+        self, source: Checkpoint, *, changed: Mapping[str, bytes | None] | None = None
+    ) -> tuple[str, ...]:
+        """Copy what `source` has beside its weights (see `sidecars.py`) and return the names. `changed`: what files of some names hold instead, also
+        further ones; None for those that stay behind.
 
         Files already written here stay as they are. Raises CheckpointError for a link that leads outside the source.
         """
@@ -156,14 +159,20 @@ class CheckpointWriter:
             return ()
         found = sidecar_files(source.path, source.config)
         tell(source.path, found)
-        wanted = [name for name in found.files if not (self._stage.out / name).exists()]
+        changed = changed or {}
+        names = [name for name in {**found.files, **changed} if changed.get(name, b"") is not None]
+        wanted = [name for name in names if not (self._stage.out / name).exists()]
         if wanted:
             with self._writing():
                 self._stage.claim(wanted)
         for name in wanted:
             with self._writing():
                 (self._stage.out / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy_file(found.files[name], self._stage.out / name, self._writing, (changed or {}).get(name))
+                content = changed.get(name)
+                if content is not None:
+                    _write_file(self._stage.out / name, content)
+            if content is None:
+                _copy_file(found.files[name], self._stage.out / name, self._writing)
             self._beside.add(name)
         with self._writing():
             for folder in sorted({(self._stage.out / name).parent for name in wanted}):
@@ -258,18 +267,14 @@ def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, view[done:], offset + done)
 
 
-def _copy_file(
-    source: Path, path: Path, writing: Callable[[], AbstractContextManager[None]], content: bytes | None
-) -> None:
+def _copy_file(source: Path, path: Path, writing: Callable[[], AbstractContextManager[None]]) -> None:
     """In blocks, flushed. Raises CheckpointError for a source that cannot be read; what the disk says is for `writing` to tell."""
     try:
         file = source.open("rb")
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read ({error.strerror}); correct its permissions") from error
     with file, writing(), path.open("wb") as copy:
-        if content is not None:
-            copy.write(content)
-        while content is None and (block := file.read(_COPY_BYTES)):
+        while block := file.read(_COPY_BYTES):
             copy.write(block)
         copy.flush()
         os.fsync(copy.fileno())
