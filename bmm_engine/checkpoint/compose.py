@@ -28,7 +28,7 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 @dataclass(frozen=True)
 class LayerRange:
-    """Layers `start <= j < stop` of a model."""
+    """Layers `start <= j < stop` of a model. None, at an end of a stack: that model then only gives what stands before or after the layers."""
 
     source: TensorSource
     start: int
@@ -107,7 +107,7 @@ class StackedSource(TensorSource):
         stacks = [LayerStack(part.source) for part in self.parts]
         self.prefix = stacks[0].prefix
         for part, stack in zip(self.parts, stacks, strict=True):
-            if not 0 <= part.start < part.stop <= stack.count:
+            if not 0 <= part.start <= part.stop <= stack.count:
                 raise ConfigError(
                     f"{part.source.label}: layers [{part.start}, {part.stop}] are not a range within its {stack.count} layers; the first is 0,"
                     " and the end is not included"
@@ -117,6 +117,8 @@ class StackedSource(TensorSource):
                     f"{part.source.label} calls its layers {stack.prefix}N, {self.parts[0].source.label} {self.prefix}N; stack models of one"
                     " architecture, saved in the same way"
                 )
+        if not any(len(part) for part in self.parts):
+            raise ConfigError(f"{self.label}: a stack of no layers; give at least one slice a range of some")
         self._stack = stacks[0]
         self._own_aliases: dict[str, str] = {}
         self._holder: dict[str, tuple[TensorSource, str]] = dict(self._map())

@@ -6,7 +6,7 @@ import logging
 import re
 from pathlib import Path
 
-from bmm_engine.checkpoint.sidecars import PATTERNS
+from bmm_engine.checkpoint.sidecars import may_come, stays_behind
 from bmm_engine.errors import CheckpointError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -33,7 +33,9 @@ def fetch(hub_id: str, *, revision: str | None, cache_dir: str | Path | None, lo
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     what = f"{hub_id!r} (revision {revision or 'main'})"
+    names: list[str] = []
     weights: tuple[str, ...] = _SAFETENSORS
+    beside: list[str] = []
     offline = local_files_only
     if not offline:
         try:
@@ -41,6 +43,7 @@ def fetch(hub_id: str, *, revision: str | None, cache_dir: str | Path | None, lo
             names = [file.rfilename for file in info.siblings or []]
             if not any("/" not in name and name.endswith(".safetensors") for name in names):
                 weights = _BIN
+            beside = _beside(names)
         except GatedRepoError as error:
             raise CheckpointError(
                 f"{what}: access to this model is restricted; accept its terms on its hub page and log in "
@@ -66,8 +69,8 @@ def fetch(hub_id: str, *, revision: str | None, cache_dir: str | Path | None, lo
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=offline,
-            allow_patterns=[*weights, *PATTERNS, _ADAPTER, "*.py"],
-            ignore_patterns=["*/*", "consolidated*"],
+            allow_patterns=[*weights, *beside, _ADAPTER],
+            ignore_patterns=[f"{folder}/*" for folder in _folders(names) - _folders(beside)] + ["consolidated*"],
         )
     except Exception as error:
         reason = "the local cache does not hold it complete" if offline else "the download failed"
@@ -77,3 +80,21 @@ def fetch(hub_id: str, *, revision: str | None, cache_dir: str | Path | None, lo
             "a local directory"
         ) from error
     return Path(folder)
+
+
+def _beside(names: list[str]) -> list[str]:
+    """Of a repository's files those that may belong beside the weights, as patterns that match just them."""
+    found = [name for name in names if not stays_behind(name, code=True)]
+    # Weights of modules that stand beside the model; of their two forms, the first there is.
+    modules = {folder for folder in _folders(names) if may_come(folder)}
+    for folder in modules:
+        weights = [name for name in names if name.startswith(f"{folder}/") and name.endswith((".safetensors", ".bin"))]
+        found += [name for name in weights if name.endswith(".safetensors")] or weights
+    kept = [
+        name for name in found if "/" not in name or name.split("/")[0] in modules or name.endswith((".py", ".npy"))
+    ]
+    return [re.sub(r"([*?\[])", r"[\1]", name) for name in kept]
+
+
+def _folders(names: list[str]) -> set[str]:
+    return {name.split("/")[0] for name in names if "/" in name}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bmm_engine.checkpoint.guard import read_json_object, regular_file, unreadable
-from bmm_engine.errors import CheckpointError
+from bmm_engine.errors import CheckpointError, listed
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _SINGLE_OR_INDEX = (
@@ -43,7 +43,10 @@ def find_weights(directory: Path) -> Layout:
             "adapter into it (merge_and_unload, save_pretrained)"
         )
     others = sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES)
-    found = f" Found {', '.join(others)}: pass the path of a .safetensors file itself to read it." if others else ""
+    found = f" Found {listed(others)}: pass the path of a .safetensors file itself to read it." if others else ""
+    inside = sorted(path.name for path in directory.iterdir() if path.is_dir() and full_weights(path) is not None)
+    if inside and not others:
+        found = f" Its folder {inside[0]!r} holds a model: pass {directory / inside[0]} to read that."
     raise CheckpointError(
         f"{directory}: no model.safetensors, model.safetensors.index.json, pytorch_model.bin or "
         f"pytorch_model.bin.index.json in this directory.{found} Save the model with save_pretrained"
@@ -63,11 +66,21 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def contained(directory: Path, name: str, *, asked_by: str) -> Path:
-    """`directory / name`, once it is known to stay inside `directory`.
+def boundary(directory: Path) -> Path:
+    """What a link in `directory` may not lead out of: itself. The hub cache keeps its snapshots as links to `../../blobs`, so for one of those it is
+    the cache folder of that one repository. Raises CheckpointError."""
+    try:
+        root = directory.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise unreadable(directory, error) from error
+    repository = root.parent.parent
+    return repository if root.parent.name == "snapshots" and repository.name.startswith("models--") else root
 
-    The hub cache keeps its snapshots as links to `../../blobs`, so for one of those the boundary is the cache folder
-    of that one repository. Raises CheckpointError for a name with a path in it and for a link that leads outside.
+
+def contained(directory: Path, name: str, *, asked_by: str, within: Path | None = None) -> Path:
+    """`directory / name`, once it is known to stay inside `directory`, or `within` what that is a part of; see `boundary`.
+
+    Raises CheckpointError for a name with a path in it and for a link that leads outside.
     """
     path = directory / name
     if not is_plain_name(name):
@@ -75,13 +88,11 @@ def contained(directory: Path, name: str, *, asked_by: str) -> Path:
             f"{asked_by} names the file {name[:200]!r}, which is not a plain name inside {directory}; "
             "do not use this checkpoint unless you trust where it came from, and correct the name"
         )
+    root = boundary(directory) if within is None else within
     try:
-        root, target = directory.resolve(), path.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
         raise unreadable(path, error) from error
-    repository = root.parent.parent
-    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
-        root = repository
     if not target.is_relative_to(root):
         raise CheckpointError(f"{path}: is a link to {target}, outside {root}; replace the link by a copy of the file")
     return path

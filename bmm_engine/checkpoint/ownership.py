@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from bmm_engine.checkpoint.provenance import RECORD_FILENAME, RECORD_FORMAT
 from bmm_engine.checkpoint.sidecars import PATTERNS
@@ -21,8 +22,14 @@ def written_by(directory: Path) -> Own:
     files = record.get("files")
     if not isinstance(files, list):
         return may_be_written
-    listed = {RECORD_FILENAME, *(name for name in files if isinstance(name, str))}
-    return lambda name: name in listed
+    return listed_names([RECORD_FILENAME, *(name for name in files if isinstance(name, str))])
+
+
+def listed_names(files: Iterable[str]) -> Own:
+    """Those files, and the folders that they lie in."""
+    paths = [PurePosixPath(name) for name in files]
+    known = {str(path) for path in paths} | {f"{parent}/" for path in paths for parent in path.parents}
+    return lambda name: name in known
 
 
 def may_be_written(name: str) -> bool:

@@ -10,11 +10,11 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bmm_engine.checkpoint.ownership import may_be_written, not_of_the_merge, same_merge, written_by
+from bmm_engine.checkpoint.ownership import listed_names, may_be_written, not_of_the_merge, same_merge, written_by
 from bmm_engine.checkpoint.provenance import RECORD_FILENAME, is_merge_directory
 from bmm_engine.disk.files import (
     Own,
@@ -30,6 +30,7 @@ from bmm_engine.disk.files import (
 from bmm_engine.errors import BmmError, OutputExistsError, OutputWriteError
 
 _MARKER = "bmm-partial.json"
+_NEXT_MARKER = "bmm-partial.json.next"
 STAGE = r"partial-\d+-[0-9a-f]+"  # what follows the destination's name
 # The entries of a stage, as a regular expression with a place for those of the directory that is written.
 STAGE_ENTRIES = r"bmm-partial\.json|out/(%s)?"
@@ -80,6 +81,14 @@ class StagedDirectory:
             self._stage.mkdir()
             (self._stage / _MARKER).write_text(json.dumps({"pid": os.getpid(), "host": platform.node()}))
             self.out.mkdir()
+
+    def claim(self, names: Iterable[str]) -> None:
+        """Write down, before they are written, files of names that merges do not write always: by that the next run knows them for ours."""
+        entry = {"pid": os.getpid(), "host": platform.node(), "files": list(names)}
+        following = self._stage / _NEXT_MARKER
+        following.write_text(json.dumps(entry))
+        sync_path(following)
+        os.replace(following, self._stage / _MARKER)
 
     def publish(self, then: Callable[[], None] = lambda: None) -> Path:
         """Rename to the destination; if that fails, `discard` puts back what it replaces. Raises OutputExistsError.
@@ -215,7 +224,12 @@ def clean_stages(destination: Path) -> list[Path]:
 def _try_remove(stage: Path, destination: Path, written: Own = may_be_written) -> None:
     """Remove a stage, after what must be put back; what is not ours in it is kept, and so is a merge that would be lost."""
     try:
-        if is_folder(stage) and _put_back(stage, destination) and not _remove_tree(stage, written):
+        claimed = listed_names(_claimed(stage))
+        if (
+            is_folder(stage)
+            and _put_back(stage, destination)
+            and not _remove_tree(stage, lambda name: written(name) or claimed(name))
+        ):
             logger.warning("%s: is kept, since something in it was not written by a merge", stage)
     except OSError as error:  # raising here would hide the error that led here
         logger.warning("%s: could not be removed (%s); remove it by hand", stage, error)
@@ -228,7 +242,16 @@ def _remove_tree(stage: Path, written: Own) -> bool:
         return False
     if is_folder(old) and not remove_own(old, written_by(old), (RECORD_FILENAME,)):
         return False
-    return remove_own(stage, lambda name: name == _MARKER)
+    return remove_own(stage, lambda name: name in (_MARKER, _NEXT_MARKER), (_MARKER,))
+
+
+def _claimed(stage: Path) -> list[str]:
+    """The files that its process wrote down as ours."""
+    try:
+        files = json.loads((stage / _MARKER).read_text(encoding="utf-8")).get("files", [])
+        return [name for name in files if isinstance(name, str)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
 
 
 def _is_dead(stage: Path) -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -16,12 +16,13 @@ from bmm_engine.checkpoint.layout import is_plain_name
 from bmm_engine.checkpoint.reader import Checkpoint
 from bmm_engine.checkpoint.safetensors_io import byte_view
 from bmm_engine.checkpoint.shards import INDEX_FILENAME, Shard, index_json, parse_size, plan_shards
-from bmm_engine.checkpoint.sidecars import sidecar_files
+from bmm_engine.checkpoint.sidecars import sidecar_files, tell
 from bmm_engine.checkpoint.source import TensorSpec, row_span
-from bmm_engine.checkpoint.staging import StagedDirectory
+from bmm_engine.checkpoint.staging import StagedDirectory, sync_path
 from bmm_engine.errors import CheckpointError, ConfigError, MissingTensorError, OutputWriteError, ShapeMismatchError
 
 _FLUSH_BYTES = 64 * 2**20
+_COPY_BYTES = 4 * 2**20
 
 
 class CheckpointWriter:
@@ -145,28 +146,38 @@ class CheckpointWriter:
             _write_file(self._stage.out / filename, text.encode("utf-8", "backslashreplace"))
         self._beside.add(filename)
 
-    def copy_sidecars(self, source: Checkpoint) -> tuple[str, ...]:
-        """Copy configuration, tokenizer and preprocessor files of `source` and return their names.
+    def copy_sidecars(
+        self, source: Checkpoint, *, changed: Mapping[str, bytes | None] | None = None
+    ) -> tuple[str, ...]:
+        """Copy what `source` has beside its weights (see `sidecars.py`) and return the names. `changed`: what files of some names hold instead, also
+        further ones; None for those that stay behind.
 
-        Files already written here stay as they are. Never weights; Python files only where the config has an auto_map.
-        Raises CheckpointError for a link that leads outside the source.
+        Files already written here stay as they are. Raises CheckpointError for a link that leads outside the source.
         """
         self._check_open()
         if not source.path.is_dir():
             return ()
-        copied = []
-        for path in sidecar_files(source.path, source.config):
-            if (self._stage.out / path.name).exists():
-                continue
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise CheckpointError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from error
+        found = sidecar_files(source.path, source.config)
+        tell(source.path, found)
+        changed = changed or {}
+        names = [name for name in {**found.files, **changed} if changed.get(name, b"") is not None]
+        wanted = [name for name in names if not (self._stage.out / name).exists()]
+        if wanted:
             with self._writing():
-                _write_file(self._stage.out / path.name, content)
-            copied.append(path.name)
-            self._beside.add(path.name)
-        return tuple(copied)
+                self._stage.claim(wanted)
+        for name in wanted:
+            with self._writing():
+                (self._stage.out / name).parent.mkdir(parents=True, exist_ok=True)
+                content = changed.get(name)
+                if content is not None:
+                    _write_file(self._stage.out / name, content)
+            if content is None:
+                _copy_file(found.files[name], self._stage.out / name, self._writing)
+            self._beside.add(name)
+        with self._writing():
+            for folder in sorted({(self._stage.out / name).parent for name in wanted}):
+                sync_path(folder)
+        return tuple(wanted)
 
     @property
     def files(self) -> list[str]:
@@ -254,6 +265,19 @@ def _write_at(descriptor: int, view: memoryview, offset: int) -> None:
     done = 0
     while done < len(view):  # the system writes at most 2 GiB at once
         done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def _copy_file(source: Path, path: Path, writing: Callable[[], AbstractContextManager[None]]) -> None:
+    """In blocks, flushed. Raises CheckpointError for a source that cannot be read; what the disk says is for `writing` to tell."""
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read ({error.strerror}); correct its permissions") from error
+    with file, writing(), path.open("wb") as copy:
+        while block := file.read(_COPY_BYTES):
+            copy.write(block)
+        copy.flush()
+        os.fsync(copy.fileno())
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,7 @@ def collect(
     """Measure an expert on its calibration data, once for all merges: its Grams, its Fisher information, or its sensitivities."""
     from bmm_engine.executors.devices import check_device
     from bmm_engine.pipeline.measure import collect_from_checkpoint, fisher_from_checkpoint, sensitivity_from_checkpoint
-    from bmm_engine.pipeline.models import ModelOpener, open_models
+    from bmm_engine.pipeline.models import ModelOpener, open_models, preparing_folder
     from bmm_engine.pipeline.statistics import fisher_sets, gram_sets, sensitivity_sets
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.statistics.calibration import read_calibration
@@ -126,6 +127,9 @@ def collect(
         opener, own = ModelOpener(offline), read_calibration(data, samples=samples, field=field)
         root = opener.source(recipe.base)
         model = root if base is None else opener.expert(root, recipe.experts[0])
+        if own.inputs is None:
+            folder = preparing_folder(model, root, images=bool(own.images), report=report)
+            own = replace(own, prepared_by=folder)
         options: dict[str, Any] = {"device": device, "progress": progress}
         if fisher:
             sets = [fisher_from_checkpoint(model, own, recipe.calibration, **options)]

@@ -19,5 +19,5 @@ def build_evaluator(options: EvaluationRecipe, tasks: Sequence[TaskData], split:
     if options.kind == "language_model":
         return LanguageModelEvaluator(tasks, options, split)
     if options.kind == "lm_eval":
-        return LmEvalEvaluator(options, tasks[0].model_path, split)
+        return LmEvalEvaluator(options, tasks[0].preparing, split)
     return FunctionEvaluator(options.function or "", options.tasks or [t.name for t in tasks], split)

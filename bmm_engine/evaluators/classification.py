@@ -102,7 +102,7 @@ def _batches(data: LabelledData, task: TaskData, options: EvaluationRecipe) -> A
     index = torch.tensor(order, dtype=torch.long)
     start = 0
     for inputs in ordered.inputs.batches(
-        task.model_path, batch_size=options.batch_size, max_length=options.max_length, ordered=True
+        task.preparing, batch_size=options.batch_size, max_length=options.max_length, ordered=True
     ):
         size = len(next(iter(inputs.values())))
         yield index[start : start + size], inputs

@@ -13,14 +13,19 @@ from bmm_engine.evaluators.scores import Score
 
 @dataclass(frozen=True)
 class TaskData:
-    """One task: its labelled file or folder; the checkpoint folder with its tokenizer or image processor and config; the file of a head of its own;
-    its metric."""
+    """One task: its labelled file or folder; the checkpoint folder with its config; the file of a head of its own; its metric. `prepared_by`: the
+    folder of the tokenizer or image processor, where it is not the checkpoint's."""
 
     name: str
     path: Path | None
     model_path: Path
     head: Path | None = None
     metric: str = "accuracy"
+    prepared_by: Path | None = None
+
+    @property
+    def preparing(self) -> Path:
+        return self.prepared_by or self.model_path
 
 
 class Evaluator(Protocol):

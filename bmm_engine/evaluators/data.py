@@ -78,7 +78,7 @@ def _read(path: Path, options: EvaluationRecipe) -> tuple[CalibrationData, list[
                 f"{loose[0]}: an image without a class; put the images of each class into a folder of its name."
             )
         return CalibrationData(path, images=tuple(p for p, _ in images)), [name for _, name in images]
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         tensors = read_inputs(path)
         labels = tensors.pop(options.label_field, None)
         if labels is None:
@@ -93,7 +93,7 @@ def _read(path: Path, options: EvaluationRecipe) -> tuple[CalibrationData, list[
         if labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64, torch.complex128):
             raise ConfigError(f"{path}: its labels are {labels.dtype}; write them as integers, the class numbers.")
         return CalibrationData(path, inputs=tensors), labels.tolist()
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         raise ConfigError(
             f"{path}: a .txt file has no labels; use .tsv, .csv or .jsonl with the columns of text and label."
         )

@@ -27,7 +27,7 @@ class LanguageModelEvaluator:
             if task.path is None:
                 raise ConfigError(f"task {shown(task.name)} has no {split} texts; give their file.")
             data: CalibrationData = read_calibration(task.path, samples=options.samples, field=options.field)
-            batches = data.batches(task.model_path, batch_size=options.batch_size, max_length=options.max_length)
+            batches = data.batches(task.preparing, batch_size=options.batch_size, max_length=options.max_length)
             self._batches[task.name] = list(batches)
 
     @torch.inference_mode()

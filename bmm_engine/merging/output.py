@@ -21,6 +21,7 @@ from bmm_engine.checkpoint import (
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
 from bmm_engine.checkpoint.dtypes import parse_dtype
 from bmm_engine.checkpoint.ownership import CARD_FILENAME
+from bmm_engine.checkpoint.tokenizer import with_template
 from bmm_engine.errors import NonFiniteWeightError
 from bmm_engine.merging.align import Alignment
 from bmm_engine.merging.plan import MergePlan
@@ -29,13 +30,15 @@ from bmm_engine.merging.stream import Piece
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a merge goes, and in what form. `path` None: it stays in memory. `recipe`: what its record says was asked for (None: the plan)."""
+    """Where a merge goes, and in what form. `path` None: it stays in memory. `recipe`: what its record says was asked for (None: the plan).
+    `chat_template`: instead of the base's."""
 
     path: Path | None = None
     dtype: torch.dtype | str | None = None
     max_shard_size: int | str = "5GB"
     overwrite: bool = False
     recipe: Mapping[str, Any] | None = None
+    chat_template: str | None = None
 
     def specs(self, alignment: Alignment) -> dict[str, TensorSpec]:
         """The tensors that are to be written. Raises `ConfigError`."""
@@ -117,7 +120,8 @@ def write_sidecars(
     if config is not None:
         writer.write_json("config.json", _with_dtype(config, parse_dtype(destination.dtype)))
     if (files := root_checkpoint(base)) is not None:
-        writer.copy_sidecars(files)
+        template = destination.chat_template
+        writer.copy_sidecars(files, changed=None if template is None else with_template(files.path, template))
     record = merge_record(recipe_of(plan) if destination.recipe is None else destination.recipe, inputs, summary)
     write_record_and_card(writer, record, base)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,14 +63,51 @@ def linear_module(name: str, module: nn.Module) -> LinearModule | None:
     return None
 
 
+# Classes whose output is their task's own: what they have beside the parts of a body is a head.
+_TASKS = re.compile(r"Classification$|QuestionAnswering$|MultipleChoice$|NextSentencePrediction$|For(CTC|XVector)$")
+# Parts of a model that are models with a head themselves: an encoder-decoder's decoder.
+_HEADED = re.compile(r"For[A-Z]|LMHead|HeadModel")
+_HEADS = re.compile(r"(\w+_)?(heads?|classifiers?|classification|score|outputs|logits|predictors?)")
+
+
 def is_head(name: str, model: nn.Module) -> bool:
-    """Is the module called `name` a task head? In a transformers model: all that stands outside `base_model`, and the output embeddings."""
+    """Is the module called `name` a task head?
+
+    In a transformers model, and in one that is a part of it: all that stands outside `base_model`, and the output embeddings. A model of a task that
+    has no `base_model` within (CLIP's classifier stands beside its `vision_model`): what is a linear module, or called a head, beside its parts.
+    """
+    owner, path = model, name
+    while path:
+        if _is_own_head(path, owner):
+            return True
+        step, _, path = path.partition(".")
+        owner = getattr(owner, step)
+        while path and not (hasattr(owner, "base_model_prefix") and _HEADED.search(type(owner).__name__)):
+            step, _, path = path.partition(".")
+            owner = getattr(owner, step)
+    return False
+
+
+def _is_own_head(name: str, model: nn.Module) -> bool:
     prefix = getattr(model, "base_model_prefix", "")
-    if prefix and hasattr(model, prefix) and name != prefix and not name.startswith(prefix + "."):
-        return True
+    if prefix and hasattr(model, prefix):
+        if name != prefix and not name.startswith(prefix + "."):
+            return True
+    elif prefix and _TASKS.search(type(model).__name__):
+        child = name.split(".")[0]
+        if linear_module(child, getattr(model, child)) is not None or _HEADS.fullmatch(child):
+            return True
+    if name.startswith("perceiver.decoder.") and _TASKS.search(type(model).__name__):
+        return True  # of the task, although the body calls it
     get_outputs: Any = getattr(model, "get_output_embeddings", None)
-    outputs = get_outputs() if get_outputs is not None else None
-    return outputs is not None and model.get_submodule(name) is outputs
+    try:
+        outputs = get_outputs() if get_outputs is not None else None
+    except (NotImplementedError, AttributeError):  # some have none, and say so in this way
+        outputs = None
+    if outputs is None:
+        return False
+    module = model.get_submodule(name)
+    return module is outputs or any(module is one for one in getattr(outputs, "children", tuple)())
 
 
 def linear_modules(model: nn.Module, patterns: Iterable[str] | None = None) -> dict[str, LinearModule]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmm_engine.checkpoint import AdapterSource, Checkpoint, TensorSource, open_adapter
-from bmm_engine.checkpoint.compose import LayerRange, StackedSource
+from bmm_engine.checkpoint.compose import LayerRange, StackedSource, root_checkpoint
+from bmm_engine.checkpoint.tokenizer import has_processor, has_tokenizer
 from bmm_engine.disk.files import named
 from bmm_engine.errors import BmmError, CheckpointError, NonFiniteWeightError
 from bmm_engine.executors.devices import check_device
@@ -17,7 +18,7 @@ from bmm_engine.merging.sources import Models, adapter_options, open_expert
 from bmm_engine.models.architecture import load_config, meta_model, model_class, told
 from bmm_engine.models.bounds import Held
 from bmm_engine.models.naming import Naming, checkpoint_names
-from bmm_engine.progress import quiet_transformers
+from bmm_engine.progress import Report, quiet_transformers
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe, ModelRecipe, StackRecipe
 
@@ -191,6 +192,22 @@ def _check_whole(path: Path, live: nn.Module, missing: Iterable[str]) -> None:
 def model_folder(source: TensorSource) -> Path:
     """Where a model that can be run lies, with its config and tokenizer: of an adapter, its base. Raises `CheckpointError` for a view."""
     return _root(source).path
+
+
+def preparing_folder(
+    source: TensorSource, base: TensorSource | None, *, images: bool = False, report: Report = lambda line: None
+) -> Path:
+    """Where the tokenizer (or, for `images`, the processor) of a model's data lies: with its adapter, with itself, or, since many are saved without
+    one, with the `base` of the merge; `report` hears of that. Where none has one, the model's own folder."""
+    own = model_folder(source)
+    has, what = (has_processor, "image processor") if images else (has_tokenizer, "tokenizer")
+    if isinstance(source, AdapterSource) and has(source.path):
+        return source.path
+    root = None if base is None else root_checkpoint(base)
+    if has(own) or root is None or not has(root.path):
+        return own
+    report(f"{source.label}: has no {what} of its own; its data are read with that of the base, {root.label}")
+    return root.path
 
 
 def held_by(source: TensorSource) -> Held:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bmm_engine.checkpoint.staging import StagedDirectory
-from bmm_engine.checkpoint.tokenizer import check_same_tokenizer
+from bmm_engine.checkpoint.tokenizer import check_same_tokenizer, chosen_template
 from bmm_engine.errors import ConfigError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.merge import MergeResult, merge_models
@@ -84,7 +84,10 @@ def prepare_recipe(
     settings = recipe.settings
     if settings.mode == "plain" and not statistics.grams:
         settings = settings.but(gram_source="task_vectors", fit_bias=False)
-    destination = Destination(dtype=recipe.dtype, max_shard_size=recipe.max_shard_size, recipe=recipe.plain())
+    template = chosen_template(recipe.chat_template, (models.base, *models.experts))
+    destination = Destination(
+        dtype=recipe.dtype, max_shard_size=recipe.max_shard_size, recipe=recipe.plain(), chat_template=template
+    )
     return PreparedMerge(settings, models, statistics, destination, progress, report)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bmm_engine.pipeline.measure import (
     fisher_from_checkpoint,
     sensitivity_from_checkpoint,
 )
-from bmm_engine.pipeline.models import held_by, live_model, model_folder
+from bmm_engine.pipeline.models import held_by, live_model, model_folder, preparing_folder
 from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe
@@ -96,7 +97,7 @@ def gram_sets(
     """
     files = [e.grams for e in recipe.experts]
     check_gram_places(recipe, sequential)
-    data = _missing_data(recipe, files, "Gram", together=sequential)
+    data = _missing_data(recipe, models, files, "Gram", report, together=sequential)
     if sequential and data:
         return _walk(recipe, models, [data[i] for i in range(len(files))], report, progress)
 
@@ -111,12 +112,23 @@ def gram_sets(
     )
 
 
+def expert_data(
+    recipe: Recipe, expert: ExpertRecipe, source: TensorSource, base: TensorSource, report: Report = lambda line: None
+) -> CalibrationData:
+    """An expert's calibration data, and by what they are prepared. Raises `ConfigError`, `CheckpointError`."""
+    options = recipe.calibration
+    data = read_calibration(Path(str(expert.calibration)), samples=options.samples, field=options.field)
+    if data.inputs is not None:
+        return data
+    return replace(data, prepared_by=preparing_folder(source, base, images=bool(data.images), report=report))
+
+
 def calibration_batches(recipe: Recipe, models: Models, report: Report = lambda line: None) -> list[list[Any]]:
     """Each expert's calibration data as model inputs, made by its own tokenizer or processor; `report` hears of those that are few for a walk.
     Raises `ConfigError`, `CheckpointError`."""
     options, found = recipe.calibration, []
     for expert, source in zip(recipe.experts, models.experts, strict=True):
-        data = read_calibration(Path(str(expert.calibration)), samples=options.samples, field=options.field)
+        data = expert_data(recipe, expert, source, models.base, report)
         if len(data) < FEW_SAMPLES:
             report(
                 f"warning: {expert.label}: {len(data)} calibration samples ({expert.calibration}) are few for the mode sequential: below"
@@ -135,7 +147,7 @@ def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: boo
     def collect(expert: ExpertRecipe, source: TensorSource, own: CalibrationData) -> FisherSet:
         return fisher_from_checkpoint(source, own, recipe.calibration, device=recipe.device, progress=progress)
 
-    data = _missing_data(recipe, files, "Fisher")
+    data = _missing_data(recipe, models, files, "Fisher", report)
     return _opened_or_collected(
         recipe,
         models,
@@ -195,7 +207,7 @@ def sensitivity_sets(
             progress=progress,
         )
 
-    data = _missing_data(recipe, files, "sensitivity")
+    data = _missing_data(recipe, models, files, "sensitivity", report)
     return _opened_or_collected(
         recipe,
         models,
@@ -236,7 +248,12 @@ def _opened_or_collected(
 
 
 def _missing_data(
-    recipe: Recipe, files: Sequence[str | None], what: str, together: bool = False
+    recipe: Recipe,
+    models: Models,
+    files: Sequence[str | None],
+    what: str,
+    report: Report,
+    together: bool = False,
 ) -> dict[int, CalibrationData]:
     """Expert -> its calibration data, for those whose file does not exist. Read before the first model runs: a wrong path is found at once."""
     wanted = [i for i, file in enumerate(files) if file is None or not Path(file).exists()]
@@ -250,8 +267,7 @@ def _missing_data(
                 f"expert {expert.label!r}: its {what} file {files[i]!r} does not exist, and no `calibration` says how to make it. Collect it"
                 " first (`bmm collect`), or name its calibration data."
             )
-        options = recipe.calibration
-        found[i] = read_calibration(Path(expert.calibration), samples=options.samples, field=options.field)
+        found[i] = expert_data(recipe, expert, models.experts[i], models.base, report)
     return found
 
 

@@ -18,7 +18,7 @@ from bmm_engine.evaluators.scores import Score
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
 from bmm_engine.pipeline.live import LiveModels, share_parameters
-from bmm_engine.pipeline.models import live_model, model_folder
+from bmm_engine.pipeline.models import live_model, model_folder, preparing_folder
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.sections import EvaluationRecipe
 
@@ -111,6 +111,7 @@ class RecipeTasks:
             model_path=model_folder(source),
             head=None if expert.head is None else Path(expert.head),
             metric=expert.metric or self.options.metric,
+            prepared_by=preparing_folder(source, self.models.base, images=self.options.kind == "image_classification"),
         )
 
     def _expert(self, index: int, device: str) -> nn.Module:

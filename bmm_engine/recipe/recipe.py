@@ -50,12 +50,16 @@ class Recipe(Algebra, Named):
     `calibration`, and none `grams`. `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each expert's predictions
     depend on them, measured on its calibration data (its checkpoint, or its `head`, must give logits) unless its `sensitivity` file exists; it
     is the default where every expert is a classifier. `same_tokenizer`: refuse models whose tokenizer has another vocabulary than the base's.
+    `chat_template`: of the output; `auto` is the one that most of the models have.
     """
 
     output_weights: Literal["none", "sensitivity"] | None = Field(
         None, description="null: sensitivity where every expert is a classifier and can be run, else none"
     )
     same_tokenizer: bool = False
+    chat_template: str | None = Field(
+        None, description="null: the base's; auto: the one that most of the models have; else the text of a template"
+    )
     calibration: CalibrationRecipe = CalibrationRecipe()
     sequential: SequentialRecipe = SequentialRecipe()
     evaluation: EvaluationRecipe | None = None
@@ -79,6 +83,15 @@ class Recipe(Algebra, Named):
     @classmethod
     def _size(cls, value: str | int) -> str | int:
         parse_size(value)
+        return value
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is not None and value != "auto" and "{" not in value:
+            raise ValueError(
+                f"{shown(value)} is no template: write auto, or the text of one, which holds {{{{ ... }}}} or {{% ... %}}"
+            )
         return value
 
     @field_validator("anchor", mode="before")
@@ -235,6 +248,8 @@ class Recipe(Algebra, Named):
         def beside(value: str, key: str) -> str:
             check_path(value, key)
             found = str(folder / value)
+            if value.startswith("~") and not os.path.lexists(found):
+                found = str(folder / os.path.expanduser(value))
             check_path(found, key)
             return found
 

@@ -21,7 +21,7 @@ from bmm_engine.merging.sources import Models
 from bmm_engine.parallel import in_order, share_of_memory
 from bmm_engine.pipeline.measure import collect_from_checkpoint
 from bmm_engine.pipeline.models import open_models
-from bmm_engine.pipeline.statistics import calibration_batches, sensitivity_sets, with_output_weights
+from bmm_engine.pipeline.statistics import calibration_batches, expert_data, sensitivity_sets, with_output_weights
 from bmm_engine.pipeline.tasks import RecipeTasks
 from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
@@ -29,7 +29,6 @@ from bmm_engine.searching.problem import Problem, Tasks, anchor_choices
 from bmm_engine.searching.sequential_trial import SequentialWriter
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.trial import Bar, CandidateWriter, FreeWriter, Outcome, TrialRunner, Writer
-from bmm_engine.statistics.calibration import read_calibration
 from bmm_engine.statistics.sets import Statistics
 
 Opener = Callable[[], Problem]
@@ -101,8 +100,9 @@ def with_search_weights(recipe: Recipe, models: Models, report: Report) -> Recip
 def collect_grams_of(state: Any, recipe: Recipe, index: int, path: str, local_files_only: bool, device: str) -> str:
     """Measure one expert's Grams and save them at `path`; returns what they were measured on."""
     expert, options = recipe.experts[index], recipe.calibration
-    data = read_calibration(Path(str(expert.calibration)), samples=options.samples, field=options.field)
-    (source,) = open_models(recipe.model_copy(update={"experts": [expert]}), local_files_only).experts
+    models = open_models(recipe.model_copy(update={"experts": [expert]}), local_files_only)
+    (source,) = models.experts
+    data = expert_data(recipe, expert, source, models.base)
     grams = collect_from_checkpoint(source, data, options, modules=recipe.modules, device=device, progress=False)
     grams.save(path)
     return data.describe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +13,25 @@ import torch
 from torch import Tensor
 
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
+from bmm_engine.checkpoint.tokenizer import has_tokenizer
 from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError, cut, listed, shown
 from bmm_engine.statistics.rows import read_lines, read_rows, text_of
 from bmm_engine.statistics.text_file import check_path, check_regular
 
+_COPY_TOKENIZER = "Copy the base's tokenizer files there, or give calibration as .safetensors of model inputs."
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples of one task, read but not yet batched: `texts`, named `inputs` (each (samples, ...)), or `images` (paths)."""
+    """Samples of one task, read but not yet batched: `texts`, named `inputs` (each (samples, ...)), or `images` (paths). `prepared_by`: the folder of
+    the tokenizer or image processor, where it is not the model's own."""
 
     source: Path
     texts: tuple[str, ...] = ()
     inputs: dict[str, Tensor] | None = None
     images: tuple[Path, ...] = ()
+    prepared_by: Path | None = None
 
     def __len__(self) -> int:
         if self.inputs is not None:
@@ -53,7 +58,7 @@ class CalibrationData:
             for start in range(0, len(self), batch_size):
                 yield {key: value[start : start + batch_size] for key, value in self.inputs.items()}
         elif self.texts:
-            tokenizer = load_tokenizer(model_path)
+            tokenizer = load_tokenizer(self.prepared_by or model_path)
             tokens = tokenizer(list(self.texts), truncation=True, max_length=max_length)
             order = list(range(len(self)))
             if not ordered:
@@ -63,7 +68,7 @@ class CalibrationData:
                 chosen = {key: [values[i] for i in rows] for key, values in tokens.items()}
                 yield dict(tokenizer.pad(chosen, padding=True, return_tensors="pt"))
         else:
-            yield from _image_batches(self.images, model_path, batch_size)
+            yield from _image_batches(self.images, self.prepared_by or model_path, batch_size)
 
 
 def read_calibration(path: Path, *, samples: int | None = None, field: str = "text") -> CalibrationData:
@@ -74,6 +79,8 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     `EmptyCalibrationError`.
     """
     check_path(path, "calibration")
+    if str(path).startswith("~") and not path.exists():
+        path = Path(os.path.expanduser(path))
     if not path.exists():
         raise ConfigError(
             f"calibration: {path} does not exist. Give a .txt, .jsonl, .tsv, .csv or .safetensors file, or a folder of images."
@@ -81,7 +88,7 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     if path.is_dir():
         images = image_files(path)
         data = CalibrationData(path, images=tuple(spread(images, samples)))
-    elif path.suffix == ".safetensors":
+    elif path.suffix.lower() == ".safetensors":
         data = CalibrationData(path, inputs=read_inputs(path, samples))
     else:
         texts = [text for text in _read_texts(path, field) if text.strip()]
@@ -102,16 +109,24 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The checkpoint's tokenizer, able to pad. Raises `CheckpointError`."""
+    """The checkpoint's tokenizer, able to pad. Raises `CheckpointError`, also where transformers would make one that knows no words."""
     from transformers import AutoTokenizer
 
+    if not has_tokenizer(path):
+        raise CheckpointError(
+            f"{path}: has no tokenizer: none of its files holds a vocabulary (tokenizer.json, vocab.txt, tokenizer.model, ...). {_COPY_TOKENIZER}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path}: has no tokenizer that transformers can load ({_first_line(error)}). Copy the base's tokenizer files there, or give"
-            " calibration as .safetensors of model inputs."
+            f"{path}: has no tokenizer that transformers can load ({_first_line(error)}). {_COPY_TOKENIZER}"
         ) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{path}: the tokenizer that transformers makes of its files knows no tokens but {listed(tokenizer.all_special_tokens) or 'none'}:"
+            f" every text would be the same to it. {_COPY_TOKENIZER}"
+        )
     tokenizer.padding_side = "right"  # on the left, absolute positions and the first token would depend on the batch
     if tokenizer.pad_token is None:
         tokenizer.pad_token = (
@@ -121,7 +136,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _read_texts(path: Path, field: str) -> Iterator[str]:
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         yield from read_lines(path)
     else:
         yield from (text_of(row[field], row.where, field) for row in read_rows(path, [field]))

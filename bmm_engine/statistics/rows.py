@@ -31,9 +31,10 @@ def read_lines(path: Path) -> Iterator[str]:
 def read_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     """The rows of a `.jsonl`, `.csv` or `.tsv` file (without quoting), each with the columns `fields` at least. Raises `ConfigError`."""
     kinds = {".jsonl": _json_rows, ".csv": _csv_rows, ".tsv": _tsv_rows}
-    if path.suffix not in kinds:
+    kind = path.suffix.lower()
+    if kind not in kinds:
         raise ConfigError(f"{path} is of a kind that is not read; use .txt, .jsonl, .tsv, .csv or .safetensors.")
-    yield from kinds[path.suffix](path, fields)
+    yield from kinds[kind](path, fields)
 
 
 def text_of(value: Any, where: str, field: str) -> str:

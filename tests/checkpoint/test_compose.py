@@ -147,7 +147,7 @@ def test_the_stack_that_the_config_counts():
         LayerStack(StateDictSource(tensors))
 
 
-@pytest.mark.parametrize("span", [(0, 3), (-1, 1), (1, 1), (2, 3)])
+@pytest.mark.parametrize("span", [(0, 3), (-1, 1), (1, 0), (2, 3)])
 def test_a_range_outside_the_model(models, span):
     with pytest.raises(ConfigError, match=rf"base: layers \[{span[0]}, {span[1]}\].*its 2 layers"):
         StackedSource([LayerRange(models[0], *span)])

@@ -114,11 +114,29 @@ def test_no_connection(
     ("names", "wanted", "unwanted"),
     [
         (
-            ["model.safetensors", "pytorch_model.bin", "onnx/model.safetensors", "config.json", "vocab.txt"],
-            {"*.safetensors", "config.json", "*.model"},
+            [
+                "model.safetensors",
+                "pytorch_model.bin",
+                "onnx/model.safetensors",
+                "config.json",
+                "sentencepiece.bpe.model",
+            ],
+            {"*.safetensors", "config.json", "sentencepiece.bpe.model"},
             {"pytorch_model*.bin"},
         ),
-        (["pytorch_model.bin", "onnx/model.safetensors"], {"pytorch_model*.bin", "config.json"}, {"*.safetensors"}),
+        (
+            ["pytorch_model.bin", "onnx/model.safetensors", "config.json", "LICENSE", "tf_model.h5", "README.md"],
+            {"pytorch_model*.bin", "config.json", "LICENSE"},
+            {"*.safetensors", "tf_model.h5", "README.md"},
+        ),
+        (
+            [
+                *("model.safetensors", "onnx/model.safetensors", "modules.json", "2_Dense/model.safetensors"),
+                *("2_Dense/pytorch_model.bin", "2_Dense/config.json", "modeling_x.py", "code/[a].py"),
+            ],
+            {"modules.json", "2_Dense/model.safetensors", "2_Dense/config.json", "modeling_x.py", "code/[[]a].py"},
+            {"2_Dense/pytorch_model.bin"},
+        ),
     ],
 )
 def test_only_the_weights_that_are_read_are_fetched(
@@ -136,7 +154,7 @@ def test_only_the_weights_that_are_read_are_fetched(
     assert (asked["hub_id"], asked["revision"], asked["local_files_only"]) == ("org/name", "v2", False)
     assert wanted <= set(asked["allow_patterns"])
     assert not unwanted & set(asked["allow_patterns"])
-    assert "*/*" in asked["ignore_patterns"]
+    assert "onnx/*" in asked["ignore_patterns"]
 
 
 def test_failing_download(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

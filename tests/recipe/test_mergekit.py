@@ -447,14 +447,24 @@ def slices(*ranges, **more):
         ({**GOOD, "parameters": {"weight": [{"filter": "mlp", "value": 1}]}}, "has values with a filter only"),
         ({**GOOD, "parameters": {"weight": "much"}}, r"parameters\.weight = 'much'"),
         ({**GOOD, "parameters": {"weight": [{"filter": "*mlp*", "value": 1}]}}, "taken to the letter"),
-        ({**GOOD, "models": [{"model": "a"}, {"model": "a"}]}, r"models\.1: 'a' is there twice"),
+        (
+            {**GOOD, "modules": {"default": {"models": [{"model": "a"}]}}},
+            "exactly one of `models`, `slices` and `modules`",
+        ),
+        (
+            {"merge_method": "linear", "parameters": {"weight": 1}, "modules": {"default": {}}},
+            r"modules\.default: exactly one of `models` and `slices`",
+        ),
         ({**GOOD, "models": [{"model": "a", "layer_range": [0, 1]}]}, r"unknown key 'models\.0\.layer_range'"),
         ({**GOOD, "models": [{"parameters": {}}]}, r"models\.0: the key 'model' is missing"),
         ({**GOOD, "models": "a"}, "models = 'a': it must be a list"),
         ({**GOOD, "models": [{"model": "a+b+c"}]}, "more than one '\\+'"),
         ({**GOOD, "slices": [{"sources": []}]}, "exactly one of `models` and `slices`"),
         ({**GOOD, "modules": {"x": {}}}, "modules: models of several parts"),
-        ({**GOOD, "chat_template": "chatml"}, "chat_template: tokenizer files are copied"),
+        (
+            {**GOOD, "chat_template": "chatml"},
+            "chat_template = 'chatml': the templates that mergekit has under names are not here; write `auto`",
+        ),
         ({**GOOD, "tokenizer_source": "base"}, "tokenizer_source: base, but there is no base_model"),
         ({**GOOD, "tokenizer_source": "z"}, "tokenizer_source: 'z' is none of the models merged"),
         (
@@ -489,6 +499,126 @@ def test_what_cannot_be_carried_over_names_the_key(project, text, words):
     with pytest.raises(ConfigError, match=words) as caught:
         translated(project, text)
     assert "translated.yaml" in str(caught.value)
+
+
+LAST = "model.norm.weight", "lm_head.weight"
+
+
+def test_a_flag_may_be_any_number(project, tmp_path):
+    a, b = tensors(project, "a"), tensors(project, "b")
+    for number, total in ((1.0, 1.3), (1, 1.3), (0.0, 1.0), (0, 1.0), ("true", 1.3)):
+        merged = run(project, tmp_path / str(number), LINEAR + f"parameters: {{normalize: {number}}}\n")
+        assert_close(merged, {n: (a[n] + 0.3 * b[n]) / total for n in a})
+
+
+def test_a_slice_of_no_layers_chooses_what_stands_after_them(project, tmp_path):
+    a, b, c = (tensors(project, name) for name in "abc")
+    text = slices([("a", [0, 3])], [("b", [3, 3])], merge_method="passthrough", parameters={})
+    merged = run(project, tmp_path, yaml.safe_dump(text))
+    assert_close(merged, {n: (b if n in LAST else a)[n] for n in a})
+    # One at the beginning chooses the embedding, and its weights are its own.
+    text = slices([("c", [0, 0]), ("b", [0, 0])], [("a", [0, 3]), ("b", [0, 3])])
+    merged = run(project, tmp_path / "two", yaml.safe_dump(text))
+    first = "model.embed_tokens.weight"
+    assert_close(merged, {n: ((c if n == first else a)[n] + b[n]) / 2 for n in a})
+    with pytest.raises(ConfigError, match="a stack of no layers; give at least one slice"):
+        plan_recipe(translated(project, slices([("a", [1, 1])])))
+
+
+@pytest.mark.parametrize("body", ["models", "slices"])
+def test_the_one_module_of_a_model_that_has_one(project, tmp_path, body):
+    a, b = tensors(project, "a"), tensors(project, "b")
+    item = {"models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 0.5}}]}
+    if body == "slices":
+        item = {
+            "slices": [
+                {
+                    "sources": [
+                        {"model": m, "layer_range": [0, 3], "parameters": {"weight": w}}
+                        for m, w in (("a", 2), ("b", 1))
+                    ]
+                }
+            ]
+        }
+    text = {
+        "merge_method": "linear",
+        "modules": {"default": {**item, "parameters": {"weight": 1.0}}},
+        "parameters": {"weight": 9.0},
+    }
+    merged = run(project, tmp_path, yaml.safe_dump(text))
+    assert_close(merged, {n: (a[n] + 0.5 * b[n]) / 1.5 for n in a})
+
+
+def test_keys_that_mergekit_passes_over(project, tmp_path, caplog):
+    a, b = tensors(project, "a"), tensors(project, "b")
+    text = slices([("a", [0, 3]), ("b", [0, 3])], random_seed=3)
+    text["slices"][0] |= {"merge_method": "ties", "residual_weight": 0.5, "dtype": "float16"}
+    text["slices"][0]["sources"][0]["merge_method"] = "slerp"
+    assert_close(run(project, tmp_path, yaml.safe_dump(text)), {n: (a[n] + b[n]) / 2 for n in a})
+    for key in ("slices.0.merge_method", "slices.0.residual_weight", "slices.0.sources.0.merge_method", "random_seed"):
+        assert f"the key '{key}' has no effect (nor has it in mergekit)" in caplog.text
+
+
+def test_a_model_that_is_listed_again_is_merged_once_with_its_first_parameters(project, tmp_path, caplog):
+    a, b = tensors(project, "a"), tensors(project, "b")
+    models = [("a", {"weight": [{"filter": "mlp", "value": 3}]}), ("b", {"weight": 1}), ("a", {"weight": 0.5})]
+    text = {"merge_method": "linear", "models": [{"model": m, "parameters": p} for m, p in models]}
+    weight = {n: 3 if "mlp" in n else 0.5 for n in a}
+    merged = run(project, tmp_path, yaml.safe_dump(text))
+    assert_close(merged, {n: (weight[n] * a[n] + b[n]) / (weight[n] + 1) for n in a})
+    assert (
+        "models.2 names 'a' again: it is merged once, as mergekit does, with the parameters of models.0" in caplog.text
+    )
+    # In a slice the layers of the last mention count.
+    text = slices([("a", [0, 2]), ("b", [0, 2]), ("a", [1, 3])])
+    merged = run(project, tmp_path / "two", yaml.safe_dump(text))
+    expected = {n: (a[n] + b[n]) / 2 for n in a if layer_of(n) is None}
+    for i in range(2):
+        one, two = place(a, i + 1, i), place(b, i, i)
+        expected |= {n: (one[n] + two[n]) / 2 for n in one}
+    assert_close(merged, expected)
+
+
+@pytest.mark.parametrize("name", ["a+b", "v1@2026", "x@1+y@2", "+a", "a@"])
+def test_a_path_with_a_plus_or_an_at_is_taken_whole(project, tmp_path, name):
+    shutil.copytree(project / "b", project / name, dirs_exist_ok=True)
+    a, b = tensors(project, "a"), tensors(project, "b")
+    text = {"merge_method": "linear", "models": [{"model": "a"}, {"model": name}], "parameters": {"weight": 1}}
+    assert_close(run(project, tmp_path, yaml.safe_dump(text)), {n: (a[n] + b[n]) / 2 for n in a})
+    adapted = tensors(project, "b+lora")
+    text["models"][1] = {"model": f"{name}+lora"}
+    assert_close(run(project, tmp_path / "two", yaml.safe_dump(text)), {n: (a[n] + adapted[n]) / 2 for n in a})
+    text["models"][1] = {"model": {"model": {"path": name}, "lora": "lora"}}
+    assert_close(run(project, tmp_path / "three", yaml.safe_dump(text)), {n: (a[n] + adapted[n]) / 2 for n in a})
+    shutil.rmtree(project / name)
+
+
+def test_a_chat_template_is_that_of_most_models_or_the_text(project, tmp_path):
+    long, other = "{% for m in messages %}{{ m.content }}{% endfor %}", "{{ messages[0].content }}!!"
+    for name, template in (("base", other), ("a", long), ("b", long), ("c", None)):
+        with_tokenizer(project, tmp_path, name, ["one", "two"])
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        if name == "a":
+            (tmp_path / name / "chat_template.jinja").write_text(f"{template}\n")
+        elif template:
+            config["chat_template"] = [{"name": "default", "template": template}] if name == "b" else template
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
+    path = tmp_path / "config.yaml"
+    raw = {
+        "merge_method": "linear",
+        "base_model": "base",
+        "models": [{"model": m} for m in ("base", "a", "b", "c")],
+        "parameters": {"weight": 1},
+    }
+    for asked, expected in (("auto", long), (f"{long}again", f"{long}again"), (None, other)):
+        path.write_text(yaml.safe_dump({**raw, "chat_template": asked}))
+        out = run_recipe(Recipe.load(path), tmp_path / "out", overwrite=True, progress=False).path
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+        assert tokenizer.chat_template == expected
+        text = json.loads((out / "tokenizer_config.json").read_text())
+        assert ("chat_template" in text) == (asked is None)
+    with pytest.raises(ConfigError, match=r"chat_template.*'plain' is no template"):
+        Recipe.parse({"base": "b", "experts": ["a"], "chat_template": "plain"})
 
 
 def test_a_range_outside_the_model(project):

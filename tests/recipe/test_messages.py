@@ -112,7 +112,7 @@ def test_any_value_anywhere_in_mergekits_files(tmp_path_factory, method, place, 
         ({"merge_method": []} | THEIRS, "merge_method [] is not known here"),
         (
             {"merge_method": "slerp", "base_model": "b", "slices": [{"sources": [{"model": "b", "layer_range": [0, 10**9]}]}]},
-            "layer_range = (0, 1000000000): the first layer must come before the last",
+            "layer_range = (0, 1000000000): the first layer must not come after the last",
         ),
     ],
 )  # fmt: skip

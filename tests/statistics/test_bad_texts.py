@@ -200,3 +200,47 @@ def test_any_bytes_are_texts_or_a_typed_error(tmp_path_factory, suffix, parts):
             said = str(error)
         assert said == "" or f"data{suffix}" in said
         assert len(said) <= 1500
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.txt", "the cat\nsat on\n"),
+        ("D.TXT", "the cat\r\nsat on\r\n"),
+        ("d.jsonl", '{"text": "the cat", "label": 0}\n{"text": "sat on", "label": 1}\n'),
+        ("d.csv", "text,label\nthe cat,0\nsat on,1\n"),
+        ("d.CSV", '"text","label"\n"the cat",0\n"sat on",1\n'),
+        ("d.tsv", "text\tlabel\nthe cat\t0\nsat on\t1\n"),
+    ],
+)
+def test_a_byte_order_mark_changes_nothing(tmp_path, name, content, mark):
+    path = tmp_path / name
+    path.write_text(mark + content, encoding="utf-8", newline="")
+    assert read_calibration(path).texts == ("the cat", "sat on")
+    assert read_calibration(path, samples=1).texts == ("the cat",)
+    if "txt" not in name.lower():
+        (tmp_path / "config.json").write_text("{}")
+        found = read_labelled(TaskData("t", path, tmp_path), EvaluationRecipe(kind="text_classification"))
+        assert (found.inputs.texts, found.labels.tolist()) == (("the cat", "sat on"), [0, 1])
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch):
+    from bmm_engine.recipe.recipe import Recipe
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "d.txt").write_text("the cat\n")
+    keys = ("calibration", "grams", "fisher", "sensitivity", "validation", "test", "head")
+    (tmp_path / "recipe.yaml").write_text(
+        json.dumps({"base": "b", "experts": [{"model": "m", **dict.fromkeys(keys, "~/d.txt")}]})
+    )
+    expert = Recipe.load(tmp_path / "recipe.yaml").experts[0]
+    assert [getattr(expert, key) for key in keys] == [str(tmp_path / "home" / "d.txt")] * len(keys)
+    assert read_calibration(type(tmp_path)("~/d.txt")).texts == ("the cat",)
+    with pytest.raises(ConfigError, match=r"home/none\.txt does not exist"):
+        read_calibration(type(tmp_path)("~/none.txt"))
+    # A folder that is called so is still itself.
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~" / "d.txt").write_text("sat on\n")
+    assert Recipe.load(tmp_path / "recipe.yaml").experts[0].calibration == str(tmp_path / "~" / "d.txt")

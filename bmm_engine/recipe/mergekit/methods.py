@@ -20,6 +20,8 @@ class Parameter:
 
 
 def _flag(value: Any) -> bool:
+    if isinstance(value, (int, float)):
+        return bool(value)  # mergekit has all its values as numbers
     text = str(value).lower()
     if text in ("true", "1", "yes", "on"):
         return True

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class _Source:
     layers: tuple[int, int] | None
     parameters: Mapping[str, Any]
     where: str
+    again: tuple[Mapping[str, Any], ...] = ()  # the parameters of its further mentions
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,10 @@ class Translation:
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(sorted(METHODS))}."
             raise ConfigError(f"merge_method {shown(name)} is not known here; {hint}")
         self.name, self.method = str(name), METHODS[name]
-        self.base_model = None if raw.get("base_model") is None else parse_reference(raw["base_model"], "base_model")
+        self.base_model = None if raw.get("base_model") is None else self._reference(raw["base_model"], "base_model")
         self.parameters = self._scope(raw, "")
+        self.body, self.within = self._body()
+        self.module_parameters = self._scope(self.body, self.within) if self.within else {}
         self.slices = self._slices()
         counts = {len(s.experts) for s in self.slices}
         if len(counts) > 1:
@@ -100,29 +104,56 @@ class Translation:
             recipe["dtype"] = dtype
         if self._same_tokenizer():
             recipe["same_tokenizer"] = True
+        if template := self._chat_template():
+            recipe["chat_template"] = template
         return recipe
 
     # Models
 
-    def _slices(self) -> list[_Slice]:
-        if self.raw.get("modules"):
+    def _reference(self, value: Any, where: str) -> str | dict[str, Any]:
+        return parse_reference(value, where, self._exists)
+
+    def _exists(self, path: str) -> bool:
+        """Whether it is a path as it stands: beside the file, or in the working folder."""
+        try:
+            own = os.path.expanduser(path)
+            return bool(path) and (os.path.lexists(self.path.parent / own) or os.path.lexists(own))
+        except ValueError:  # a zero byte
+            return False
+
+    def _body(self) -> tuple[Mapping[str, Any], str]:
+        """What holds `models` or `slices`, and where it is: the file, or the one module of a model that has one."""
+        modules = self.raw.get("modules")
+        if not modules:
+            return self.raw, ""
+        if not isinstance(modules, Mapping) or list(modules) != ["default"]:
             raise ConfigError(
                 "modules: models of several parts are not supported; merge one part at a time, with `models` or `slices`."
             )
-        if bool(self.raw.get("models")) == bool(self.raw.get("slices")):
-            raise ConfigError("exactly one of `models` and `slices` must be there.")
-        if self.raw.get("models"):
+        if self.raw.get("models") or self.raw.get("slices"):
+            raise ConfigError("exactly one of `models`, `slices` and `modules` must be there.")
+        check_keys(modules["default"], ("models", "slices", "parameters"), "modules.default", _TOP)
+        return modules["default"], "modules.default"
+
+    def _slices(self) -> list[_Slice]:
+        body, within = self.body, f"{self.within}." if self.within else ""
+        if bool(body.get("models")) == bool(body.get("slices")):
+            where = f"{self.within}: " if within else ""
+            raise ConfigError(f"{where}exactly one of `models` and `slices` must be there.")
+        if body.get("models"):
             sources = [
-                self._source(item, f"models.{i}", ("model", "parameters"))
-                for i, item in enumerate(items(self.raw, "models", ""))
+                self._source(item, f"{within}models.{i}", ("model", "parameters"))
+                for i, item in enumerate(items(body, "models", self.within))
             ]
             if self.base_model is not None and all(s.reference != self.base_model for s in sources):
                 sources.append(_Source(self.base_model, None, {}, "base_model"))
-            return [self._slice(sources, self.base_model, {}, "models")]
-        return [self._out_slice(item, f"slices.{i}") for i, item in enumerate(items(self.raw, "slices", ""))]
+            return [self._slice(sources, self.base_model, {}, f"{within}models")]
+        return [
+            self._out_slice(item, f"{within}slices.{i}") for i, item in enumerate(items(body, "slices", self.within))
+        ]
 
     def _out_slice(self, item: Any, where: str) -> _Slice:
-        check_keys(item, ("sources", "base_model", "parameters"), where)
+        check_keys(item, ("sources", "base_model", "parameters"), where, (*_TOP, "residual_weight"))
         sources = [
             self._source(source, f"{where}.sources.{j}", ("model", "layer_range", "parameters"))
             for j, source in enumerate(items(item, "sources", where))
@@ -133,35 +164,33 @@ class Translation:
                 f"{where}: its sources have {sorted(lengths)} layers; ranges of one slice must be equally long."
             )
         base = item.get("base_model")
-        reference = self.base_model if base is None else parse_reference(base, f"{where}.base_model")
+        reference = self.base_model if base is None else self._reference(base, f"{where}.base_model")
         return self._slice(sources, reference, self._scope(item, where), where)
 
     def _source(self, item: Any, where: str, keys: Sequence[str]) -> _Source:
-        check_keys(item, keys, where)
+        check_keys(item, keys, where, _TOP)
         if "model" not in item:
             raise ConfigError(f"{where}: the key 'model' is missing.")
         layers = None
         if "layer_range" in keys:
             layers = item.get("layer_range")
+            if isinstance(layers, list):
+                layers = [int(v) if isinstance(v, float) and v.is_integer() else v for v in layers]
             if not (isinstance(layers, list) and len(layers) == 2 and all(type(v) is int for v in layers)):
                 raise ConfigError(
                     f"{where}.layer_range = {shown(layers)}: give the first layer and the one after the last, as [0, 16]."
                 )
             layers = (layers[0], layers[1])
-            if not 0 <= layers[0] < layers[1] <= MOST_LAYERS:
+            if not 0 <= layers[0] <= layers[1] <= MOST_LAYERS:
                 raise ConfigError(
-                    f"{where}.layer_range = {shown(layers)}: the first layer must come before the last, from 0 to {MOST_LAYERS}."
+                    f"{where}.layer_range = {shown(layers)}: the first layer must not come after the last, from 0 to {MOST_LAYERS}."
                 )
-        return _Source(parse_reference(item["model"], f"{where}.model"), layers, self._scope(item, where), where)
+        return _Source(self._reference(item["model"], f"{where}.model"), layers, self._scope(item, where), where)
 
     def _slice(
         self, sources: Sequence[_Source], base: str | dict[str, Any] | None, parameters: Mapping[str, Any], where: str
     ) -> _Slice:
-        for i, source in enumerate(sources):
-            if any(source.reference == other.reference for other in sources[:i]):
-                raise ConfigError(
-                    f"{source.where}: {reference_text(source.reference)} is there twice; models merged with each other must differ."
-                )
+        sources = self._once(sources)
         found = next((s for s in sources if s.reference == base), None) if self.method.base != "ignored" else None
         if found is None and (self.method.base == "required" or (self.method.base == "optional" and base is not None)):
             wanted = (
@@ -174,6 +203,27 @@ class Translation:
         if not experts:
             raise ConfigError(f"{where}: there is no model beside the base; name at least one to merge.")
         return _Slice(found, experts, parameters)
+
+    def _once(self, sources: Sequence[_Source]) -> list[_Source]:
+        """Each model once, as mergekit has it, which keeps what it merges by model: the layers of the last mention, each parameter of the first that
+        gives it."""
+        found: list[_Source] = []
+        for source in sources:
+            at = next((i for i, other in enumerate(found) if other.reference == source.reference), None)
+            if at is None:
+                found.append(source)
+                continue
+            first = found[at]
+            logger.warning(
+                "%s: %s names %s again: it is merged once, as mergekit does, with the parameters of %s%s",
+                self.path,
+                source.where,
+                reference_text(source.reference),
+                first.where,
+                "" if first.layers == source.layers else f" and the layers {list(source.layers or ())}",
+            )
+            found[at] = replace(first, layers=source.layers, again=(*first.again, source.parameters))
+        return found
 
     def _column(self, sources: Sequence[_Source]) -> Any:
         """One model of the recipe: what stands at one place of every slice."""
@@ -227,9 +277,9 @@ class Translation:
         return [*cases, {"value": rendered(after)}]
 
     def _chain(self, name: str, parameter: Parameter, own: _Slice, source: _Source | None) -> Chain:
-        scopes = [(own.parameters, "slice"), (self.parameters, "")]
+        scopes = [(own.parameters, "slice"), (self.module_parameters, self.within), (self.parameters, "")]
         if source is not None:
-            scopes.insert(0, (source.parameters, source.where))
+            scopes = [(given, source.where) for given in (source.parameters, *source.again)] + scopes
         chain: list[tuple[str | None, Any]] = []
         for scope, where in scopes:
             for pattern, value in cases(scope.get(name), f"{where}.parameters.{name}".lstrip("."), parameter.convert):
@@ -298,12 +348,20 @@ class Translation:
                 return name
         return None
 
+    def _chat_template(self) -> str | None:
+        """`auto`, or the text of a template; mergekit's own, which it has under names, are not here."""
+        template = self.raw.get("chat_template")
+        if template is None or template == "auto":
+            return template
+        if not isinstance(template, str) or len(template) < 20 or "{" not in template:
+            raise ConfigError(
+                f"chat_template = {shown(template)}: the templates that mergekit has under names are not here; write `auto` (the one that most of the"
+                " models have), or the text of a template."
+            )
+        return template
+
     def _same_tokenizer(self) -> bool:
         """Whether a tokenizer is asked for. Only one that all models share can be given, which leaves the embeddings as they are."""
-        if self.raw.get("chat_template"):
-            raise ConfigError(
-                "chat_template: tokenizer files are copied from the base as they are; remove the key, and edit the output's template."
-            )
         source, key = self.raw.get("tokenizer_source"), "tokenizer_source"
         if (tokenizer := self.raw.get("tokenizer")) is not None:
             if source is not None:
@@ -320,7 +378,7 @@ class Translation:
         if source == "base" and self.base_model is None:
             raise ConfigError(f"{key}: base, but there is no base_model.")
         if source not in ("base", "union"):
-            wanted = parse_reference(source, key)
+            wanted = self._reference(source, key)
             merged = [s.reference for own in self.slices for s in (own.base, *own.experts) if s is not None]
             if wanted not in (*merged, self.base_model):
                 raise ConfigError(
