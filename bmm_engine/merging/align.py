@@ -32,12 +32,18 @@ class AlignedExpert:
     there in the expert too."""
 
     def __init__(
-        self, source: TensorSource, mapping: dict[str, str], prefix: str = "", kept: Mapping[str, str] | None = None
+        self,
+        source: TensorSource,
+        mapping: dict[str, str],
+        prefix: str = "",
+        kept: Mapping[str, str] | None = None,
+        spellings: Mapping[str, tuple[str, ...]] | None = None,
     ):
         self.source = source
         self.mapping = mapping  # base name -> expert name
         self.prefix = prefix  # "" | "+bert." (the expert has it, the base has not) | "-bert."
         self.kept = dict(kept or {})
+        self.spellings = spellings or {}  # base name -> what else the architecture calls it
 
     @property
     def label(self) -> str:
@@ -46,6 +52,14 @@ class AlignedExpert:
     def own_name(self, name: str) -> str | None:
         """What the expert calls a tensor of the base, merged or kept; None where it has none."""
         return self.mapping.get(name, self.kept.get(name))
+
+    def known_as(self, name: str) -> tuple[str, ...]:
+        """By which names a tensor of the base may be known where it was measured: the expert's, the base's, the architecture's."""
+        return tuple(dict.fromkeys((self.own_name(name) or name, name, *self.spellings.get(name, ()))))
+
+    def modules_known_as(self, module: str) -> list[str]:
+        """The same of a module."""
+        return [name.removesuffix(".weight") for name in self.known_as(f"{module}.weight")]
 
     def own_module(self, module: str) -> str:
         return self.mapping.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
@@ -96,9 +110,9 @@ def align(
     base = with_own_heads(_loadable(base, naming), experts, naming)
     patterns = tuple(keep_base)
     names = base.names()
-    spellings = {n: (n, _original(base, n)) for n in names}
+    originals = {n: (n, _original(base, n)) for n in names}
     for pattern in patterns:
-        if not any(fnmatchcase(own, pattern) for both in spellings.values() for own in both):
+        if not any(fnmatchcase(own, pattern) for both in originals.values() for own in both):
             raise ConfigError(
                 f"keep_base: the pattern {pattern!r} matches no tensor of {base.label}, which has {', '.join(names[:3])} and {len(names) - 3}"
                 " more. Patterns are shell patterns over tensor names, for example 'classifier.*'."
@@ -107,7 +121,7 @@ def align(
     kept_names = {
         n
         for n in names
-        if any(fnmatchcase(own, p) for p in patterns for own in spellings[n])
+        if any(fnmatchcase(own, p) for p in patterns for own in originals[n])
         or not base.spec(n).dtype.is_floating_point
         or n in buffers
     }
@@ -124,6 +138,7 @@ def align(
     for t, (matcher, mapping) in enumerate(zip(matchers, mappings, strict=True)):
         if len(mapping) < len(merged):
             raise missing_tensors(base, experts, t, merged, mappings, matcher)
+    spellings = _spellings(names, naming)
     readers = [Reader(source, mapping) for source, mapping in zip(experts, mappings, strict=True)]
     if vocabulary != "error":
         base, experts = _fit(base, readers, merged, kept, vocabulary)
@@ -144,7 +159,7 @@ def align(
         copies = (
             matcher.match(tuple(base.aliases)) if base.aliases else {}
         )  # of what the base ties, or they would have become tensors of their own
-        aligned.append(AlignedExpert(source, mapping, matcher.prefix, own_kept))
+        aligned.append(AlignedExpert(source, mapping, matcher.prefix, own_kept, spellings))
         used = {
             *mapping.values(),
             *own_kept.values(),
@@ -176,6 +191,13 @@ def _loadable(base: TensorSource, naming: Naming | None) -> TensorSource:
             *next(iter(renamed.items())),
         )
     return RenamedSource(base, renamed) if renamed else base
+
+
+def _spellings(names: Sequence[str], naming: Naming | None) -> dict[str, tuple[str, ...]]:
+    """The base's name -> what the architecture calls the tensor, live and in files."""
+    if naming is None:
+        return {}
+    return {name: (live, naming.saved.get(live, live)) for name, live in naming.known(names).items()}
 
 
 def _original(base: TensorSource, name: str) -> str:

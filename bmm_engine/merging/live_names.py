@@ -6,7 +6,7 @@ from torch import nn
 
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.align import Alignment
-from bmm_engine.models.naming import Naming
+from bmm_engine.models.naming import Naming, inner_model
 
 
 def live_names(alignment: Alignment, expert: int | None, model: nn.Module) -> dict[str, str]:
@@ -16,13 +16,13 @@ def live_names(alignment: Alignment, expert: int | None, model: nn.Module) -> di
     """
     names = (*alignment.merged, *alignment.kept)
     own = {n: n if expert is None else alignment.experts[expert].own_name(n) or n for n in names}
-    naming = Naming.of(model)
+    naming, (_, wrapped) = Naming.of(model), inner_model(model)
     by_own, by_base = naming.known(own.values()), naming.known(names)
     found, missing = {}, []
     for name in names:
         live = next((live for live in (by_own.get(own[name]), by_base.get(name)) if live in naming.stored), None)
         if live is not None:
-            found[name] = live
+            found[name] = f"{wrapped}{live}"
         elif name in alignment.merged and name not in alignment.base.aliases:
             missing.append(name)
     if missing:

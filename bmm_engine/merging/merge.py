@@ -147,7 +147,7 @@ def merge_models(
         raise ConfigError("draws from the posterior are for outputs that count alike: leave out `sensitivities`.")
     specs = destination.specs(plan.alignment)
     writer = destination.writer(specs)
-    target = Target(specs, writer)
+    target = Target(specs, writer, plan.alignment.buffers)
     stream = MergeStream(plan, target.finish, posterior)
     if writer is None:
         run_stream(stream, target, progress)

@@ -28,7 +28,9 @@ class Naming:
 
     @classmethod
     def of(cls, model: nn.Module) -> Naming:
-        """Of a live or meta model; of transformers' with all that they rename between file and model."""
+        """Of a live or meta model, by the names that it has without what torch put around it; of transformers' with all that they rename between file
+        and model."""
+        model, _ = inner_model(model)
         live = tuple(model.state_dict(keep_vars=True))
         buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         known = frozenset((*live, *buffers))
@@ -84,6 +86,9 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
     """
     import torch
 
+    inner, prefix = inner_model(model)
+    if prefix:  # compiled, or run in parallel
+        return {f"{prefix}{live}": saved for live, saved in checkpoint_names(inner).items()}
     live = model.state_dict(keep_vars=True)
     try:
         from transformers import PreTrainedModel
@@ -100,6 +105,15 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
         for saved, tensor in revert_weight_conversion(model, dict(stand_ins)).items()
         if id(tensor) in owner
     }
+
+
+def inner_model(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model that torch has wrapped as a whole, and the part of its names that stands for that; the model itself and ""."""
+    for part in ("_orig_mod", "module"):
+        inner = model._modules.get(part)
+        if inner is not None and len(model._modules) == 1 and not model._parameters:
+            return inner, f"{part}."
+    return model, ""
 
 
 def _prefix_changes(names: Iterable[str], known: Iterable[str]) -> Iterator[Callable[[str], str | None]]:

@@ -122,7 +122,7 @@ def walk_models(
     anchor_plan.check_statistics()
     skeleton = Skeleton.of(models, plan)
     specs = destination.specs(plan.alignment)
-    writer = destination.writer(specs)
+    writer, buffers = destination.writer(specs), plan.alignment.buffers
     with ExitStack() as stack:
         folder = None
         if destination.path is not None:
@@ -136,9 +136,9 @@ def walk_models(
         source = walk_all(walks, prior_source, stack, progress)
         result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs)
         if writer is None or folder is None:
-            return replace(result, tensors=tensors_of(_written(source, Target(specs), progress), plan))
+            return replace(result, tensors=tensors_of(_written(source, Target(specs, None, buffers), progress), plan))
         with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
-            _written(source, Target(specs, writer), progress)
+            _written(source, Target(specs, writer, buffers), progress)
             write_sidecars(writer, plan, inputs.result(), result.summary(), destination)
             path = writer.commit(then=lambda: remove_folder(folder, report))
         return replace(result, path=path)
@@ -202,13 +202,13 @@ def _anchor(plan: MergePlan, folder: Path | None, progress: bool | None) -> Tens
     specs = output_specs(plan.alignment, wide)
     label = f"anchor {plan.settings.anchor!r}"
     if folder is None:
-        target = Target(specs)
+        target = Target(specs, None, plan.alignment.buffers)
         run_stream(MergeStream(plan, target.finish), target, progress, "anchor")
         return StateDictSource(target.tensors, label)
     path = folder / "anchor"
     if not path.exists():
         with CheckpointWriter(path, list(specs.values())) as writer:
-            target = Target(specs, writer)
+            target = Target(specs, writer, plan.alignment.buffers)
             run_stream(MergeStream(plan, target.finish), target, progress, "anchor")
             writer.commit()
     return Checkpoint.open(path, label=label)
