@@ -49,7 +49,8 @@ def refuse_quantised(source: TensorSource, *, integers: bool = True) -> None:
         if method is None and not spec.dtype.is_floating_point and len(spec.shape) > 1:
             method = "integer weights" if _PACKED.search(name) or (integers and name.endswith("weight")) else None
         if method is None and _SCALE.search(name) and (weight := name.removesuffix("_scale")) in source:
-            method = "scaled integers" if source.spec(weight).dtype.itemsize < 2 else None
+            dtype = source.spec(weight).dtype
+            method = None if dtype.itemsize > 1 else "FP8" if dtype.is_floating_point else "scaled integers"
         if method is not None:
             raise CheckpointError(
                 f"{source.label}: is quantised ({_name(said) or method}): {name!r} is a weight, or part of one, that is stored packed or scaled"

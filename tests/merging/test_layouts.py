@@ -1,0 +1,206 @@
+"""One tensor by whatever name: hub, live, older or wrapped, in base, experts, adapters and Grams alike."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import bmm_engine as bmm
+from bmm_engine.errors import MissingTensorError
+from bmm_engine.merging.accounting import loads_back
+from bmm_engine.models.naming import Naming
+from tests.odd import changed, in_layout, people, tensors
+from tests.tiny import fine_tune, make_base, make_batches, save
+
+LAYOUTS = [
+    ("live", "live", "live"),
+    ("hub", "live", "live"),
+    ("hub", "hub", "live"),
+    ("live", "hub", "hub"),
+    ("_orig_mod.", "hub", "live"),
+    ("hub", "_orig_mod.", "module._orig_mod."),
+    ("live", "net.model.", "hub"),
+]
+SOLVED = {"vit": 12, "segformer": 24, "llava": 28, "qwen2.5-vl": 26, "wav2vec2": 7, "bert": 13, "gpt2": 8}
+
+
+def by_live_name(model, merged):
+    live = Naming.of(model).known(merged)
+    return {live[name]: tensor for name, tensor in merged.items()}
+
+
+@pytest.mark.parametrize("family", SOLVED)
+def test_the_same_modules_are_solved_to_the_same_bits_in_every_layout(family, tmp_path):
+    base, experts, path, paths = people(family, tmp_path)
+    expected = bmm.merge(path, paths)
+    assert len(expected.modules) == SOLVED[family]
+    reference = by_live_name(base, expected.tensors)
+    for layouts in LAYOUTS:
+        own = [in_layout(p, m, how) for p, m, how in zip((path, *paths), (base, *experts), layouts, strict=True)]
+        result = bmm.merge(own[0], own[1:])
+        assert len(result.modules) == SOLVED[family], layouts
+        assert not any(result.summary()["left_out_of_experts"].values())
+        found = by_live_name(base, result.tensors)
+        assert found.keys() == reference.keys()
+        assert all(torch.equal(found[name], reference[name]) for name in reference), layouts
+
+
+@pytest.mark.parametrize("layout", ["live", "_orig_mod.", "module._orig_mod.", "net.model."])
+def test_what_is_written_has_the_bases_names_and_loads(layout, tmp_path):
+    from transformers import ViTForImageClassification
+
+    base, experts, path, paths = people("vit", tmp_path)
+    own = in_layout(path, base, layout)
+    written = bmm.merge(own, paths, alpha=math.inf, output=tmp_path / "out").path
+    assert loads_back(written) == ""
+    assert tensors(written).keys() == (tensors(own) if layout == "live" else tensors(path)).keys()
+    loaded, report = ViTForImageClassification.from_pretrained(written, output_loading_info=True)
+    assert not report["missing_keys"]
+    for name, parameter in loaded.named_parameters():
+        mean = torch.stack([dict(m.named_parameters())[name].double() for m in experts]).mean(0)
+        torch.testing.assert_close(parameter.double(), mean, rtol=0, atol=2e-7)
+
+
+def test_names_in_memory_are_the_callers(tmp_path):
+    base, experts, _, _ = people("bert", tmp_path)
+    wrapped = {f"_orig_mod.{n}": t for n, t in base.state_dict().items()}
+    result = bmm.merge(wrapped, [m.state_dict() for m in experts], modules=["*attention.self*"])
+    assert result.tensors.keys() == wrapped.keys()
+    assert len(result.modules) == 6
+    compiled = torch.compile(base, backend="eager")
+    assert len(bmm.merge(compiled, experts).modules) == 13
+
+
+@pytest.mark.parametrize("layouts", [("live", "live", "live"), ("hub", "live", "_orig_mod."), ("live", "hub", "live")])
+def test_grams_fit_every_layout(layouts, tmp_path):
+    base, experts, path, paths = people("vit", tmp_path)
+    grams = [bmm.collect_grams(m, make_batches("vit", i)) for i, m in enumerate(experts)]
+    saved = [g.save(tmp_path / f"{i}.safetensors") for i, g in enumerate(grams)]
+    reference = by_live_name(base, bmm.merge(path, paths, grams=grams).tensors)
+    own = [in_layout(p, m, how) for p, m, how in zip((path, *paths), (base, *experts), layouts, strict=True)]
+    for given in (grams, saved):
+        result = bmm.merge(own[0], own[1:], grams=given)
+        assert len(result.modules) == 12
+        found = by_live_name(base, result.tensors)
+        assert all(torch.equal(found[name], reference[name]) for name in reference)
+
+
+def test_grams_of_a_model_that_is_wrapped(tmp_path):
+    _, experts, path, paths = people("bert", tmp_path)
+    grams = [bmm.collect_grams(m, make_batches("bert", i)) for i, m in enumerate(experts)]
+    for gram in grams:
+        gram.aliases |= {name: f"module.{name}" for name in gram.modules}
+        gram.modules = {f"module.{name}": group for name, group in gram.modules.items()}
+        gram.fingerprints = {f"module.{name}": mark for name, mark in gram.fingerprints.items()}
+    assert len(bmm.merge(path, paths, grams=grams).modules) == 13
+    parallel = nn.DataParallel(experts[0])
+    assert set(bmm.collect_grams(parallel, make_batches("bert", 0)).aliases) == {
+        name.removeprefix("module.") for name in grams[0].modules
+    }
+
+
+def test_patterns_know_all_names(tmp_path):
+    base, _, path, paths = people("vit", tmp_path)
+    live = in_layout(path, base, "live")
+    for pattern in ("*attention.attention.query", "*attention.q_proj"):
+        assert len(bmm.plan_merge(live, paths, modules=[pattern]).groups) == 2
+        assert len(bmm.plan_merge(path, paths, modules=[pattern]).groups) == 2
+    wrapped = in_layout(path, base, "_orig_mod.")
+    for pattern in ("_orig_mod.classifier.*", "classifier.*"):
+        assert len(bmm.plan_merge(wrapped, paths, keep_base=[pattern]).from_base) == 2
+
+
+def test_weight_norm_of_two_versions(tmp_path):
+    base, _, path, paths = people("wav2vec2", tmp_path)
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+
+    def older(held):
+        for name in list(held):
+            for new, ending in old.items():
+                if name.endswith(new):
+                    held[name.removesuffix(new) + ending] = held.pop(name)
+
+    def newer(held):
+        for name in list(held):
+            for new, ending in old.items():
+                if name.endswith(ending):
+                    held[name.removesuffix(ending) + new] = held.pop(name)
+
+    expected = by_live_name(base, bmm.merge(path, paths, alpha=math.inf).tensors)
+    for spelled in ((older, newer, older), (newer, older, newer)):
+        own = [changed(p, f) for p, f in zip((path, *paths), spelled, strict=True)]
+        for given in (own, [tensors(p) for p in own]):
+            found = by_live_name(base, bmm.merge(given[0], given[1:], alpha=math.inf).tensors)
+            assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_of_a_base_under_live_names(tmp_path):
+    base, _, path, _ = people("vit", tmp_path, experts=0)
+    (tmp_path / "adapter").mkdir()
+    factors = {}
+    for part in ("layers.0.attention.q_proj", "encoder.layer.1.attention.attention.query"):
+        stem = f"base_model.model.vit.{part}"
+        factors |= {f"{stem}.lora_A.weight": torch.randn(2, 16), f"{stem}.lora_B.weight": torch.randn(16, 2)}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj", "query"]}'
+    )
+    for layout in ("hub", "live", "_orig_mod."):
+        result = bmm.merge(in_layout(path, base, layout), [tmp_path / "adapter"], alpha=math.inf)
+        merged = by_live_name(base, result.tensors)
+        for number, part in enumerate(("layers.0.attention.q_proj", "encoder.layer.1.attention.attention.query")):
+            a, b = (factors[f"base_model.model.vit.{part}.lora_{x}.weight"].double() for x in "AB")
+            name = f"vit.layers.{number}.attention.q_proj.weight"
+            change = merged[name].double() - base.state_dict()[name].double()
+            torch.testing.assert_close(change, b @ a, rtol=1e-5, atol=1e-6)
+
+
+def test_other_names_are_a_line_in_the_log(tmp_path, caplog):
+    base, experts, path, paths = people("vit", tmp_path)
+    with caplog.at_level(logging.INFO, logger="bmm_engine"):
+        bmm.plan_merge(in_layout(path, base, "_orig_mod."), [in_layout(paths[0], experts[0], "live"), paths[1]])
+    assert "expert-0-live: 32 of 40 tensors go by another name than the base's" in caplog.text
+    assert "base-_orig_mod: 40 of its names do not load as they are, such as '_orig_mod." in caplog.text
+
+
+def test_prefixes_of_several_parts_without_an_architecture(tmp_path):
+    state = make_base("bert").state_dict()
+    experts = [fine_tune(make_base("bert"), s).state_dict() for s in (1, 2)]
+    expected = bmm.merge(state, experts, alpha=math.inf).tensors
+    shifted = [{f"outer.inner.model.{n}": t for n, t in e.items()} for e in experts]
+    found = bmm.merge(state, shifted, alpha=math.inf).tensors
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    found = bmm.merge(shifted[0], [state, experts[1]], alpha=math.inf).tensors
+    assert all(n.startswith("outer.inner.model.") for n in found)
+
+
+def test_names_that_nobody_knows_are_said(tmp_path):
+    _, _, path, paths = people("bert", tmp_path)
+    changed(
+        paths[0], lambda held: held.update({n.replace("query", "wq"): held.pop(n) for n in list(held) if "query" in n})
+    )
+    with pytest.raises(
+        MissingTensorError, match=r"no tensor 'bert.*query.*'.*It has 'bert.*wq.*' of the same shape.*one layout"
+    ):
+        bmm.plan_merge(path, paths)
+
+
+def test_a_mixture_whose_layout_fuses_tensors(tmp_path):
+    import transformers
+
+    config = transformers.MixtralConfig(
+        num_hidden_layers=1, hidden_size=16, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, vocab_size=60,
+        num_local_experts=2,
+    )  # fmt: skip
+    base = transformers.MixtralForCausalLM(config)
+    path = save(base, tmp_path / "base")
+    assert bmm.plan_merge(path, [in_layout(path, base, "_orig_mod.")]).module_count == 4
+    with pytest.raises(
+        MissingTensorError, match=r"'model\.layers\.0\..*experts.*gate_up_proj' .* in its place.*fused or split"
+    ):
+        bmm.plan_merge(path, [base.state_dict()])
