@@ -75,7 +75,7 @@ class AlignedExpert:
 class Alignment:
     """`merged`: the base's tensors that every expert has, in the base's order; `kept`: those taken from the base as they are (integers, buffers, and
     what `keep_base` names), `buffers` among them; `expert_only`: label -> tensors that only that expert has (task heads), left out of the merge;
-    `expert_buffers`: the same of what is no weight."""
+    `expert_buffers`: the same of what is no weight; `notes`: what whoever merges should know."""
 
     base: TensorSource
     experts: tuple[AlignedExpert, ...]
@@ -84,6 +84,8 @@ class Alignment:
     expert_only: dict[str, tuple[str, ...]]
     buffers: tuple[str, ...] = ()
     expert_buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    naming: Naming | None = None
+    notes: tuple[str, ...] = ()
 
 
 def align(
@@ -107,7 +109,7 @@ def align(
     for source in experts:
         refuse_quantised(source, integers=False)
     naming = known_naming(base, experts, live)
-    base = with_own_heads(_loadable(base, naming), experts, naming)
+    base, notes = with_own_heads(_loadable(base, naming), experts, naming)
     patterns = tuple(keep_base)
     names = base.names()
     originals = {n: (n, _original(base, n)) for n in names}
@@ -174,7 +176,15 @@ def align(
         expert_buffers[source.label] = tuple(n for n in left if n in constant)
         _say_renamed(source, mapping)
     return Alignment(
-        base, tuple(aligned), merged, kept, expert_only, tuple(n for n in kept if n in buffers), expert_buffers
+        base,
+        tuple(aligned),
+        merged,
+        kept,
+        expert_only,
+        tuple(n for n in kept if n in buffers),
+        expert_buffers,
+        naming,
+        notes,
     )
 
 

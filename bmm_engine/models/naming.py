@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 class Naming:
     """Of one architecture. `live`: the names of its state dict, in its order; `saved`: live name -> the one that `save_pretrained` writes, where it
     is one tensor there; `buffers`: live names, also of those that no file holds; `ties`: live name -> the name of the tensor that it is;
-    `stored`: `live`, as a set."""
+    `stored`: `live`, as a set; `linear`: names of matrices, and stacks of them, that layers multiply their inputs by."""
 
     live: tuple[str, ...]
     saved: Mapping[str, str]
     buffers: frozenset[str]
     ties: Mapping[str, str]
     stored: frozenset[str]
+    linear: frozenset[str]
     _rename: Callable[[str], str | None] = field(repr=False, compare=False)
     _all: frozenset[str] = field(repr=False, compare=False)
 
@@ -35,7 +36,14 @@ class Naming:
         buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         known = frozenset((*live, *buffers))
         return cls(
-            live, checkpoint_names(model), buffers, _ties(model), frozenset(live), _renaming(model, known), known
+            live,
+            checkpoint_names(model),
+            buffers,
+            _ties(model),
+            frozenset(live),
+            _linear(model),
+            _renaming(model, known),
+            known,
         )
 
     def known(self, names: Iterable[str]) -> dict[str, str]:
@@ -150,6 +158,22 @@ def _renaming(model: nn.Module, known: frozenset[str]) -> Callable[[str], str | 
         return name if name in known else None
 
     return rename
+
+
+def _linear(model: nn.Module) -> frozenset[str]:
+    from torch import nn
+
+    found = set()
+    for prefix, module in model.named_modules():
+        kind = type(module).__name__
+        plain = isinstance(module, nn.Linear) or kind == "Conv1D"
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            stacked = (
+                parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
+            )
+            if stacked or (plain and parameter.ndim == 2):
+                found.add(name)
+    return frozenset(found)
 
 
 def _ties(model: nn.Module) -> dict[str, str]:

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from bmm_engine.checkpoint import Checkpoint
 from bmm_engine.errors import CheckpointError
+from bmm_engine.merging.outcomes import outcomes, told, totals
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.models.architecture import LinearModule, checkpoint_linear_modules
 
@@ -80,6 +81,8 @@ def describe_plan(plan: MergePlan, gram_source: str, mode: str = "plain") -> dic
         "modules_without_gram": list(plan.unmeasured),
         "from_anchor": list(plan.from_anchor),
         "from_base": list(plan.from_base),
+        "tensors": totals(outcomes(alignment, plan.solved)),
+        "notes": list(plan.notes),
         "left_out_of_experts": {label: list(names) for label, names in alignment.expert_only.items() if names},
     }
 
@@ -134,6 +137,8 @@ def _plan_tables(d: dict[str, Any]) -> RenderableType:
         )
     if d["modules_without_gram"]:
         lines.append(f"linear modules without a Gram, from the anchor: {', '.join(d['modules_without_gram'])}")
+    lines += [f"{label}: {told(own)}" for label, own in d["tensors"].items()]
+    lines += [f"note: {note}" for note in d["notes"]]
     for label, names in d["left_out_of_experts"].items():
         lines.append(f"left out of {label}: {', '.join(names)}")
     return Group(Text("\n".join(lines)), groups)

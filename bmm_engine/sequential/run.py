@@ -19,7 +19,7 @@ from bmm_engine.checkpoint.identity import as_texts, model_digest, values_digest
 from bmm_engine.errors import ConfigError, OutputExistsError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.locks import LockFile
-from bmm_engine.merging.merge import MergeResult, run_stream, tensors_of
+from bmm_engine.merging.merge import MergeResult, log_notes, run_stream, tensors_of
 from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, output_specs, write_sidecars
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Model, Models
@@ -120,6 +120,7 @@ def walk_models(
     prior = settings.anchor_alone("data" if statistics.grams else "task_vectors")
     anchor_plan = make_plan(prior, models, replace(statistics, sensitivities=()))
     anchor_plan.check_statistics()
+    log_notes(plan)
     skeleton = Skeleton.of(models, plan)
     specs = destination.specs(plan.alignment)
     writer, buffers = destination.writer(specs), plan.alignment.buffers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -218,5 +217,3 @@ def test_wrapped_and_live_checkpoints_by_the_command(brought, tmp_path):
     )
     assert code == 0, said
     assert "12 modules solved, 28 tensors from the anchor" in said
-    record = json.loads((tmp_path / "out" / "bmm_merge.json").read_text())
-    assert record["summary"]["solved_modules"] == 12 if "summary" in record else True
