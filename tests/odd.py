@@ -11,7 +11,6 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bmm_engine.models.naming import Naming
 from tests.tiny import CONFIGS, fine_tune, make_base, save
 
 _TEXT = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 4, "vocab_size": 60}
@@ -86,6 +85,12 @@ MODELS = {
         transformers.GPTNeoXConfig(**_TEXT, tie_word_embeddings=True)
     ),
     "bert lm": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**_TEXT)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**_GROUPED, num_local_experts=2)),
+    "qwen2-moe": lambda: transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            **_GROUPED, num_experts=3, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts_per_tok=2
+        )
+    ),
     "resnet": lambda: transformers.ResNetForImageClassification(
         transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3)
     ),
@@ -124,11 +129,9 @@ def in_layout(path: Path, model: nn.Module, layout: str) -> Path:
     folder = path.parent / f"{path.name}-{layout.strip('.')}"
     if not folder.exists():
         shutil.copytree(path, folder)
-        held = tensors(path)
-        named = {layout + n: t for n, t in held.items()}
+        named = {layout + n: t for n, t in tensors(path).items()}
         if layout == "live":
-            live = Naming.of(model).known(held)
-            named = {live[n]: t for n, t in held.items()}
+            named = {n: t.clone() for n, t in model.state_dict().items()}
         save_file(named, folder / "model.safetensors", {"format": "pt"})
     return folder
 

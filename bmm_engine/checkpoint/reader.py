@@ -114,7 +114,9 @@ class Checkpoint(TensorSource):
         naming = self._naming(specs)
         if naming is not None:
             own = architecture_ties(naming, specs, self._read)
-            known = own | {tied: held for tied, held in known.items() if held not in own and tied not in own.values()}
+            there = {*naming.known(specs).values(), *naming.known(own).values()}
+            more = {t: held for t, held in known.items() if t in specs or naming.known([t]).get(t) not in there}
+            known = own | {t: held for t, held in more.items() if held not in own and t not in own.values()}
         return known | stored
 
     def _naming(self, specs: Mapping[str, TensorSpec]) -> Naming | None:

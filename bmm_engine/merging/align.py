@@ -21,7 +21,7 @@ from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.merging.advice import missing_tensors, other_shape
 from bmm_engine.merging.buffers import constant_buffers, is_buffer
 from bmm_engine.merging.heads import with_own_heads
-from bmm_engine.merging.matching import Matcher, known_naming
+from bmm_engine.merging.matching import Matcher, in_layout_of, known_naming
 from bmm_engine.models.naming import Naming
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,9 @@ def align(
     for source in experts:
         refuse_quantised(source, integers=False)
     naming = known_naming(base, experts, live)
-    base, notes = with_own_heads(_loadable(base, naming), experts, naming)
+    base = _loadable(base, naming)
+    experts = [in_layout_of(base, source, naming) for source in experts]
+    base, notes = with_own_heads(base, experts, naming)
     patterns = tuple(keep_base)
     names = base.names()
     originals = {n: (n, _original(base, n)) for n in names}

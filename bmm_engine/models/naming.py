@@ -24,6 +24,7 @@ class Naming:
     ties: Mapping[str, str]
     stored: frozenset[str]
     linear: frozenset[str]
+    model: nn.Module = field(repr=False, compare=False)
     _rename: Callable[[str], str | None] = field(repr=False, compare=False)
     _all: frozenset[str] = field(repr=False, compare=False)
 
@@ -42,6 +43,7 @@ class Naming:
             _ties(model),
             frozenset(live),
             _linear(model),
+            model,
             _renaming(model, known),
             known,
         )

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import bmm_engine as bmm
-from bmm_engine.errors import MissingTensorError
+from bmm_engine.errors import BmmError, MissingTensorError
 from bmm_engine.merging.accounting import loads_back
 from bmm_engine.models.naming import Naming
 from tests.odd import changed, in_layout, people, tensors
-from tests.tiny import fine_tune, make_base, make_batches, save
+from tests.tiny import fine_tune, make_base, make_batches
 
 LAYOUTS = [
     ("live", "live", "live"),
@@ -190,17 +190,36 @@ def test_names_that_nobody_knows_are_said(tmp_path):
         bmm.plan_merge(path, paths)
 
 
-def test_a_mixture_whose_layout_fuses_tensors(tmp_path):
-    import transformers
-
-    config = transformers.MixtralConfig(
-        num_hidden_layers=1, hidden_size=16, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, vocab_size=60,
-        num_local_experts=2,
-    )  # fmt: skip
-    base = transformers.MixtralForCausalLM(config)
-    path = save(base, tmp_path / "base")
-    assert bmm.plan_merge(path, [in_layout(path, base, "_orig_mod.")]).module_count == 4
-    with pytest.raises(
-        MissingTensorError, match=r"'model\.layers\.0\..*experts.*gate_up_proj' .* in its place.*fused or split"
+@pytest.mark.parametrize(("family", "count"), [("mixtral", 8), ("qwen2-moe", 16)])
+def test_mixtures_that_one_layout_fuses(family, count, tmp_path):
+    base, experts, path, paths = people(family, tmp_path)
+    expected = type(base).from_pretrained(bmm.merge(path, paths, output=tmp_path / "expected").path).state_dict()
+    stack = next(n for n in expected if n.endswith("experts.down_proj"))
+    mean = torch.stack([m.state_dict()[stack].double() for m in experts]).mean(0)
+    torch.testing.assert_close(expected[stack].double(), mean, rtol=0, atol=1e-7)
+    for given in (
+        [base, *experts],
+        [path, *experts],
+        [path, *(in_layout(p, m, "live") for p, m in zip(paths, experts, strict=True))],
+        [in_layout(path, base, "_orig_mod."), experts[0], in_layout(paths[1], experts[1], "_orig_mod.")],
+        [in_layout(path, base, "live"), *paths],
+        [in_layout(path, base, "live"), experts[0], in_layout(paths[1], experts[1], "_orig_mod.")],
     ):
-        bmm.plan_merge(path, [base.state_dict()])
+        result = bmm.merge(given[0], given[1:], output=tmp_path / "out", overwrite=True)
+        assert len(result.modules) == count
+        assert loads_back(result.path) == ""
+        assert not any(result.summary()["left_out_of_experts"].values())
+        found = type(base).from_pretrained(result.path).state_dict()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7)
+
+
+def test_a_mixture_that_lacks_one_of_its_experts_is_incomplete(tmp_path):
+    base, experts, path, paths = people("mixtral", tmp_path)
+    state = experts[0].state_dict()
+    state.pop("model.layers.1.mlp.experts.down_proj")
+    with pytest.raises(MissingTensorError, match=r"experts\.0\.w2"):
+        bmm.plan_merge(path, [state])
+    changed(paths[0], lambda held: held.pop("model.layers.1.block_sparse_moe.experts.1.w2.weight"))
+    with pytest.raises(BmmError, match=r"experts"):
+        bmm.plan_merge(in_layout(path, base, "live"), paths)
