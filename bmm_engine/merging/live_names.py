@@ -29,6 +29,6 @@ def live_names(alignment: Alignment, expert: int | None, model: nn.Module) -> di
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{missing[0]!r}{more} is merged, but the live {type(model).__name__} has no such tensor of its own (transformers fuses or splits some"
-            " between file and model). Keep it from the base (keep_base), or merge without running the model: no search, and mode plain."
+            " between file and model). Merge without running the model: no search, and mode plain."
         )
     return found

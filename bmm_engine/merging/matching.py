@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from bmm_engine.checkpoint import TensorSource
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.checkpoint.converted import ConvertedSource
 from bmm_engine.checkpoint.names import change_prefix, prefix_changes
-from bmm_engine.errors import CheckpointError
 from bmm_engine.models.architecture import naming_of
 from bmm_engine.models.bounds import Held
 from bmm_engine.models.conversion import to_files, to_live
 from bmm_engine.models.names import modern_name
 from bmm_engine.models.naming import Naming
+
+logger = logging.getLogger(__name__)
 
 
 def known_naming(base: TensorSource, experts: Sequence[TensorSource], live: nn.Module | None = None) -> Naming | None:
@@ -35,7 +37,8 @@ def source_naming(source: TensorSource) -> Naming | None:
     overrides = {key: value for key, value in source.config.items() if value != root.config.get(key)}
     try:
         return naming_of(root.path, Held.of({name: source.spec(name).shape for name in source.names()}), overrides)
-    except (CheckpointError, ImportError):
+    except Exception as error:  # whatever a model class makes of odd values, or no transformers
+        logger.info("%s: what its architecture calls its tensors is not known (%s)", source.label, error)
         return None
 
 

@@ -254,6 +254,18 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def ties_by_default(config: Mapping[str, Any]) -> bool:
+    """Does the architecture tie embeddings and head where a config does not say? False where it says, and where transformers does not know it."""
+    if "tie_word_embeddings" in config:
+        return False
+    try:
+        from transformers import CONFIG_MAPPING
+
+        return bool(CONFIG_MAPPING[config["model_type"]]().tie_word_embeddings)
+    except Exception:  # no transformers, no such architecture, or one whose config has no defaults
+        return False
+
+
 _namings: dict[str, Naming] = {}  # by what the config says: building the architecture takes a while
 _MOST_NAMINGS = 32
 

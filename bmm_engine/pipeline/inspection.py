@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bmm_engine.checkpoint import Checkpoint
+from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.outcomes import outcomes, told, totals
 from bmm_engine.merging.plan import MergePlan
@@ -39,7 +40,17 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
         "tied": checkpoint.aliases,
         "linear_modules": {m.name: [m.out_features, m.in_features] for m in linear.values()},
         "linear_modules_unknown": unknown,
+        "quantised": _quantised(checkpoint),
     }
+
+
+def _quantised(checkpoint: Checkpoint) -> str | None:
+    """Why it cannot be merged, where its weights are quantised."""
+    try:
+        refuse_quantised(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _check_shapes(checkpoint: Checkpoint, linear: dict[str, LinearModule]) -> None:
@@ -104,6 +115,8 @@ def _checkpoint_table(d: dict[str, Any]) -> RenderableType:
         "linear modules",
         ", ".join(f"{count} of {shape}" for shape, count in shapes.items()) or d["linear_modules_unknown"] or "none",
     )
+    if d["quantised"]:
+        table.add_row("quantised", d["quantised"])
     return table
 
 

@@ -14,6 +14,8 @@ import bmm_engine as bmm
 from bmm_engine.errors import BmmError, MissingTensorError
 from bmm_engine.merging.accounting import loads_back
 from bmm_engine.models.naming import Naming
+from bmm_engine.pipeline.run import run_recipe
+from bmm_engine.recipe.recipe import Recipe
 from tests.odd import changed, in_layout, people, tensors
 from tests.tiny import fine_tune, make_base, make_batches
 
@@ -223,3 +225,35 @@ def test_a_mixture_that_lacks_one_of_its_experts_is_incomplete(tmp_path):
     changed(paths[0], lambda held: held.pop("model.layers.1.block_sparse_moe.experts.1.w2.weight"))
     with pytest.raises(BmmError, match=r"experts"):
         bmm.plan_merge(in_layout(path, base, "live"), paths)
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2"])
+@pytest.mark.parametrize("mode", ["plain", "sequential"])
+def test_measured_and_walked_in_every_layout_by_a_recipe(family, mode, tmp_path):
+    base, experts, path, paths = people(family, tmp_path)
+    for number in range(2):
+        batches = make_batches(family, number)
+        inputs = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+        save_file(inputs, tmp_path / f"{number}.safetensors")
+
+    def run(base, experts, name):
+        recipe = {
+            "base": str(base),
+            "mode": mode,
+            "experts": [
+                {"model": str(e), "calibration": str(tmp_path / f"{t}.safetensors")} for t, e in enumerate(experts)
+            ],
+        }
+        result = run_recipe(Recipe.parse(recipe), tmp_path / name, progress=False)
+        assert len(result.modules) == SOLVED[family]
+        return by_live_name(base_model, tensors(result.path))
+
+    base_model = base
+    expected = run(path, paths, "expected")
+    for number, layouts in enumerate(
+        (("hub", "live", "_orig_mod."), ("_orig_mod.", "hub", "net.model."), ("live", "hub", "live"))
+    ):
+        own = [in_layout(p, m, how) for p, m, how in zip((path, *paths), (base, *experts), layouts, strict=True)]
+        found = run(own[0], own[1:], f"out-{number}")
+        assert all(torch.equal(found[name], expected[name]) for name in expected if name in found), layouts
+        assert found.keys() >= expected.keys() - {"lm_head.weight"}
