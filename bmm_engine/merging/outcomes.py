@@ -76,6 +76,19 @@ def told(own: Mapping[str, Mapping[str, Any]]) -> str:
     return ", ".join(parts)
 
 
+def left_in_layers(alignment: Alignment) -> list[str]:
+    """A warning for each expert that has trained tensors inside its layers, where no head is, which the base lacks."""
+    found = []
+    for label, names in alignment.expert_only.items():
+        inside = [name for name in names if _IN_LAYER.search(f".{name}")]
+        if inside:
+            found.append(
+                f"{label}: {len(inside)} tensors inside its layers are left out, since the base {alignment.base.label} has none such:"
+                f" {listed(inside, 200)}. The output lacks what they do; a base that has them too would keep it."
+            )
+    return found
+
+
 def unsolved(alignment: Alignment, solved: Collection[str], spared: Iterable[str]) -> str | None:
     """A warning where more than a twentieth of the linear weights, by their elements, come from the rule although a solve was asked for. `spared`:
     weights that were meant to."""
@@ -86,7 +99,7 @@ def unsolved(alignment: Alignment, solved: Collection[str], spared: Iterable[str
         shape = alignment.base.spec(name).shape
         known = live.get(name)
         linear = known in naming.linear if naming is not None and known is not None else name.endswith("weight")
-        if linear and len(shape) in (2, 3) and _IN_LAYER.search(name):
+        if linear and len(shape) in (2, 3) and _IN_LAYER.search(f".{name}"):
             sizes[name] = math.prod(shape)
     meant = set(spared)
     left = [name for name in sizes if name not in solved and name not in meant]

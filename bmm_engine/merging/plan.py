@@ -22,7 +22,7 @@ from bmm_engine.merging.belonging import (
     measured_modules,
     resolve_module,
 )
-from bmm_engine.merging.outcomes import unsolved
+from bmm_engine.merging.outcomes import left_in_layers, unsolved
 from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import (
     LinearModule,
@@ -81,12 +81,13 @@ class MergePlan:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What whoever merges should know: heads that became the output's own, linear weights that are not solved although all should be."""
-        if not self.settings.solves or self.settings.modules is not None:
-            return self.alignment.notes
-        meant = (m.weight for name, m in self.linear.items() if name not in self.unmeasured)
-        left = unsolved(self.alignment, self.solved, meant)
-        return self.alignment.notes if left is None else (*self.alignment.notes, left)
+        """What whoever merges should know: heads that became the output's own, what an expert loses, linear weights that are not solved although all
+        should be."""
+        notes = [*self.alignment.notes, *left_in_layers(self.alignment)]
+        if self.settings.solves and self.settings.modules is None:
+            meant = (m.weight for name, m in self.linear.items() if name not in self.unmeasured)
+            notes += filter(None, [unsolved(self.alignment, self.solved, meant)])
+        return tuple(notes)
 
     def check_statistics(self) -> None:
         """Raise `ConfigError` or `GramMismatchError` unless what the anchor needs beside the weights is there, and is of its kind."""

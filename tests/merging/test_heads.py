@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 import bmm_engine as bmm
-from bmm_engine.errors import ConfigError, MissingTensorError
+from bmm_engine.errors import CheckpointError, ConfigError, MissingTensorError
 from bmm_engine.merging.accounting import loads_back
+from bmm_engine.pipeline.live import share_parameters
 from tests.odd import changed, mean, people, tensors
 
 EMBEDDING = {
@@ -212,3 +214,62 @@ def test_a_head_beside_what_is_solved(tmp_path):
     assert len(result.modules) == 14
     assert "lm_head.weight" in result.plan.from_anchor
     assert loads_back(result.path) == ""
+
+
+@pytest.mark.parametrize("vocabulary", ["crop", "pad"])
+def test_a_head_of_its_own_in_a_larger_vocabulary(vocabulary, tmp_path):
+    _, _, path, paths = people("gemma2", tmp_path)
+
+    def grow(held):
+        held[EMBEDDING["gemma2"]] = torch.cat([held[EMBEDDING["gemma2"]], torch.randn(4, 16)])
+        held["lm_head.weight"] = torch.randn(64, 16)
+
+    changed(paths[0], grow, vocab_size=64, tie_word_embeddings=False)
+    found, config, _ = merged(path, paths, tmp_path, vocabulary=vocabulary)
+    assert config["tie_word_embeddings"] is False
+    assert config["vocab_size"] == len(found["lm_head.weight"]) == (60 if vocabulary == "crop" else 64)
+    expected = (head(paths[0], "gemma2")[:60].double() + head(paths[1], "gemma2").double()) / 2
+    torch.testing.assert_close(found["lm_head.weight"][:60].double(), expected, rtol=0, atol=4e-7)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_configs_that_name_no_class(own, tmp_path):
+    _, _, path, paths = people("gemma2", tmp_path)
+    for p in (path, *paths):
+        changed(p, architectures=None, tie_word_embeddings=None)
+    with_head(paths[0], "gemma2", own=own)
+    result = bmm.merge(path, paths, alpha=math.inf)
+    assert ("lm_head.weight" in result.plan.alignment.merged) is own
+    assert not any(result.summary()["left_out_of_experts"].values())
+    expected = (head(paths[0], "gemma2").double() + head(paths[1], "gemma2").double()) / 2
+    torch.testing.assert_close(result.tensors["lm_head.weight"].double(), expected, rtol=0, atol=4e-7)
+
+
+def test_live_models_that_tie_what_the_merge_holds_apart(tmp_path):
+    base, experts, path, paths = people("gemma2", tmp_path)
+    with_head(paths[0], "gemma2", own=True)
+    result = bmm.merge(path, paths, alpha=math.inf)
+    live = share_parameters(result.plan.alignment, [("task", 1, lambda: experts[1]), ("other", None, lambda: base)])
+    live.load(result.tensors)
+    for model in live.models.values():
+        assert torch.equal(model.lm_head.weight, result.tensors["lm_head.weight"])
+        assert torch.equal(model.model.embed_tokens.weight, result.tensors["model.embed_tokens.weight"])
+
+
+def test_an_adapter_that_unties_and_what_its_error_recommends(tmp_path):
+    _, _, path, _ = people("gemma2", tmp_path, experts=0)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    trained = torch.randn(60, 16)
+    save_file({"base_model.model.model.embed_tokens.weight": trained}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [], "modules_to_save": ["embed_tokens"]}'
+    )
+    changed(path, tie_word_embeddings=None)  # as older versions write it
+    with pytest.raises(CheckpointError, match=r"save the base with both tensors and tie_word_embeddings: false"):
+        bmm.merge(path, [adapter], alpha=math.inf)
+    with_head(path, "gemma2", tie_word_embeddings=False)
+    found, config, _ = merged(path, [adapter], tmp_path)
+    assert torch.equal(found["model.embed_tokens.weight"], trained)
+    assert torch.equal(found["lm_head.weight"], tensors(path)["lm_head.weight"])
+    assert config["tie_word_embeddings"] is False

@@ -97,3 +97,16 @@ def test_stacked_experts_are_said(tmp_path):
     (note,) = bmm.plan_merge(save(base, tmp_path / "base"), paths).notes
     assert "6 of 10 linear weights, 80% of their elements" in note
     assert "block_sparse_moe.experts.0.w1.weight" in note
+
+
+def test_layers_that_only_an_expert_has_are_said(tmp_path):
+    _, _, path, paths = people("llama", tmp_path)
+    changed(
+        paths[0],
+        lambda held: held.update(
+            {n.replace(".1.", ".2."): t.clone() for n, t in list(held.items()) if ".layers.1." in n}
+        ),
+    )
+    (note,) = bmm.plan_merge(path, paths).notes
+    assert f"{paths[0]}: 9 tensors inside its layers are left out" in note
+    assert "model.layers.2." in note
