@@ -19,7 +19,7 @@ from bmm_engine.checkpoint.untied import UntiedSource
 from bmm_engine.checkpoint.vocabulary import Reader, fit_vocabulary, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.merging.advice import missing_tensors, other_shape
-from bmm_engine.merging.buffers import constant_buffers, is_buffer
+from bmm_engine.merging.buffers import all_buffers, constant_buffers
 from bmm_engine.merging.heads import with_own_heads
 from bmm_engine.merging.matching import Matcher, in_layout_of, known_naming
 from bmm_engine.models.naming import Naming
@@ -132,9 +132,8 @@ def align(
     matchers = [Matcher(source, naming) for source in experts]
     mappings = [matcher.match_merged([n for n in names if n not in kept_names], base) for matcher in matchers]
     # A buffer that is in one file and not in another is none of the weights.
-    lacking = {
-        n for own in mappings for n in names if n not in own and n not in kept_names and is_buffer(base, n, naming)
-    }
+    optional = all_buffers(base, names, naming) - kept_names
+    lacking = {n for n in optional if any(n not in own for own in mappings)}
     buffers, kept_names = buffers | lacking, kept_names | lacking
     kept = tuple(n for n in names if n in kept_names)
     merged = tuple(n for n in names if n not in kept_names)
@@ -173,7 +172,7 @@ def align(
         }
         held = {source.aliases.get(n, n) for n in used}
         left = [n for n in source.names() if n not in used and n not in held]
-        constant = constant_buffers(source, left, naming) | {n for n in left if is_buffer(source, n, naming)}
+        constant = all_buffers(source, left, naming)
         expert_only[source.label] = tuple(n for n in left if n not in constant)
         expert_buffers[source.label] = tuple(n for n in left if n in constant)
         _say_renamed(source, mapping)

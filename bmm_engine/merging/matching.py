@@ -94,6 +94,8 @@ class Matcher:
         self._prefix = ""
         for prefix in prefix_changes(names, self._modern):
             mapping = self.under(prefix, names)
+            if prefix.count(".") > 1 and 2 * len(mapping) < len(names):  # of one tensor or two it would be chance
+                continue
             if len(mapping) > len(found):
                 found, self._prefix = mapping, prefix
             if len(found) == len(names):

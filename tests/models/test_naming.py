@@ -30,6 +30,8 @@ def test_every_layout_leads_to_the_live_names(family):
     prefix = f"{model.base_model_prefix}."
     bare = {n.removeprefix(prefix): n for n in naming.live if n.startswith(prefix)}
     assert naming.known(bare).items() >= {k: v for k, v in bare.items() if k not in naming.live}.items()
+    inside = {live.replace(".layers.", ".layers.module."): live for live in naming.live}
+    assert naming.known(inside) == inside
 
 
 def test_ties_and_buffers():
@@ -47,6 +49,8 @@ def test_ties_and_buffers():
 def test_names_that_mean_nothing_are_not_known():
     naming = Naming.of(built("bert"))
     assert naming.known(["other.weight", "bert.encoder.layer.9.output.dense.weight"]) == {}
+    # One name among others that would be known with a part less is another tensor.
+    assert set(naming.known([*naming.live[:5], "ema.bert.pooler.dense.bias"])) == set(naming.live[:5])
     # Two names of one tensor: the first is it.
     both = ["bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"]
     assert naming.known(both) == {both[0]: both[1]}
@@ -64,7 +68,12 @@ def test_a_module_of_ones_own():
         "1.running_var",
         "1.num_batches_tracked",
     )
-    assert naming.known(["module.0.weight", "body.1.bias"]) == {"module.0.weight": "0.weight", "body.1.bias": "1.bias"}
+    assert naming.known(["module.0.weight", "module.1.bias", "1.weight"]) == {
+        "module.0.weight": "0.weight",
+        "module.1.bias": "1.bias",
+        "1.weight": "1.weight",
+    }
+    assert naming.known(["other.0.weight", "1.bias", "1.weight"]) == {"1.bias": "1.bias", "1.weight": "1.weight"}
     assert naming.linear == {"0.weight"}
     assert inner_model(nn.DataParallel(model)) == (model, "module.")
     assert inner_model(model) == (model, "")
