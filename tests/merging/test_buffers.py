@@ -33,8 +33,12 @@ BUFFERS = {
 }
 
 
-@pytest.mark.parametrize("kind", BUFFERS)
-@pytest.mark.parametrize("who", ["base", "expert", "all"])
+EVERYWHERE = [(kind, "all") for kind in ("gpt2", "gpt2 infinite", "llama", "bert as floats")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "who"), [*((kind, who) for kind in BUFFERS for who in ("base", "expert")), *EVERYWHERE]
+)
 def test_buffers_in_some_of_the_files(kind, who, tmp_path):
     held = BUFFERS[kind]
     _, _, path, paths = people(kind.split()[0], tmp_path)
@@ -44,7 +48,7 @@ def test_buffers_in_some_of_the_files(kind, who, tmp_path):
             p,
             lambda t, number=number: t.update({n: v + number if v.is_floating_point() else v for n, v in held.items()}),
         )
-    for options in ({}, {"anchor": "ties", "alpha": math.inf}):
+    for options in ({}, {"anchor": "ties", "alpha": math.inf})[: 2 if who == "all" else 1]:
         result = bmm.merge(path, paths, output=tmp_path / f"out-{len(options)}", **options)
         summary = result.summary()
         assert not any(summary["left_out_of_experts"].values())

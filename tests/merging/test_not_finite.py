@@ -35,22 +35,15 @@ def spoilt(models, who, name, value, tmp_path):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_names_tensor_and_model(models, rule, tmp_path):
-    most = bmm.get_anchor(rule).experts[1] or 2
-    for number, (name, value) in enumerate(zip(NAMES, (math.nan, -math.inf, math.nan), strict=True)):
-        for who in (0, min(most, 2)):
-            if rule == "average" and who == 0:  # the base does not count there
-                continue
-            given = spoilt(models, who, name, value, tmp_path / str(number))
-            with pytest.raises(
-                NonFiniteWeightError, match=rf"spoilt-{who}.*{name}.*1 of \d+ values are NaN or infinite"
-            ):
-                bmm.merge(
-                    given[0],
-                    given[1 : 1 + min(most, 2)],
-                    anchor=rule,
-                    alpha=math.inf,
-                    anchor_parameters=QUICK.get(rule, {}),
-                )
+    count = min(bmm.get_anchor(rule).experts[1] or 2, 2)
+    for who, name, value in ((0, NAMES[0], math.nan), (count, NAMES[1], -math.inf), (count, NAMES[2], math.nan)):
+        if rule == "average" and who == 0:  # the base does not count there
+            continue
+        given = spoilt(models, who, name, value, tmp_path / name)
+        with pytest.raises(NonFiniteWeightError, match=rf"spoilt-{who}.*{name}.*1 of \d+ values are NaN or infinite"):
+            bmm.merge(
+                given[0], given[1 : 1 + count], anchor=rule, alpha=math.inf, anchor_parameters=QUICK.get(rule, {})
+            )
 
 
 def test_the_expert_is_named_by_its_label_in_the_order_listed(models, tmp_path):
