@@ -159,9 +159,8 @@ def align(
                     " original floating-point weights."
                 )
         own_kept = matcher.kept(kept)
-        copies = (
-            matcher.match(tuple(base.aliases)) if base.aliases else {}
-        )  # of what the base ties, or they would have become tensors of their own
+        # Those of what the base ties; others would have become tensors of their own.
+        copies = matcher.match(tuple(base.aliases)) if base.aliases else {}
         aligned.append(AlignedExpert(source, mapping, matcher.prefix, own_kept, spellings))
         used = {
             *mapping.values(),
