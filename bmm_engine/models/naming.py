@@ -191,9 +191,7 @@ def _linear(model: nn.Module) -> frozenset[str]:
         kind = type(module).__name__
         plain = isinstance(module, nn.Linear) or kind == "Conv1D"
         for name, parameter in module.named_parameters(prefix, recurse=False):
-            stacked = (
-                parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)
-            )
+            stacked = parameter.ndim == 3 and min(parameter.shape) > 1 and "Conv" not in kind
             if stacked or (plain and parameter.ndim == 2):
                 found.add(name)
     return frozenset(found)

@@ -12,6 +12,7 @@ import bmm_engine as bmm
 from bmm_engine.checkpoint import StateDictSource
 from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.errors import BmmError, CheckpointError
+from bmm_engine.pipeline.inspection import describe_checkpoint
 from tests.odd import changed, people, tensors
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -126,6 +127,14 @@ def test_the_remedy_for_a_config_that_is_left_over(tmp_path):
         changed(who, quantization_config=None)
     found = bmm.merge(path, paths).tensors
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_inspect_says_it(tmp_path):
+    _, _, path, paths = people("llama", tmp_path)
+    change, said = KINDS["GPTQ"]
+    changed(path, change, quantization_config=said)
+    assert "is quantised (GPTQ)" in describe_checkpoint(str(path))["quantised"]
+    assert describe_checkpoint(str(paths[0]))["quantised"] is None
 
 
 def test_integers_in_a_weight_alone():
