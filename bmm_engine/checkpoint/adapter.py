@@ -17,6 +17,7 @@ from bmm_engine.checkpoint.adapter_changes import Delta, find_changes, stored_sp
 from bmm_engine.checkpoint.adapter_config import CONFIG_FILENAME, LoraSettings
 from bmm_engine.checkpoint.adapter_names import match_names
 from bmm_engine.checkpoint.layout import contained, full_weights
+from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.checkpoint.reader import WeightFile, file_sha256, locate, open_file
 from bmm_engine.checkpoint.source import TensorSource, TensorSpec
 from bmm_engine.errors import CheckpointError, MissingTensorError
@@ -56,6 +57,7 @@ class AdapterSource(TensorSource):
         self.label = label or str(path)
         self.hub_id = hub_id
         self.settings = LoraSettings.read(path)
+        refuse_quantised(base)
         self._file = _open_weights(path)
         self._square_norms: dict[str, Tensor] = {}
         self._changes = find_changes(base, self._file.specs, self.settings, self.label, live_names or {}, transposed)

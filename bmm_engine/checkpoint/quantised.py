@@ -20,7 +20,8 @@ _PARTS = (
     (r"(.+:)?(_weight_)?qdata", "torchao"),
 )
 _PATTERNS = tuple((re.compile(rf"(^|[.:])({part})$"), method) for part, method in _PARTS)
-_WEIGHT = re.compile(r"(weight|_proj|_blocks|_packed|codes)$")
+_SCALE = re.compile(r"(^|\.)weight_scale$")
+_PACKED = re.compile(r"(_proj|_blocks|_packed|codes)$")
 _CALLED = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -37,21 +38,19 @@ _REMEDY = (
 
 
 def refuse_quantised(source: TensorSource, *, integers: bool = True) -> None:
-    """Raise `CheckpointError`, naming format, tensor and remedy, for a model whose weights are quantised. `integers`: so are matrices of integers."""
+    """Raise `CheckpointError`, naming format, tensor and remedy, for a model whose weights are quantised. `integers`: also where all that shows it is
+    that a weight holds integers."""
     said = _said(source.config)
     for name in source.names():
         spec = source.spec(name)
         method = next((method for pattern, method in _PATTERNS if pattern.search(name)), None)
         if method is None and spec.dtype.is_floating_point and spec.dtype.itemsize < 2:
             method = "FP8"
-        if (
-            method is None
-            and integers
-            and not spec.dtype.is_floating_point
-            and len(spec.shape) > 1
-            and _WEIGHT.search(name)
-        ):
-            method = "integers"
+        if method is None and not spec.dtype.is_floating_point and len(spec.shape) > 1:
+            method = "integer weights" if _PACKED.search(name) or (integers and name.endswith("weight")) else None
+        if method is None and _SCALE.search(name) and (weight := name.removesuffix("_scale")) in source:
+            dtype = source.spec(weight).dtype
+            method = None if dtype.itemsize > 1 else "FP8" if dtype.is_floating_point else "scaled integers"
         if method is not None:
             raise CheckpointError(
                 f"{source.label}: is quantised ({_name(said) or method}): {name!r} is a weight, or part of one, that is stored packed or scaled"

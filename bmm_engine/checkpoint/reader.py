@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -21,9 +22,11 @@ from bmm_engine.checkpoint.source import StateDictSource, TensorSource, TensorSp
 from bmm_engine.checkpoint.ties import architecture_ties, config_ties
 from bmm_engine.checkpoint.torch_bin import TorchBinFile
 from bmm_engine.errors import CheckpointError, ConfigError
-from bmm_engine.models.architecture import naming_of
+from bmm_engine.models.architecture import naming_of, ties_by_default
 from bmm_engine.models.bounds import Held
 from bmm_engine.models.naming import Naming
+
+logger = logging.getLogger(__name__)
 
 _HASH_BLOCK_BYTES = 4 * 2**20
 
@@ -108,11 +111,15 @@ class Checkpoint(TensorSource):
         """Tied name -> the name that holds its data; compares the bytes of a tied pair that is stored twice, once."""
         stored = {name: holder for file in self._files for name, holder in file.aliases.items()}
         specs = {name: file.specs[name] for name, file in self._holder.items() if name not in stored}
-        known = config_ties(self._config, specs, self._read)
-        naming = self._naming(specs)
+        config, naming = self._config, self._naming(specs)
+        if config is not None and not config.get("architectures") and ties_by_default(config):
+            config = config | {"tie_word_embeddings": True}
+        known = config_ties(config, specs, self._read)
         if naming is not None:
             own = architecture_ties(naming, specs, self._read)
-            known = own | {tied: held for tied, held in known.items() if held not in own and tied not in own.values()}
+            there = {*naming.known(specs).values(), *naming.known(own).values()}
+            more = {t: held for t, held in known.items() if t in specs or naming.known([t]).get(t) not in there}
+            known = own | {t: held for t, held in more.items() if held not in own and t not in own.values()}
         return known | stored
 
     def _naming(self, specs: Mapping[str, TensorSpec]) -> Naming | None:
@@ -121,7 +128,10 @@ class Checkpoint(TensorSource):
             return None
         try:
             return naming_of(self.path, Held.of({name: spec.shape for name, spec in specs.items()}))
-        except (CheckpointError, ImportError):  # then the known pairs have to do
+        except (
+            Exception
+        ) as error:  # whatever a model class makes of odd values, or no transformers: then the known pairs have to do
+            logger.info("%s: what its architecture ties is not known (%s)", self.path, error)
             return None
 
     def names(self) -> tuple[str, ...]:

@@ -55,6 +55,7 @@ def merge(
     the like, which a recipe has measured, are written only into its folder, the working folder, or one named with --write-to.
     """
     from bmm_engine.merging.accounting import loads_back
+    from bmm_engine.merging.outcomes import told
     from bmm_engine.pipeline.run import run_recipe
     from bmm_engine.recipe.recipe import Recipe
 
@@ -89,6 +90,8 @@ def merge(
         f" ({loaded.anchor.name}), {summary['tensors_from_base']} from the base."
     )
     console.print(headline(result.path, done))
+    for label, own in summary["tensors"].items():
+        console.print(f"{label}: {told(own)}", highlight=False, markup=False)
     _print_left_out(console, summary)
     jittered = [m["module"] for m in summary["modules"] if m["jitter"]]
     if jittered:

@@ -15,6 +15,7 @@ from bmm_engine.checkpoint.config_differences import config_differences
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.merging.align import Alignment
 from bmm_engine.models.architecture import UnknownArchitectureError
+from bmm_engine.models.buffers import looks_constant
 from bmm_engine.models.loading import Loading, loading_of
 from bmm_engine.recipe.settings import MergeSettings
 
@@ -99,6 +100,7 @@ def _fault(loading: Loading, source: TensorSource, asked_for: tuple[str, ...]) -
         name
         for name in loading.unexpected
         if source.spec(name).dtype.is_floating_point
+        and not looks_constant(name, source.spec(name).shape)  # masks of older versions
         and name not in source.aliases  # its tensor is there under the other name
         and not any(fnmatchcase(name, pattern) for pattern in asked_for)
     ]

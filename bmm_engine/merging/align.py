@@ -19,9 +19,9 @@ from bmm_engine.checkpoint.untied import UntiedSource
 from bmm_engine.checkpoint.vocabulary import Reader, fit_vocabulary, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.merging.advice import missing_tensors, other_shape
-from bmm_engine.merging.buffers import constant_buffers, is_buffer
+from bmm_engine.merging.buffers import all_buffers, constant_buffers
 from bmm_engine.merging.heads import with_own_heads
-from bmm_engine.merging.matching import Matcher, known_naming
+from bmm_engine.merging.matching import Matcher, in_layout_of, known_naming
 from bmm_engine.models.naming import Naming
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,18 @@ class AlignedExpert:
     there in the expert too."""
 
     def __init__(
-        self, source: TensorSource, mapping: dict[str, str], prefix: str = "", kept: Mapping[str, str] | None = None
+        self,
+        source: TensorSource,
+        mapping: dict[str, str],
+        prefix: str = "",
+        kept: Mapping[str, str] | None = None,
+        spellings: Mapping[str, tuple[str, ...]] | None = None,
     ):
         self.source = source
         self.mapping = mapping  # base name -> expert name
         self.prefix = prefix  # "" | "+bert." (the expert has it, the base has not) | "-bert."
         self.kept = dict(kept or {})
+        self.spellings = spellings or {}  # base name -> what else the architecture calls it
 
     @property
     def label(self) -> str:
@@ -46,6 +52,14 @@ class AlignedExpert:
     def own_name(self, name: str) -> str | None:
         """What the expert calls a tensor of the base, merged or kept; None where it has none."""
         return self.mapping.get(name, self.kept.get(name))
+
+    def known_as(self, name: str) -> tuple[str, ...]:
+        """By which names a tensor of the base may be known where it was measured: the expert's, the base's, the architecture's."""
+        return tuple(dict.fromkeys((self.own_name(name) or name, name, *self.spellings.get(name, ()))))
+
+    def modules_known_as(self, module: str) -> list[str]:
+        """The same of a module."""
+        return [name.removesuffix(".weight") for name in self.known_as(f"{module}.weight")]
 
     def own_module(self, module: str) -> str:
         return self.mapping.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
@@ -61,7 +75,7 @@ class AlignedExpert:
 class Alignment:
     """`merged`: the base's tensors that every expert has, in the base's order; `kept`: those taken from the base as they are (integers, buffers, and
     what `keep_base` names), `buffers` among them; `expert_only`: label -> tensors that only that expert has (task heads), left out of the merge;
-    `expert_buffers`: the same of what is no weight."""
+    `expert_buffers`: the same of what is no weight; `notes`: what whoever merges should know."""
 
     base: TensorSource
     experts: tuple[AlignedExpert, ...]
@@ -70,6 +84,8 @@ class Alignment:
     expert_only: dict[str, tuple[str, ...]]
     buffers: tuple[str, ...] = ()
     expert_buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    naming: Naming | None = None
+    notes: tuple[str, ...] = ()
 
 
 def align(
@@ -93,12 +109,14 @@ def align(
     for source in experts:
         refuse_quantised(source, integers=False)
     naming = known_naming(base, experts, live)
-    base = with_own_heads(_loadable(base, naming), experts, naming)
+    base = _loadable(base, naming)
+    experts = [in_layout_of(base, source, naming) for source in experts]
+    base, notes = with_own_heads(base, experts, naming)
     patterns = tuple(keep_base)
     names = base.names()
-    spellings = {n: (n, _original(base, n)) for n in names}
+    originals = {n: (n, _original(base, n)) for n in names}
     for pattern in patterns:
-        if not any(fnmatchcase(own, pattern) for both in spellings.values() for own in both):
+        if not any(fnmatchcase(own, pattern) for both in originals.values() for own in both):
             raise ConfigError(
                 f"keep_base: the pattern {pattern!r} matches no tensor of {base.label}, which has {', '.join(names[:3])} and {len(names) - 3}"
                 " more. Patterns are shell patterns over tensor names, for example 'classifier.*'."
@@ -107,16 +125,15 @@ def align(
     kept_names = {
         n
         for n in names
-        if any(fnmatchcase(own, p) for p in patterns for own in spellings[n])
+        if any(fnmatchcase(own, p) for p in patterns for own in originals[n])
         or not base.spec(n).dtype.is_floating_point
         or n in buffers
     }
     matchers = [Matcher(source, naming) for source in experts]
     mappings = [matcher.match_merged([n for n in names if n not in kept_names], base) for matcher in matchers]
     # A buffer that is in one file and not in another is none of the weights.
-    lacking = {
-        n for own in mappings for n in names if n not in own and n not in kept_names and is_buffer(base, n, naming)
-    }
+    optional = all_buffers(base, names, naming) - kept_names
+    lacking = {n for n in optional if any(n not in own for own in mappings)}
     buffers, kept_names = buffers | lacking, kept_names | lacking
     kept = tuple(n for n in names if n in kept_names)
     merged = tuple(n for n in names if n not in kept_names)
@@ -124,6 +141,7 @@ def align(
     for t, (matcher, mapping) in enumerate(zip(matchers, mappings, strict=True)):
         if len(mapping) < len(merged):
             raise missing_tensors(base, experts, t, merged, mappings, matcher)
+    spellings = _spellings(names, naming)
     readers = [Reader(source, mapping) for source, mapping in zip(experts, mappings, strict=True)]
     if vocabulary != "error":
         base, experts = _fit(base, readers, merged, kept, vocabulary)
@@ -141,10 +159,9 @@ def align(
                     " original floating-point weights."
                 )
         own_kept = matcher.kept(kept)
-        copies = (
-            matcher.match(tuple(base.aliases)) if base.aliases else {}
-        )  # of what the base ties, or they would have become tensors of their own
-        aligned.append(AlignedExpert(source, mapping, matcher.prefix, own_kept))
+        # Those of what the base ties; others would have become tensors of their own.
+        copies = matcher.match(tuple(base.aliases)) if base.aliases else {}
+        aligned.append(AlignedExpert(source, mapping, matcher.prefix, own_kept, spellings))
         used = {
             *mapping.values(),
             *own_kept.values(),
@@ -154,12 +171,20 @@ def align(
         }
         held = {source.aliases.get(n, n) for n in used}
         left = [n for n in source.names() if n not in used and n not in held]
-        constant = constant_buffers(source, left, naming) | {n for n in left if is_buffer(source, n, naming)}
+        constant = all_buffers(source, left, naming)
         expert_only[source.label] = tuple(n for n in left if n not in constant)
         expert_buffers[source.label] = tuple(n for n in left if n in constant)
         _say_renamed(source, mapping)
     return Alignment(
-        base, tuple(aligned), merged, kept, expert_only, tuple(n for n in kept if n in buffers), expert_buffers
+        base,
+        tuple(aligned),
+        merged,
+        kept,
+        expert_only,
+        tuple(n for n in kept if n in buffers),
+        expert_buffers,
+        naming,
+        notes,
     )
 
 
@@ -176,6 +201,13 @@ def _loadable(base: TensorSource, naming: Naming | None) -> TensorSource:
             *next(iter(renamed.items())),
         )
     return RenamedSource(base, renamed) if renamed else base
+
+
+def _spellings(names: Sequence[str], naming: Naming | None) -> dict[str, tuple[str, ...]]:
+    """The base's name -> what the architecture calls the tensor, live and in files."""
+    if naming is None:
+        return {}
+    return {name: (live, naming.saved.get(live, live)) for name, live in naming.known(names).items()}
 
 
 def _original(base: TensorSource, name: str) -> str:

@@ -16,8 +16,8 @@ from bmm_engine.statistics.sensitivity import SensitivitySet
 
 def find_module(grams: GramSet, expert: AlignedExpert, name: str) -> str | None:
     """What `grams` call the module that the base calls `name`: they go by their own model's names, the expert's, or, measured on the bare encoder,
-    the base's."""
-    return grams.resolve(expert.own_module(name)) or grams.resolve(name)
+    the base's, or those of a live model."""
+    return next((found for known in expert.modules_known_as(name) if (found := grams.resolve(known)) is not None), None)
 
 
 def resolve_module(grams: GramSet, expert: AlignedExpert, name: str) -> str:
@@ -102,7 +102,7 @@ def check_fishers(
 
 def fisher_name(fisher: FisherSet, expert: AlignedExpert, name: str) -> str:
     """What the set calls the tensor that the base calls `name`; the expert's own name where it holds none."""
-    names = (expert.mapping[name], name)
+    names = expert.known_as(name)
     return next((n for n in names if fisher.resolve(n) is not None or n in fisher.buffers), names[0])
 
 
@@ -122,7 +122,7 @@ def check_sensitivities(
 
 def sensitivity_name(own: SensitivitySet, expert: AlignedExpert, module: LinearModule) -> str:
     """What the set calls a module. Raises `MissingTensorError`, `ShapeMismatchError`."""
-    names = (expert.own_module(module.name), module.name)
+    names = expert.modules_known_as(module.name)
     known = next((name for name in names if own.resolve(name) is not None), names[0])
     shape = own.shape(known)
     if shape != (module.out_features, module.out_features):

@@ -34,14 +34,20 @@ def constant_buffers(source: TensorSource, names: Iterable[str], naming: Naming 
     return found
 
 
-def is_buffer(source: TensorSource, name: str, naming: Naming | None) -> bool:
-    """May models differ in whether they have it? Running statistics count as weights."""
-    if is_running(name):
-        return False
-    own = None if naming is None else naming.known([name]).get(name)
-    if naming is None or own is None:
-        return looks_constant(name, source.spec(name).shape)
-    return own in naming.buffers
+def all_buffers(source: TensorSource, names: Iterable[str], naming: Naming | None) -> set[str]:
+    """Those of `names` that models may have or lack. Running statistics count as weights."""
+    names = tuple(names)
+    live = {} if naming is None else naming.known(names)
+    return {
+        name
+        for name in names
+        if not is_running(name)
+        and (
+            live[name] in naming.buffers
+            if naming is not None and name in live
+            else looks_constant(name, source.spec(name).shape)
+        )
+    }
 
 
 def _holds_infinity(source: TensorSource, name: str) -> bool:

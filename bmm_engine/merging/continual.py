@@ -32,6 +32,7 @@ from bmm_engine.checkpoint import (
     merge_record,
     open_source,
 )
+from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.checkpoint.dtypes import float_dtype
 from bmm_engine.checkpoint.ownership import WEIGHTS
 from bmm_engine.checkpoint.safetensors_io import byte_view
@@ -93,14 +94,15 @@ class ContinualMerge:
         keep_base: Iterable[str] | None = None,
     ):
         self.path = Path(state).expanduser().resolve()
-        self._base = open_source(os.fspath(base) if isinstance(base, os.PathLike) else base)
+        self._given = open_source(os.fspath(base) if isinstance(base, os.PathLike) else base)
         if alpha is not None and not 0 <= alpha < 1:
             raise ConfigError(f"alpha must be in [0, 1), not {alpha}.")
         known = self._read_state()
         if known is not None and not known.squares:
             known = None  # begun, and settled by nothing yet
         patterns = known.keep_base if known is not None and keep_base is None else _listed(keep_base) or []
-        self._alignment = align(self._base, [], patterns)
+        self._alignment = align(self._given, [], patterns, live=base if isinstance(base, nn.Module) else None)
+        self._base = self._alignment.base
         self._dtype = float_dtype(self._base.spec(n).dtype for n in self._alignment.merged)
         linear = known.linear if known is not None else {}
         if known is None or modules is not None:
@@ -127,8 +129,15 @@ class ContinualMerge:
         Raises `MissingTensorError`, `ShapeMismatchError`, `NonFiniteWeightError`, `CheckpointError`, `OutputWriteError`, or `ConfigError` while
         another process is at work on the directory or has changed it since it was opened.
         """
-        source = open_expert(expert, self._base, f"expert {self.count + 1}")
-        aligned = align(self._base, [source], self._state.keep_base).experts[0]
+        source = open_expert(expert, self._given, f"expert {self.count + 1}")
+        found = align(self._given, [source], self._state.keep_base)
+        if found.merged != self._alignment.merged:
+            other = sorted(set(found.merged) ^ set(self._alignment.merged))
+            raise ConfigError(
+                f"{source.label}: {other[0]!r} is a tensor of its own either there or in the base {self._base.label}, and what has been merged before"
+                " cannot change that. Begin in another directory with a base that has it as the expert has, or merge all experts at once."
+            )
+        aligned = found.experts[0]
         with self._locked():
             self._clean()
             folder = f"step-{self.count + 1:05d}"
@@ -154,7 +163,7 @@ class ContinualMerge:
 
     def tensors(self) -> dict[str, Tensor]:
         """The merged model in memory: name -> tensor, in the base's dtypes. Raises `ConfigError` before the first expert."""
-        target = Target(output_specs(self._alignment, None))
+        target = Target(output_specs(self._alignment, None), None, self._alignment.buffers)
         self._fill(target)
         ordered = {name: target.tensors[name] for name in target.specs}
         return ordered | {alias: ordered[name] for alias, name in self._base.aliases.items() if name in ordered}
@@ -171,14 +180,15 @@ class ContinualMerge:
         with CheckpointWriter(
             Path(output), list(specs.values()), max_shard_bytes=max_shard_size, overwrite=overwrite
         ) as writer:
-            self._fill(Target(specs, writer))
+            self._fill(Target(specs, writer, self._alignment.buffers))
             state, base = self._state, self._base
             recipe = {"base": base.label, "continual": {"rule": "opcm", "alpha": state.alpha, "experts": self.count}}
-            record = merge_record(recipe, [input_record("base", base), *state.inputs])
-            if isinstance(base, Checkpoint):
-                writer.copy_sidecars(base)
-            elif base.config is not None:
+            record = merge_record(recipe, [input_record("base", self._given), *state.inputs])
+            root = root_checkpoint(base)
+            if base.config is not None and (root is None or base.config != root.config):
                 writer.write_json("config.json", base.config)
+            if root is not None:
+                writer.copy_sidecars(root)
             write_record_and_card(writer, record, base)
             return writer.commit()
 

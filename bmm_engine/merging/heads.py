@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,36 +13,34 @@ from bmm_engine.merging.advice import no_head
 from bmm_engine.merging.matching import Matcher, source_naming
 from bmm_engine.models.naming import Naming
 
-logger = logging.getLogger(__name__)
 
-
-def with_own_heads(base: TensorSource, experts: Sequence[TensorSource], naming: Naming | None) -> TensorSource:
-    """The base with a tensor of its own for each tied name that some expert has trained apart. The config then says that nothing is tied, as it
-    does where the base's own files hold two tensors that its architecture would tie. Raises `MissingTensorError`."""
+def with_own_heads(
+    base: TensorSource, experts: Sequence[TensorSource], naming: Naming | None
+) -> tuple[TensorSource, tuple[str, ...]]:
+    """The base with a tensor of its own for each tied name that some expert has trained apart, and a note on each. The config then says that nothing
+    is tied, as it does where the base's own files hold two tensors that its architecture would tie. Raises `MissingTensorError`."""
     apart: dict[str, str] = {}
     for source in experts:
         for alias in _trained_apart(base, source, naming):
             apart.setdefault(alias, source.label)
     if not apart and not _stored_apart(base, naming):
-        return base
-    for alias, label in apart.items():
-        logger.warning(
-            "%s has a tensor %r of its own, which is %r in %s: the output gets one of its own too, so that it is not lost.",
-            label,
-            alias,
-            base.aliases[alias],
-            base.label,
-        )
+        return base, ()
+    notes = tuple(
+        f"{label} has a tensor {alias!r} of its own, which is {base.aliases[alias]!r} in {base.label}: the output gets one of its own too, so that"
+        " it is not lost."
+        for alias, label in apart.items()
+    )
     config = _config(base)
     if config is None:  # it does not say what is tied
-        return UntiedSource(base, apart, base.config) if apart else base
+        return UntiedSource(base, apart, base.config) if apart else base, notes
     view = UntiedSource(base, apart, config)
     untied = source_naming(view)
     if untied is None:
-        return view
+        return view, notes
     # What such a config ties no longer is a tensor of its own, too.
     names = untied.known(base.aliases)
-    return UntiedSource(base, [a for a in base.aliases if a in apart or names.get(a, a) not in untied.ties], config)
+    own = [alias for alias in base.aliases if alias in apart or names.get(alias, alias) not in untied.ties]
+    return UntiedSource(base, own, config), notes
 
 
 def _trained_apart(base: TensorSource, source: TensorSource, naming: Naming | None) -> list[str]:

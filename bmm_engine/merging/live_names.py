@@ -8,7 +8,7 @@ from torch import nn
 
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.align import Alignment
-from bmm_engine.models.naming import Naming
+from bmm_engine.models.naming import Naming, inner_model
 
 
 def live_names(
@@ -21,19 +21,19 @@ def live_names(
     """
     names = (*alignment.merged, *alignment.kept)
     own = {n: n if expert is None else alignment.experts[expert].own_name(n) or n for n in names}
-    naming = Naming.of(model)
+    naming, (_, wrapped) = Naming.of(model), inner_model(model)
     by_own, by_base = naming.known(own.values()), naming.known(names)
     found, missing = {}, []
     for name in names:
         live = next((live for live in (by_own.get(own[name]), by_base.get(name)) if live in naming.stored), None)
         if live is not None:
-            found[name] = live
+            found[name] = f"{wrapped}{live}"
         elif name not in fused and name in alignment.merged and name not in alignment.base.aliases:
             missing.append(name)
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{missing[0]!r}{more} is merged, but the live {type(model).__name__} has no such tensor of its own (transformers fuses or splits some"
-            " between file and model). Keep it from the base (keep_base), or merge without running the model: no search, and mode plain."
+            " between file and model). Merge without running the model: no search, and mode plain."
         )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +10,15 @@ from torch import nn
 
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.checkpoint.compose import root_checkpoint
+from bmm_engine.checkpoint.converted import ConvertedSource
 from bmm_engine.checkpoint.names import change_prefix, prefix_changes
-from bmm_engine.errors import CheckpointError
 from bmm_engine.models.architecture import naming_of
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.conversion import to_files, to_live
 from bmm_engine.models.names import modern_name
 from bmm_engine.models.naming import Naming
+
+logger = logging.getLogger(__name__)
 
 
 def known_naming(base: TensorSource, experts: Sequence[TensorSource], live: nn.Module | None = None) -> Naming | None:
@@ -33,8 +37,28 @@ def source_naming(source: TensorSource) -> Naming | None:
     overrides = {key: value for key, value in source.config.items() if value != root.config.get(key)}
     try:
         return naming_of(root.path, Held.of({name: source.spec(name).shape for name in source.names()}), overrides)
-    except (CheckpointError, ImportError):
+    except Exception as error:  # whatever a model class makes of odd values, or no transformers
+        logger.info("%s: what its architecture calls its tensors is not known (%s)", source.label, error)
         return None
+
+
+def in_layout_of(base: TensorSource, source: TensorSource, naming: Naming | None) -> TensorSource:
+    """An expert with its tensors fused and split as the base's are, where the two are in layouts of different versions of transformers."""
+    if naming is None:
+        return source
+    names, own = base.names(), source.names()
+    if len(Matcher(source, naming).match(names)) == len(names):
+        return source
+    known = naming.known(own)
+    by_live = {live: name for name, live in known.items()}
+    by_file = {modern_name(name): name for name in own if name not in known}
+    wanted = {modern_name(name) for name in names}
+    for convert, given in ((to_files, by_live), (to_live, by_file)):
+        stored = {name: (source.spec(held).shape, source.spec(held).dtype) for name, held in given.items()}
+        found = [one for one in convert(naming.model, stored) if wanted & {modern_name(name) for name in one.outputs}]
+        if found:
+            return ConvertedSource(source, found, given)
+    return source
 
 
 class Matcher:
@@ -70,6 +94,8 @@ class Matcher:
         self._prefix = ""
         for prefix in prefix_changes(names, self._modern):
             mapping = self.under(prefix, names)
+            if prefix.count(".") > 1 and 2 * len(mapping) < len(names):  # of one tensor or two it would be chance
+                continue
             if len(mapping) > len(found):
                 found, self._prefix = mapping, prefix
             if len(found) == len(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from bmm_engine.checkpoint import InputRecords
 from bmm_engine.errors import ConfigError
 from bmm_engine.executors.devices import check_device
+from bmm_engine.merging.outcomes import outcomes, told, totals
 from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, write_sidecars
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Model, Models
@@ -23,6 +25,8 @@ from bmm_engine.recipe.keywords import settings_of, takes_settings
 from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.solving.posterior import Posterior
 from bmm_engine.statistics.sets import Fishers, Grams, Sensitivities, Statistics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class MergeResult:
             "tensors_from_anchor": len(self.plan.from_anchor),
             "tensors_from_base": len(self.plan.from_base),
             "modules_without_gram": list(self.plan.unmeasured),
+            "tensors": totals(outcomes(alignment, self.plan.solved)),
+            "notes": list(self.plan.notes),
             "left_out_of_experts": {label: list(names) for label, names in alignment.expert_only.items() if names},
             "posterior": None if self.posterior is None else asdict(self.posterior),
             "modules": [asdict(record) for record in self.modules],
@@ -145,9 +151,10 @@ def merge_models(
     plan.check_statistics()
     if posterior is not None and statistics.sensitivities:
         raise ConfigError("draws from the posterior are for outputs that count alike: leave out `sensitivities`.")
+    log_notes(plan)
     specs = destination.specs(plan.alignment)
     writer = destination.writer(specs)
-    target = Target(specs, writer)
+    target = Target(specs, writer, plan.alignment.buffers)
     stream = MergeStream(plan, target.finish, posterior)
     if writer is None:
         run_stream(stream, target, progress)
@@ -158,6 +165,14 @@ def merge_models(
         write_sidecars(writer, plan, inputs.result(), result.summary(), destination)
         path = writer.commit()
     return replace(result, path=path)
+
+
+def log_notes(plan: MergePlan) -> None:
+    """Say what the plan notes, and what becomes of the tensors of each input."""
+    for note in plan.notes:
+        logger.warning("%s", note)
+    for label, own in totals(outcomes(plan.alignment, plan.solved)).items():
+        logger.info("%s: %s", label, told(own))
 
 
 def run_stream(stream: MergeStream, target: Target, progress: bool | None, label: str = "merging") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,20 @@ IN_MEMORY = Destination()
 
 @dataclass
 class Target:
-    """Where finished pieces go: `finish` casts one to its final dtype and sees that nothing overflows, `put` writes or keeps it."""
+    """Where finished pieces go: `finish` casts one to its final dtype and sees that nothing overflows, `put` writes or keeps it. `buffers`: names
+    of no weights, which may hold anything (-inf in a mask)."""
 
     specs: dict[str, TensorSpec]
     writer: CheckpointWriter | None = None
+    buffers: Collection[str] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def finish(self, piece: Piece) -> Piece:
         """The piece in its final dtype, on the CPU. Raises `NonFiniteWeightError` (tensor, count) for values that the dtype cannot hold."""
         spec = self.specs[piece.name]
         tensor = piece.tensor.to("cpu", spec.dtype)
+        if piece.name in self.buffers:
+            return replace(piece, tensor=tensor)
         if spec.dtype.is_floating_point and not torch.isfinite(tensor.sum(dtype=torch.float32)):
             count = int((~torch.isfinite(tensor.float())).sum())
             if count:

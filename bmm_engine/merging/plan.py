@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ from bmm_engine.merging.belonging import (
     measured_modules,
     resolve_module,
 )
+from bmm_engine.merging.outcomes import left_in_layers, unsolved
 from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import (
     LinearModule,
@@ -71,6 +73,21 @@ class MergePlan:
     @property
     def from_base(self) -> tuple[str, ...]:
         return self.alignment.kept
+
+    @property
+    def solved(self) -> frozenset[str]:
+        """Names of the tensors that are solved."""
+        return frozenset(t for g in self.groups for t in g.tensors)
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever merges should know: heads that became the output's own, what an expert loses, linear weights that are not solved although all
+        should be."""
+        notes = [*self.alignment.notes, *left_in_layers(self.alignment)]
+        if self.settings.solves and self.settings.modules is None:
+            meant = (m.weight for name, m in self.linear.items() if name not in self.unmeasured)
+            notes += filter(None, [unsolved(self.alignment, self.solved, meant)])
+        return tuple(notes)
 
     def check_statistics(self) -> None:
         """Raise `ConfigError` or `GramMismatchError` unless what the anchor needs beside the weights is there, and is of its kind."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -133,7 +134,12 @@ class MergeStream:
 
     def map(self, function: Callable[[Site], T]) -> Iterator[T]:
         def work(name: str, rows: slice | None) -> Callable[[], T]:
-            return lambda: function(self._site(name, rows))
+            def at_site() -> T:
+                site = self._site(name, rows)
+                with self._naming(site):
+                    return function(site)
+
+            return at_site
 
         parts = ((name, rows) for name in self.plan.alignment.merged for rows in self._slabs(name))
         return self._at_once((self._bytes(name, rows), work(name, rows)) for name, rows in parts)
@@ -218,10 +224,12 @@ class MergeStream:
         def work() -> Piece:
             if name in self.plan.from_base:
                 return self.finish(Piece(name, self.base.load(name, rows), rows))
-            merged = self._anchor(self._site(name, rows))
+            site = self._site(name, rows)
+            merged = self._anchor(site)
             if self._is_linear(name) and self._linear_by_weight[name].transposed:
                 merged = merged.mT
-            return self.finish(Piece(name, merged.contiguous(), rows))
+            with self._naming(site):
+                return self.finish(Piece(name, merged.contiguous(), rows))
 
         return work
 
@@ -229,13 +237,17 @@ class MergeStream:
         if self.rule.scope == "module" and not (site.linear and (site.grams or not self.rule.needs_grams)):
             scaling = {"mean": 1.0, "scaled": site.parameters.get("scaling", 1.0), "base": 0.0}[self.rule.others]
             return scaled_mean(site.base, site.experts, scaling)
-        try:
+        with self._naming(site):
             return self.rule.apply(site, self.state)
-        except NonFiniteWeightError as error:
-            if error.index is None:
-                raise
-            label = (self.base, *self.inputs.experts)[error.index].label
-            check_finite((site.base, *site.experts)[error.index], f"{label}, tensor {site.name!r}")
+
+    @contextmanager
+    def _naming(self, site: Site) -> Iterator[None]:
+        """A `NonFiniteWeightError` that is raised meanwhile names tensor and model, where one of those at the site is not finite."""
+        try:
+            yield
+        except NonFiniteWeightError:
+            for source, tensor in zip((self.base, *self.inputs.experts), (site.base, *site.experts), strict=True):
+                check_finite(tensor, f"{source.label}, tensor {site.name!r}")
             raise
 
     def _anchor_module(self, module: LinearModule, base: Tensor, experts: Sequence[Tensor], group: OpenGroup) -> Tensor:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bmm_engine.errors import BmmError, CheckpointError, ConfigError
 from bmm_engine.models.bounds import Held
-from bmm_engine.models.naming import Naming, checkpoint_names
+from bmm_engine.models.naming import Naming, checkpoint_names, inner_model
 from bmm_engine.progress import quiet_transformers
 
 if TYPE_CHECKING:
@@ -117,10 +117,11 @@ def linear_modules(model: nn.Module, patterns: Iterable[str] | None = None) -> d
     heads too). Raises `ConfigError` for a pattern that matches nothing.
     """
     found = {}
-    for name, module in model.named_modules():
-        described = linear_module(name, module)
-        if described is not None and (patterns is not None or not is_head(name, model)):
-            found[name] = described
+    inner, wrapped = inner_model(model)
+    for name, module in inner.named_modules():
+        described = linear_module(f"{wrapped}{name}", module)
+        if described is not None and (patterns is not None or not is_head(name, inner)):
+            found[described.name] = described
     return found if patterns is None else select_modules(found, patterns, module_checkpoint_names(model, found))
 
 
@@ -310,6 +311,18 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def ties_by_default(config: Mapping[str, Any]) -> bool:
+    """Does the architecture tie embeddings and head where a config does not say? False where it says, and where transformers does not know it."""
+    if "tie_word_embeddings" in config:
+        return False
+    try:
+        from transformers import CONFIG_MAPPING
+
+        return bool(CONFIG_MAPPING[config["model_type"]]().tie_word_embeddings)
+    except Exception:  # no transformers, no such architecture, or one whose config has no defaults
+        return False
 
 
 _namings: dict[str, Naming] = {}  # by what the config says: building the architecture takes a while

@@ -68,10 +68,11 @@ def loading_of(
     ) as error:  # a newer one, or a class that loads in a way of its own
         logger.warning("%s: how its tensors load was not checked (%s: %s)", path, type(error).__name__, error)
         return None
+    buffers = {name for name, _ in model.named_buffers()}  # those that no file needs are no loss
     return Loading(
         type(model).__name__,
         named_class(model.config) is not None,
         tuple(sorted(info.missing_keys)),
-        tuple(name for name in tensors if name in info.unexpected_keys),
+        tuple(name for name in tensors if name in info.unexpected_keys and name not in buffers),
         {name: (tuple(ours), tuple(built)) for name, ours, built in sorted(info.mismatched_keys)},
     )

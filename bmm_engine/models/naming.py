@@ -12,43 +12,72 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+SPLIT = "(not one tensor there)"
+_MOST_HELD = 16  # answers, which are asked for again and again
+_SAMPLE = 64  # names that tell what all names have more or less
+
+
 @dataclass(frozen=True)
 class Naming:
     """Of one architecture. `live`: the names of its state dict, in its order; `saved`: live name -> the one that `save_pretrained` writes, where it
     is one tensor there; `buffers`: live names, also of those that no file holds; `ties`: live name -> the name of the tensor that it is;
-    `stored`: `live`, as a set."""
+    `stored`: `live`, as a set; `linear`: names of matrices, and stacks of them, that layers multiply their inputs by."""
 
     live: tuple[str, ...]
     saved: Mapping[str, str]
     buffers: frozenset[str]
     ties: Mapping[str, str]
     stored: frozenset[str]
+    linear: frozenset[str]
+    model: nn.Module = field(repr=False, compare=False)
     _rename: Callable[[str], str | None] = field(repr=False, compare=False)
     _all: frozenset[str] = field(repr=False, compare=False)
+    _found: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: nn.Module) -> Naming:
-        """Of a live or meta model; of transformers' with all that they rename between file and model."""
+        """Of a live or meta model, by the names that it has without what torch put around it; of transformers' with all that they rename between file
+        and model."""
+        model, _ = inner_model(model)
         live = tuple(model.state_dict(keep_vars=True))
         buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False))
         known = frozenset((*live, *buffers))
         return cls(
-            live, checkpoint_names(model), buffers, _ties(model), frozenset(live), _renaming(model, known), known
+            live,
+            checkpoint_names(model),
+            buffers,
+            _ties(model),
+            frozenset(live),
+            _linear(model),
+            model,
+            _renaming(model, known),
+            known,
         )
 
     def known(self, names: Iterable[str]) -> dict[str, str]:
         """Name in a file -> live name, for those of `names` that are one tensor of the architecture, whatever the layout: as transformers loads them,
-        or with some leading parts more or less (what a trainer puts around a model)."""
-        rest = {name: modern_name(name) for name in names}
-        found = self._changed(rest, lambda name: name, set())
-        while rest := {name: plain for name, plain in rest.items() if name not in found}:
-            taken = set(found.values())
-            changes = _prefix_changes(rest.values(), self._all - taken)
-            more = max((self._changed(rest, change, set(taken)) for change in changes), key=len, default={})
-            if not more:
-                break
-            found |= more
-        return found
+        or most of them with some leading parts more or less (what a trainer puts around a model)."""
+        key = tuple(names)
+        if key not in self._found:
+            while len(self._found) >= _MOST_HELD:
+                self._found.pop(next(iter(self._found)))
+            self._found[key] = self._known(key)
+        return dict(self._found[key])
+
+    def _known(self, names: tuple[str, ...]) -> dict[str, str]:
+        own = {name: modern_name(name) for name in names}
+        found = self._changed(own, lambda name: name, set())
+        found |= self._changed(_without(own, found), lambda name: name.replace(".module.", "."), set(found.values()))
+        rest = {name: plain for name, plain in _without(own, found).items() if self._rename(plain) is not SPLIT}
+        if not rest:
+            return found
+        taken = set(found.values())
+        step = max(1, len(rest) // _SAMPLE)
+        sample = dict(list(rest.items())[::step])
+        changes = _prefix_changes(rest.values(), self._all - taken)
+        best = max(changes, key=lambda change: len(self._changed(sample, change, set(taken))))
+        more = self._changed(rest, best, taken)
+        return found | more if 2 * len(more) >= len(own) else found
 
     def loadable(self, names: Iterable[str]) -> dict[str, str]:
         """Name in a file -> one that `from_pretrained` finds, for those that it would not find as they are."""
@@ -70,10 +99,14 @@ class Naming:
         for name, plain in names.items():
             changed = change(plain)
             live = None if changed is None else self._rename(changed)
-            if live is not None and live not in taken:
+            if live is not None and live is not SPLIT and live not in taken:
                 taken.add(live)
                 found[name] = live
         return found
+
+
+def _without(names: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+    return {name: plain for name, plain in names.items() if name not in found}
 
 
 def checkpoint_names(model: nn.Module) -> dict[str, str]:
@@ -84,6 +117,9 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
     """
     import torch
 
+    inner, prefix = inner_model(model)
+    if prefix:  # compiled, or run in parallel
+        return {f"{prefix}{live}": saved for live, saved in checkpoint_names(inner).items()}
     live = model.state_dict(keep_vars=True)
     try:
         from transformers import PreTrainedModel
@@ -102,6 +138,15 @@ def checkpoint_names(model: nn.Module) -> dict[str, str]:
     }
 
 
+def inner_model(model: nn.Module) -> tuple[nn.Module, str]:
+    """The model that torch has wrapped as a whole, and the part of its names that stands for that; the model itself and ""."""
+    for part in ("_orig_mod", "module"):
+        inner = model._modules.get(part)
+        if inner is not None and len(model._modules) == 1 and not model._parameters:
+            return inner, f"{part}."
+    return model, ""
+
+
 def _prefix_changes(names: Iterable[str], known: Iterable[str]) -> Iterator[Callable[[str], str | None]]:
     """Leading parts taken from the names, or put before them, as `known` names have them."""
     for prefix in leading_parts(names):
@@ -111,7 +156,7 @@ def _prefix_changes(names: Iterable[str], known: Iterable[str]) -> Iterator[Call
 
 
 def _renaming(model: nn.Module, known: frozenset[str]) -> Callable[[str], str | None]:
-    """Name in a file -> live name, as transformers' loading has it; None for what it splits, fuses, turns round or does not know."""
+    """Name in a file -> live name, as transformers' loading has it; SPLIT for what it splits, fuses or turns, None for what it does not know."""
     plain: Callable[[str], str | None] = lambda name: name if name in known else None  # noqa: E731
     try:
         from transformers import PreTrainedModel
@@ -130,12 +175,26 @@ def _renaming(model: nn.Module, known: frozenset[str]) -> Callable[[str], str | 
     def rename(name: str) -> str | None:
         renamed, converter = rename_source_key(name, renamings, converters, prefix, names)
         if renamed in known:
-            return renamed if converter is None else None
+            return renamed if converter is None else SPLIT
         if name not in known:
             name, _ = rename_source_key(name, [], [], prefix, names)
         return name if name in known else None
 
     return rename
+
+
+def _linear(model: nn.Module) -> frozenset[str]:
+    from torch import nn
+
+    found = set()
+    for prefix, module in model.named_modules():
+        kind = type(module).__name__
+        plain = isinstance(module, nn.Linear) or kind == "Conv1D"
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            stacked = parameter.ndim == 3 and min(parameter.shape) > 1 and "Conv" not in kind
+            if stacked or (plain and parameter.ndim == 2):
+                found.add(name)
+    return frozenset(found)
 
 
 def _ties(model: nn.Module) -> dict[str, str]:

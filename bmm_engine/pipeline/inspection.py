@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bmm_engine.checkpoint import Checkpoint
+from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.errors import CheckpointError
+from bmm_engine.merging.outcomes import outcomes, told, totals
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.models.architecture import LinearModule, checkpoint_linear_modules
 
@@ -38,7 +40,17 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
         "tied": checkpoint.aliases,
         "linear_modules": {m.name: [m.out_features, m.in_features] for m in linear.values()},
         "linear_modules_unknown": unknown,
+        "quantised": _quantised(checkpoint),
     }
+
+
+def _quantised(checkpoint: Checkpoint) -> str | None:
+    """Why it cannot be merged, where its weights are quantised."""
+    try:
+        refuse_quantised(checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _check_shapes(checkpoint: Checkpoint, linear: dict[str, LinearModule]) -> None:
@@ -80,6 +92,8 @@ def describe_plan(plan: MergePlan, gram_source: str, mode: str = "plain") -> dic
         "modules_without_gram": list(plan.unmeasured),
         "from_anchor": list(plan.from_anchor),
         "from_base": list(plan.from_base),
+        "tensors": totals(outcomes(alignment, plan.solved)),
+        "notes": list(plan.notes),
         "left_out_of_experts": {label: list(names) for label, names in alignment.expert_only.items() if names},
     }
 
@@ -101,6 +115,8 @@ def _checkpoint_table(d: dict[str, Any]) -> RenderableType:
         "linear modules",
         ", ".join(f"{count} of {shape}" for shape, count in shapes.items()) or d["linear_modules_unknown"] or "none",
     )
+    if d["quantised"]:
+        table.add_row("quantised", d["quantised"])
     return table
 
 
@@ -134,6 +150,8 @@ def _plan_tables(d: dict[str, Any]) -> RenderableType:
         )
     if d["modules_without_gram"]:
         lines.append(f"linear modules without a Gram, from the anchor: {', '.join(d['modules_without_gram'])}")
+    lines += [f"{label}: {told(own)}" for label, own in d["tensors"].items()]
+    lines += [f"note: {note}" for note in d["notes"]]
     for label, names in d["left_out_of_experts"].items():
         lines.append(f"left out of {label}: {', '.join(names)}")
     return Group(Text("\n".join(lines)), groups)

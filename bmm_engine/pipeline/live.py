@@ -64,7 +64,14 @@ def _live_tensors(alignment: Alignment, expert: int | None, model: nn.Module) ->
     # A bare encoder within a wrapper (a head of its own) is known by the encoder's names.
     inner = model.encoder if isinstance(model, EncoderWithHead) else model
     state = inner.state_dict(keep_vars=True)
-    found = {name: state[live] for name, live in live_names(alignment, expert, inner).items()}
+    found: dict[str, Tensor] = {}
+    for name, live in live_names(alignment, expert, inner).items():
+        tensor = state[live]
+        if any(tensor is other for other in found.values()):  # tied here, and two tensors in the merge
+            parent, _, key = live.rpartition(".")
+            tensor = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+            inner.get_submodule(parent).register_parameter(key, tensor)
+        found[name] = tensor
     for name, tensor in found.items():
         stored = tuple(alignment.base.spec(name).shape)
         if tuple(tensor.shape) != stored:

@@ -19,7 +19,7 @@ from bmm_engine.checkpoint.identity import as_texts, model_digest, values_digest
 from bmm_engine.errors import BmmError, ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.locks import LockFile
-from bmm_engine.merging.merge import MergeResult, run_stream, tensors_of
+from bmm_engine.merging.merge import MergeResult, log_notes, run_stream, tensors_of
 from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, output_specs, write_sidecars
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Model, Models
@@ -122,9 +122,10 @@ def walk_models(
     prior = settings.anchor_alone("data" if statistics.grams else "task_vectors")
     anchor_plan = make_plan(prior, models, replace(statistics, sensitivities=()))
     anchor_plan.check_statistics()
+    log_notes(plan)
     skeleton = Skeleton.of(models, plan)
     specs = destination.specs(plan.alignment)
-    writer = destination.writer(specs)
+    writer, buffers = destination.writer(specs), plan.alignment.buffers
     with ExitStack() as stack:
         folder = None
         if destination.path is not None:
@@ -138,9 +139,9 @@ def walk_models(
         source = walk_all(walks, prior_source, stack, progress)
         result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs)
         if writer is None or folder is None:
-            return replace(result, tensors=tensors_of(_written(source, Target(specs), progress), plan))
+            return replace(result, tensors=tensors_of(_written(source, Target(specs, None, buffers), progress), plan))
         with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
-            _written(source, Target(specs, writer), progress)
+            _written(source, Target(specs, writer, buffers), progress)
             write_sidecars(writer, plan, inputs.result(), result.summary(), destination)
             path = writer.commit(then=lambda: remove_folder(folder, report))
         return replace(result, path=path)
@@ -222,13 +223,13 @@ def _anchor(plan: MergePlan, folder: Path | None, progress: bool | None) -> Tens
     specs = output_specs(plan.alignment, wide)
     label = f"anchor {plan.settings.anchor!r}"
     if folder is None:
-        target = Target(specs)
+        target = Target(specs, None, plan.alignment.buffers)
         run_stream(MergeStream(plan, target.finish), target, progress, "anchor")
         return StateDictSource(target.tensors, label)
     path = folder / "anchor"
     if not path.exists():
         with CheckpointWriter(path, list(specs.values())) as writer:
-            target = Target(specs, writer)
+            target = Target(specs, writer, plan.alignment.buffers)
             run_stream(MergeStream(plan, target.finish), target, progress, "anchor")
             writer.commit()
     return Checkpoint.open(path, label=label)

@@ -20,6 +20,7 @@ from bmm_engine.errors import (
     NonFiniteGramError,
     ShapeMismatchError,
 )
+from bmm_engine.models.names import unwrapped
 from bmm_engine.ops.gram import accumulate_gram
 from bmm_engine.statistics.records import Record, check_names, check_tensors, read_record, write_record
 from bmm_engine.statistics.values import check_gram
@@ -136,7 +137,8 @@ class GramSet:
         """The module that `name` (a live name or a name in the checkpoint) means, or None."""
         if name in self.modules:
             return name
-        return self.aliases.get(name)
+        plain = unwrapped(name)
+        return self.aliases.get(name) or (plain if plain in self.modules else self.aliases.get(plain))
 
     def group(self, module: str) -> str:
         """The group of `module`. Raises `GramMismatchError` if the set has none."""

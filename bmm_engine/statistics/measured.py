@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.errors import MissingTensorError
+from bmm_engine.models.names import unwrapped
 from bmm_engine.statistics.fingerprints import check_weight
 from bmm_engine.statistics.records import Record, check_names, check_tensors, read_record, write_record
 
@@ -50,8 +51,11 @@ class MeasuredSet:
 
     def resolve(self, name: str) -> str | None:
         """What `name` (a live name or a name in the checkpoint) is called here, or None."""
-        own = self.aliases.get(name, name)
-        return own if own in self.tensors or own in self._shapes else None
+        for own in (name, unwrapped(name)):
+            own = self.aliases.get(own, own)
+            if own in self.tensors or own in self._shapes:
+                return own
+        return None
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises `MissingTensorError`."""
