@@ -38,6 +38,7 @@ from bmm_engine.checkpoint.safetensors_io import byte_view
 from bmm_engine.checkpoint.staging import STAGE, clean_stages
 from bmm_engine.disk.files import foreign, is_file, is_folder, matches, named, remove_own
 from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
+from bmm_engine.merging.accounting import check_configs
 from bmm_engine.merging.align import AlignedExpert, align
 from bmm_engine.merging.output import Target, output_specs, write_record_and_card
 from bmm_engine.merging.plan import find_linear_modules
@@ -121,14 +122,17 @@ class ContinualMerge:
         """How many experts have been added."""
         return len(self._state.squares)
 
-    def add(self, expert: Model) -> None:
+    def add(self, expert: Model, *, unchecked_configs: bool = False) -> None:
         """Merge one more expert in. The directory changes at once when all is written; a run that dies before leaves the old state.
+        `unchecked_configs`: also one whose config makes another function of the same weights than the base's.
 
-        Raises `MissingTensorError`, `ShapeMismatchError`, `NonFiniteWeightError`, `CheckpointError`, `OutputWriteError`, or `ConfigError` while
-        another process is at work on the directory or has changed it since it was opened.
+        Raises `MissingTensorError`, `ShapeMismatchError`, `NonFiniteWeightError`, `CheckpointError`, `OutputWriteError`, or `ConfigError` for such a
+        config, and while another process is at work on the directory or has changed it since it was opened.
         """
         source = open_expert(expert, self._base, f"expert {self.count + 1}")
-        aligned = align(self._base, [source], self._state.keep_base).experts[0]
+        alignment = align(self._base, [source], self._state.keep_base)
+        check_configs(alignment, unchecked=unchecked_configs, accept="say `add(expert, unchecked_configs=True)`")
+        (aligned,) = alignment.experts
         with self._locked():
             self._clean()
             folder = f"step-{self.count + 1:05d}"
