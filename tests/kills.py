@@ -1,4 +1,4 @@
-"""Kill a piece of work before and after each of its file events, and do it again: `python -m tests.kills FOLDER SCENARIO[,EVENT...] ...`.
+"""Kill a piece of work at each of its file events and transactions, and do it again: `python -m tests.kills FOLDER SCENARIO[,EVENT...] ...`.
 
 The work runs in forks of one process, which did it once to have all modules loaded. Without events, all are tried until the work is done. Prints one
 line for each kill after which the same work did not succeed with the same bytes, or left anything beside its result.

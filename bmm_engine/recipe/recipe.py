@@ -90,7 +90,7 @@ class Recipe(Algebra, Named):
     def _names_differ(self) -> Recipe:
         names = [e.name for e in self.experts if e.name]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"two experts have the name {shown(twice)}; give each one of its own, or none")
+            raise ValueError(f"two experts are called {shown(twice)}; give each a `name` of its own, or none")
         return self
 
     @model_validator(mode="after")
