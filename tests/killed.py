@@ -90,10 +90,34 @@ def sequential(folder: Path) -> Callable[[Path], None]:
         batches.append([torch.randn(20, 4)])
     base, *experts = nets
 
-    def run(place: Path) -> None:
+    def run(place: Path, **options: float) -> None:
+        output = place / "out"
         merge_sequential(
-            base, experts, batches[1:], blocks="layers", hidden_memory=0, output=place / "out", progress=False
+            base, experts, batches[1:], blocks="layers", hidden_memory=0, output=output, progress=False, **options
         )
+
+    return run
+
+
+def correcting(folder: Path) -> Callable[[Path], None]:
+    """A walk whose settings were changed after an earlier one was stopped before its first stage was finished."""
+    from unittest import mock
+
+    from bmm_engine.sequential.state import Sweep
+
+    walk: Callable[..., None] = sequential(folder)
+
+    class StoppedError(Exception):
+        pass
+
+    def run(place: Path) -> None:
+        if not (place / "begun").exists():
+            with mock.patch.object(Sweep, "publish", side_effect=StoppedError):
+                try:
+                    walk(place, alpha=0.7)
+                except StoppedError:
+                    (place / "begun").touch()
+        walk(place)
 
     return run
 

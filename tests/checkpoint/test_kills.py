@@ -10,7 +10,7 @@ from pathlib import Path
 
 KILLS = int(os.environ.get("BMM_KILLS", "1"))
 # Moments of each, a little fewer than there are.
-MOMENTS = {"plain": 48, "overwriting": 80, "continual": 120, "sequential": 200, "searching": 320}
+MOMENTS = {"plain": 48, "overwriting": 80, "continual": 120, "sequential": 200, "correcting": 320, "searching": 320}
 
 
 def test_killed_at_file_events_the_same_command_ends_with_the_same_bytes(tmp_path: Path) -> None:
