@@ -90,9 +90,68 @@ def sequential(folder: Path) -> Callable[[Path], None]:
         batches.append([torch.randn(20, 4)])
     base, *experts = nets
 
-    def run(place: Path) -> None:
+    def run(place: Path, **options: float) -> None:
+        output = place / "out"
         merge_sequential(
-            base, experts, batches[1:], blocks="layers", hidden_memory=0, output=place / "out", progress=False
+            base, experts, batches[1:], blocks="layers", hidden_memory=0, output=output, progress=False, **options
         )
+
+    return run
+
+
+def correcting(folder: Path) -> Callable[[Path], None]:
+    """A walk whose settings were changed after an earlier one was stopped before its first stage was finished."""
+    from unittest import mock
+
+    from bmm_engine.sequential.state import Sweep
+
+    walk: Callable[..., None] = sequential(folder)
+
+    class StoppedError(Exception):
+        pass
+
+    def run(place: Path) -> None:
+        if not (place / "begun").exists():
+            with mock.patch.object(Sweep, "publish", side_effect=StoppedError):
+                try:
+                    walk(place, alpha=0.7)
+                except StoppedError:
+                    (place / "begun").touch()
+        walk(place)
+
+    return run
+
+
+def searching(folder: Path) -> Callable[[Path], None]:
+    """A search of a recipe whose Grams are measured on the way, and the merge of what it finds."""
+    import sys
+
+    import yaml
+
+    from bmm_engine.recipe.recipe import Recipe
+    from bmm_engine.searching.run import search_recipe
+    from tests.searching.judged import JUDGE
+    from tests.tiny import family
+    from tests.words import WORDS, tokenizer_in
+
+    folder.mkdir(parents=True)
+    family("bert", folder)
+    for name in ("base", "expert-0", "expert-1"):
+        tokenizer_in(folder / name)
+    (folder / "judge.py").write_text(JUDGE)
+    sys.path.insert(0, str(folder))
+    (folder / "rows.txt").write_text("\n".join(" ".join(WORDS[i : i + 4]) for i in range(8)))
+    experts = [{"model": f"expert-{t}", "calibration": "rows.txt"} for t in range(2)]
+    evaluation = {"kind": "function", "function": "judge:score"}
+    search = {"groups": "role", "optimizer": "TwoPointsDE", "trials": 3}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {"base": "base", "experts": experts, "mode": "plain", "evaluation": evaluation, "search": search}
+        )
+    )
+
+    def run(place: Path) -> None:
+        search_recipe(Recipe.load(recipe), place / "out")
 
     return run

@@ -1,4 +1,4 @@
-"""Kill a piece of work before and after each of its file events, and do it again: `python -m tests.kills FOLDER SCENARIO[,EVENT...] ...`.
+"""Kill a piece of work at each of its file events and transactions, and do it again: `python -m tests.kills FOLDER SCENARIO[,EVENT...] ...`.
 
 The work runs in forks of one process, which did it once to have all modules loaded. Without events, all are tried until the work is done. Prints one
 line for each kill after which the same work did not succeed with the same bytes, or left anything beside its result.
@@ -9,11 +9,16 @@ from __future__ import annotations
 import builtins
 import os
 import shutil
+import sqlite3
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from bmm_engine.searching.database import Database
 
 EVENTS = (
     "open",
@@ -72,6 +77,16 @@ def dying(number: int) -> None:
         tick()
 
     safetensors.torch.save_file = torn
+    transaction = Database._transaction
+
+    @contextmanager
+    def watched_transaction(self: Database, begin: str) -> Iterator[sqlite3.Connection]:
+        tick()
+        with transaction(self, begin) as connection:
+            yield connection
+        tick()
+
+    Database._transaction = watched_transaction  # type: ignore[method-assign]
 
 
 def in_fork(work: Callable[[Path], None], place: Path, number: int | None = None) -> int:
@@ -91,8 +106,24 @@ def in_fork(work: Callable[[Path], None], place: Path, number: int | None = None
 
 
 def content(folder: Path) -> dict[str, bytes | None]:
-    """Of all below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    """Of all below a folder: bytes, in which the folder itself is nameless; of a study its trials, without their times."""
+    return {str(path.relative_to(folder)): _content_of(path, folder) for path in sorted(folder.rglob("*"))}
+
+
+def _content_of(path: Path, folder: Path) -> bytes | None:
+    if not path.is_file():
+        return None
+    if path.suffix == ".sqlite":
+        with tempfile.TemporaryDirectory() as name:  # a reader of the file itself would bring it in order
+            for file in path.parent.glob(f"{path.name}*"):
+                shutil.copyfile(file, Path(name) / file.name)
+            study = sqlite3.connect(Path(name) / path.name)
+            found = study.execute(
+                "SELECT number, kind, parameters, state, value FROM trials ORDER BY number"
+            ).fetchall()
+            study.close()
+        return repr(found).encode()
+    return path.read_bytes().replace(str(folder).encode(), b"PLACE")
 
 
 def try_kills(scenario: Callable[[Path], None], folder: Path, events: list[int]) -> tuple[int, list[str]]:

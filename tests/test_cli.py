@@ -262,6 +262,41 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(project, monkeypa
     assert not (project / "grams").exists()
 
 
+def test_the_device_of_the_command_is_used_instead_of_the_recipes(project, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = yaml.safe_load((project / "recipe.yaml").read_text())
+    recipe["experts"][1]["grams"] = "grams/b.safetensors"
+    (project / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "device": "cuda"}))
+    code, _, err = bmm(monkeypatch, capsys, "collect", "recipe.yaml")
+    assert code == 2
+    assert "device = 'cuda': this machine has no CUDA device" in err
+    code, _, err = bmm(monkeypatch, capsys, "collect", "recipe.yaml", "--device", "cpu")
+    assert code == 0, err
+    assert (project / "grams" / "b.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["recipe.yaml", "--samples", "3"], r"recipe.yaml: --samples has no effect here: a recipe says"),
+        (["recipe.yaml", "--dtype", "float32"], r"recipe.yaml: --dtype has no effect"),
+        (["recipe.yaml", "a.txt"], r"recipe.yaml: DATA has no effect"),
+        (["recipe.yaml", "-o", "x.safetensors"], r"recipe.yaml: --output has no effect"),
+        (["recipe.yaml", "--modules", "*query*"], r"recipe.yaml: --modules has no effect"),
+        (
+            ["expert-0", "a.txt", "-o", "x.safetensors", "--workers", "2"],
+            r"expert-0: --workers has no effect here: it is",
+        ),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(project, monkeypatch, capsys, arguments, words):
+    code, _, err = bmm(monkeypatch, capsys, "collect", *arguments)
+    assert code == 2
+    assert words in err
+    assert not (project / "grams").exists()
+    assert not (project / "x.safetensors").exists()
+
+
 def test_a_recipes_device_is_checked_where_work_starts(project, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -287,6 +322,25 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(project, mo
         assert words in err
         assert len(err) < 1600
     assert not (project / "grams").exists()
+
+
+def test_a_model_whose_grams_cannot_be_kept_is_named(project, monkeypatch, capsys):
+    """Squares that overflow, and inputs that are all zero."""
+    from safetensors.torch import load_file, save_file
+
+    file = project / "expert-0" / "model.safetensors"
+    tensors = load_file(file)
+    name = "bert.encoder.layer.1.intermediate.dense.weight"
+    for value, words in ((1e30, "NaN or infin"), (0.0, "is all zero")):
+        bias = name.replace("weight", "bias")
+        save_file(
+            {**tensors, name: tensors[name] * 0 + value, bias: tensors[bias] * 0}, file, metadata={"format": "pt"}
+        )
+        code, _, err = bmm(monkeypatch, capsys, "collect", "expert-0", "a.txt", "-o", "x.safetensors")
+        assert code == 2
+        assert "expert-0 on " in err
+        assert words in err
+        assert not (project / "x.safetensors").exists()
 
 
 def test_what_standard_output_cannot_encode_is_no_failure(project, monkeypatch, capsys):

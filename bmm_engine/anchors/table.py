@@ -17,7 +17,10 @@ is the rule's own merge.
 
 * All rules compute in float32 or better, and round once.
 * The bits of a result depend on nothing but the inputs: not on threads, shards, hash seeds or
-  scheduling, nor, where a rule is symmetric, on the order of the experts.
+  scheduling, nor, where a rule is symmetric, on the order of the experts. Of the rules that solve
+  on Grams (`regmean`, `regmean_plusplus`, `mats`) this holds for a given number of threads: from
+  widths of a few hundred on LAPACK shares a factorisation among them, and the last bits may differ
+  ([what is promised](../merging/README.md#bits)).
 * Where well-known implementations differ, the form of the paper's authors is the default, and the
   other is a named option.
 * `bmm anchors` lists the rules; `bmm anchors NAME` explains one.

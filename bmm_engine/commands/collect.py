@@ -23,6 +23,7 @@ from bmm_engine.errors import ConfigError
 
 
 def collect(
+    context: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -65,7 +66,9 @@ def collect(
     ray: Annotated[
         str | None, typer.Option(help="Of a recipe: address of a Ray cluster, or `local`.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda[:N]; of a recipe, instead of its own.", show_default=False)
+    ] = None,
     write_to: WriteTo = None,
     offline: Offline = False,
     as_json: Json = False,
@@ -80,7 +83,8 @@ def collect(
     from bmm_engine.statistics.records import check_replaceable
     from bmm_engine.statistics.text_file import check_output_path
 
-    check_device(device)
+    if device is not None:
+        check_device(device)
     if output is not None:
         check_output_path(output)
     if fisher and sensitivity:
@@ -94,8 +98,11 @@ def collect(
     what = "fisher" if fisher else "sensitivity" if sensitivity else "grams"
     report, progress = reporter_of(as_json), progress_of(as_json)
     sets: list[Any]
-    if source.endswith((".yaml", ".yml")):
-        loaded = Recipe.load(source, local_files_only=offline, write_to=write_to or ())
+    of_recipe = source.endswith((".yaml", ".yml"))
+    _refuse_unused(context, source, of_recipe)
+    if of_recipe:
+        loaded = Recipe.load(source, local_files_only=offline, write_to=write_to or (), device=device)
+        check_device(loaded.device)
         paths = [getattr(e, what) for e in loaded.experts]
         if None in paths:
             label = loaded.experts[paths.index(None)].label
@@ -130,7 +137,7 @@ def collect(
         if own.inputs is None:
             folder = preparing_folder(model, root, images=bool(own.images), report=report)
             own = replace(own, prepared_by=folder)
-        options: dict[str, Any] = {"device": device, "progress": progress}
+        options: dict[str, Any] = {"device": device or "cpu", "progress": progress}
         if fisher:
             sets = [fisher_from_checkpoint(model, own, recipe.calibration, **options)]
         elif sensitivity:
@@ -144,6 +151,27 @@ def collect(
         return print_json(summaries)
     for summary in summaries:
         make_console().print(headline(summary["file"], f": {summary['what']}, from {summary['calibration']}."))
+
+
+# Of a checkpoint only: what a recipe says of each expert, or in its section `calibration`.
+_OF_CHECKPOINTS = (
+    "data", "output", "modules", "samples", "batch_size", "max_length", "field", "dtype", "head", "pooling", "labels", "base",
+)  # fmt: skip
+_OF_RECIPES = ("workers", "ray")
+
+
+def _refuse_unused(context: typer.Context, source: str, of_recipe: bool) -> None:
+    """Raise `ConfigError` for an option that would be ignored."""
+    for name in _OF_CHECKPOINTS if of_recipe else _OF_RECIPES:
+        given = context.get_parameter_source(name)
+        if given is not None and given.name != "DEFAULT":
+            told = "DATA" if name == "data" else f"--{name.replace('_', '-')}"
+            remedy = (
+                "a recipe says this of its experts, or under `calibration`; leave it out, or change the recipe"
+                if of_recipe
+                else "it is for a recipe, which has several experts; leave it out"
+            )
+            raise ConfigError(f"{source}: {told} has no effect here: {remedy}.")
 
 
 def _spread(recipe: Any, source: Path, workers: int, ray: str | None, offline: bool, report: Any) -> None:

@@ -119,10 +119,10 @@ def _numbers(text: str, option: str) -> list[float]:
 
 def _show(points: list[Any], output: Path, axis: str, as_json: bool) -> None:
     from bmm_engine.report.curves import study_picture
-    from bmm_engine.searching.studies import summary
+    from bmm_engine.searching.studies import PICTURE, RESULTS, summary
 
     rows = summary(points)
-    picture = study_picture(rows, axis, output / "study.png")
+    picture = study_picture(rows, axis, output / PICTURE)
     if as_json:
         return print_json({"rows": rows, "points": [asdict(p) for p in points], "picture": str(picture)})
     from rich.table import Table
@@ -136,4 +136,4 @@ def _show(points: list[Any], output: Path, axis: str, as_json: bool) -> None:
         table.add_row(row["anchor"], row["source"], f"{row['x']:g}", *cells)
     console = make_console(min_width=120)
     console.print(table)
-    console.print(f"All points: {output / 'results.json'}; picture: {picture}", highlight=False)
+    console.print(f"All points: {output / RESULTS}; picture: {picture}", highlight=False)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bmm_engine.disk.files import matches, remove_own
 from bmm_engine.errors import OutputWriteError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PREFIX = ".shared-"
+_is_ours = matches(r"lock|\d+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class SharedFolder:
     def remove(self) -> None:
         """Readers that have mapped a file keep it."""
         if self.path is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            _remove(self.path)
             os.close(self._lock)
             self.path = None
 
@@ -87,11 +89,17 @@ def _remove_if_abandoned(folder: Path) -> None:
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     except OSError:
         pass  # in use
     finally:
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """What is ours in it, the lock last; and the folder, unless something else lies there."""
+    with suppress(OSError):
+        remove_own(folder, _is_ours, ("lock",))
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -46,8 +46,9 @@ def check_architecture(alignment: Alignment, settings: MergeSettings) -> None:
         )
 
 
-def check_configs(alignment: Alignment, settings: MergeSettings) -> None:
-    """Raise `ConfigError` where an expert's config makes another function of the same weights than the base's; the log hears of other differences."""
+def check_configs(alignment: Alignment, *, unchecked: bool, vocabulary: str = "error", accept: str = _ACCEPT) -> None:
+    """Raise `ConfigError` where an expert's config makes another function of the same weights than the base's, or, where they are `unchecked`, have
+    the log hear of it, as of other differences. `accept`: how to say so, for the message."""
     for expert in alignment.experts:
         differences = config_differences(alignment.base.config, expert.source.config)
         harmless = [str(one) for one in differences if not one.matters]
@@ -57,16 +58,16 @@ def check_configs(alignment: Alignment, settings: MergeSettings) -> None:
                 expert.label,
                 "; ".join(harmless[:_TOLD]),
             )
-        resized = settings.vocabulary != "error"  # then the output's config says how many rows it has
+        resized = vocabulary != "error"  # then the output's config says how many rows it has
         telling = [str(one) for one in differences if one.matters and not (resized and one.key.endswith("vocab_size"))]
         if not telling:
             continue
         more = f" (and {len(telling) - _TOLD} more)" if len(telling) > _TOLD else ""
         text = f"{expert.label}: its config.json is of another function of the weights than the base's: {'; '.join(telling[:_TOLD])}{more}."
-        if not settings.unchecked_configs:
+        if not unchecked:
             raise ConfigError(
                 f"{text} The merged model would run with the base's. Merge fine-tunes of one base; or, where the config is wrong and not the weights,"
-                f" correct it, or {_ACCEPT}."
+                f" correct it, or {accept}."
             )
         logger.warning("%s", text)
 

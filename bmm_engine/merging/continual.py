@@ -39,6 +39,7 @@ from bmm_engine.checkpoint.safetensors_io import byte_view
 from bmm_engine.checkpoint.staging import STAGE, clean_stages
 from bmm_engine.disk.files import foreign, is_file, is_folder, matches, named, remove_own
 from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError, OutputWriteError
+from bmm_engine.merging.accounting import check_configs
 from bmm_engine.merging.align import AlignedExpert, align
 from bmm_engine.merging.output import Target, output_specs, write_record_and_card
 from bmm_engine.merging.plan import find_linear_modules
@@ -123,11 +124,12 @@ class ContinualMerge:
         """How many experts have been added."""
         return len(self._state.squares)
 
-    def add(self, expert: Model) -> None:
+    def add(self, expert: Model, *, unchecked_configs: bool = False) -> None:
         """Merge one more expert in. The directory changes at once when all is written; a run that dies before leaves the old state.
+        `unchecked_configs`: also one whose config makes another function of the same weights than the base's.
 
-        Raises `MissingTensorError`, `ShapeMismatchError`, `NonFiniteWeightError`, `CheckpointError`, `OutputWriteError`, or `ConfigError` while
-        another process is at work on the directory or has changed it since it was opened.
+        Raises `MissingTensorError`, `ShapeMismatchError`, `NonFiniteWeightError`, `CheckpointError`, `OutputWriteError`, or `ConfigError` for such a
+        config, and while another process is at work on the directory or has changed it since it was opened.
         """
         source = open_expert(expert, self._given, f"expert {self.count + 1}")
         found = align(self._given, [source], self._state.keep_base)
@@ -137,6 +139,7 @@ class ContinualMerge:
                 f"{source.label}: {other[0]!r} is a tensor of its own either there or in the base {self._base.label}, and what has been merged before"
                 " cannot change that. Begin in another directory with a base that has it as the expert has, or merge all experts at once."
             )
+        check_configs(found, unchecked=unchecked_configs, accept="say `add(expert, unchecked_configs=True)`")
         aligned = found.experts[0]
         with self._locked():
             self._clean()

@@ -119,7 +119,7 @@ class MergePlan:
 def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -> MergePlan:
     """Line up the models, find their linear modules, and group them; from headers alone. Raises as `merge` does."""
     alignment = align(models.base, models.experts, settings.keep_base, settings.vocabulary, models.live)
-    check_configs(alignment, settings)
+    check_configs(alignment, unchecked=settings.unchecked_configs, vocabulary=settings.vocabulary)
     check_architecture(alignment, settings)
     # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
     linear = {}

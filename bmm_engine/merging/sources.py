@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,9 @@ class Models:
     experts: tuple[TensorSource, ...]
     live: nn.Module | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", _told_apart(self.experts))
+
     @classmethod
     def open(cls, base: Model, experts: Sequence[Model], local_files_only: bool = False) -> Models:
         """Raises `ConfigError` where there are no experts, and what opening them raises."""
@@ -39,6 +43,21 @@ class Models:
         root = open_model(base, "base", local_files_only)
         sources = tuple(open_expert(e, root, f"expert {i}", local_files_only) for i, e in enumerate(experts))
         return cls(root, sources, base if isinstance(base, nn.Module) else None)
+
+
+def _told_apart(experts: tuple[TensorSource, ...]) -> tuple[TensorSource, ...]:
+    """By their labels, which errors and records go by: of different ones that are called alike, each gets its number to it."""
+    places: dict[str, set[Any]] = {}
+    for expert in experts:
+        places.setdefault(expert.label, set()).add(getattr(expert, "path", id(expert)))
+    found = []
+    for number, expert in enumerate(experts):
+        own = expert
+        if len(places[expert.label]) > 1:
+            own = copy.copy(expert)
+            own.label = f"{expert.label} (expert {number})"
+        found.append(own)
+    return tuple(found)
 
 
 def open_model(model: Model, role: str, local_files_only: bool = False) -> TensorSource:

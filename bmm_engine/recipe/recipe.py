@@ -100,6 +100,13 @@ class Recipe(Algebra, Named):
         return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
+    def _names_differ(self) -> Recipe:
+        names = [e.name for e in self.experts if e.name]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two experts are called {shown(twice)}; give each a `name` of its own, or none")
+        return self
+
+    @model_validator(mode="after")
     def _choose_mode(self) -> Recipe:
         if self.mode is None:
             runs = all(e.calibration and not e.grams and not isinstance(e.model, StackRecipe) for e in self.experts)

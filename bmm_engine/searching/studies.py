@@ -7,6 +7,7 @@ stopped. (Figures of this kind are in the BMM paper, arXiv 2605.12843.)
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bmm_engine.disk.files import write_whole
-from bmm_engine.errors import ConfigError
+from bmm_engine.disk.files import is_file, named, read_identity, write_whole
+from bmm_engine.errors import ConfigError, OutputExistsError
 from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.scores import Score
 from bmm_engine.executors import Executor, open_executor
@@ -35,6 +36,9 @@ from bmm_engine.searching.session import Prepared, Session, prepare
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import RecipeProblem, with_grams, with_search_weights
 from bmm_engine.statistics.text_file import check_output_path
+
+RESULTS, PICTURE = "results.json", "study.png"
+_FORMAT = "bmm-study"
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,7 @@ def _run(
 ) -> list[Point]:
     check_device(recipe.device)
     check_output_path(output)
+    check_study_of_studies(output)
     check_tasks(recipe)
     if any(e.test is None for e in recipe.experts) and recipe.evaluation is not None and not recipe.evaluation.tasks:
         raise ConfigError("a study is judged on test data: give every expert a `test` file.")
@@ -214,9 +219,23 @@ def _run(
                             cell,
                             report,
                         )
-                        results = {"axis": axis, "points": [vars(p) for p in found]}
-                        write_whole(output / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+                        results = {"format": _FORMAT, "axis": axis, "points": [vars(p) for p in found]}
+                        write_whole(output / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     return found
+
+
+def check_study_of_studies(output: Path) -> None:
+    """Refuse a folder whose results, or picture, another program wrote: they are known for ours by the results' format, which are written first.
+
+    Raises `OutputExistsError`."""
+    taken = [name for name in (RESULTS, PICTURE) if os.path.lexists(output / name)]
+    if taken and (
+        read_identity(output / RESULTS, _FORMAT) is None or not all(is_file(output / name) for name in taken)
+    ):
+        raise OutputExistsError(
+            f"{output}: holds {named(taken)} of something else than a study by this engine, which would write files of these names. Move them"
+            " elsewhere, or choose another output."
+        )
 
 
 def _cell(

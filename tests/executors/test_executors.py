@@ -216,14 +216,19 @@ def test_what_a_killed_process_left_is_removed_and_what_is_in_use_is_not(tmp_pat
     abandoned = tmp_path / ".shared-abandoned"
     abandoned.mkdir()
     (abandoned / "lock").touch()
+    theirs = tmp_path / ".shared-with-you"
+    theirs.mkdir()
+    (theirs / "lock").touch()
+    (theirs / "notes").write_text("precious")
     first, second = SharedFolder(tmp_path), SharedFolder(tmp_path)
     handle = first.write({"a": torch.ones(2)})
     second.write({"a": torch.zeros(2)})
     assert not abandoned.exists()
+    assert (theirs / "notes").read_text() == "precious"
     assert handle.tensors()["a"].tolist() == [1, 1]
     first.remove()
     second.remove()
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [theirs]
 
 
 def test_no_room_for_shared_tensors_is_a_typed_error(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bmm_engine import GramAccumulator, collect_grams, merge
+from bmm_engine import GramAccumulator, collect_grams, merge, plan_merge
+from bmm_engine.checkpoint import StateDictSource
 from bmm_engine.errors import (
     CheckpointError,
     ConfigError,
@@ -227,3 +228,19 @@ def test_state_dicts_need_modules_or_grams():
     with pytest.raises(ConfigError, match="Name them with `modules`"):
         merge(base.state_dict(), states)
     assert len(merge(base.state_dict(), states, modules=["*attention.self*"]).modules) == 6
+
+
+def test_experts_that_are_called_alike_are_told_apart(tmp_path):
+    """By their numbers, in errors and records; one model given twice keeps its name."""
+    experts = [StateDictSource(fine_tune(make_base("bert"), seed).state_dict(), "mine") for seed in (1, 2)]
+    base = make_base("bert")
+    plan = plan_merge(base, [*experts, experts[0]])
+    assert [expert.label for expert in plan.alignment.experts] == [f"mine (expert {t})" for t in range(3)]
+    assert [expert.label for expert in experts] == ["mine", "mine"]
+    broken = fine_tune(make_base("bert"), 3).state_dict()
+    broken[f"{QUERY}.weight"] = broken[f"{QUERY}.weight"] * math.nan
+    with pytest.raises(NonFiniteWeightError, match=r"mine \(expert 1\), tensor"):
+        merge(base, [experts[0], StateDictSource(broken, "mine")])
+    _, _, saved, paths = family("bert", tmp_path / "models")
+    plan = plan_merge(saved, [paths[0], paths[0], paths[1]])
+    assert [expert.label for expert in plan.alignment.experts] == [str(paths[i]) for i in (0, 0, 1)]

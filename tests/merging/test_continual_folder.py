@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
-from bmm_engine.errors import CheckpointError, OutputExistsError
+from bmm_engine.errors import CheckpointError, ConfigError, OutputExistsError
 from bmm_engine.merging.continual import ContinualMerge
 from tests.killed import models
+from tests.tiny import family
 
 
 def opened(path):
@@ -54,3 +56,18 @@ def test_a_state_that_is_no_regular_file_is_refused(tmp_path, kind):
         file.mkdir()
     with pytest.raises(CheckpointError, match="no regular file"):
         opened(tmp_path)
+
+
+def test_an_expert_of_another_function_is_refused_as_by_merge(tmp_path):
+    _, _, base, experts = family("llama", tmp_path / "models")
+    config = json.loads((experts[1] / "config.json").read_text())
+    (experts[1] / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    merge = ContinualMerge(base, state=tmp_path / "state")
+    merge.add(experts[0])
+    with pytest.raises(
+        ConfigError, match=r"expert-1: .*rms_norm_eps = 0\.001.*`add\(expert, unchecked_configs=True\)`"
+    ):
+        merge.add(experts[1])
+    assert merge.count == 1
+    merge.add(experts[1], unchecked_configs=True)
+    assert merge.count == 2

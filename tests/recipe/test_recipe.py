@@ -113,6 +113,10 @@ def test_plain_values_load_again(tmp_path):
         ({**GOOD, "vocabulary": "trim"}, "vocabulary = 'trim'"),
         ({**GOOD, "search": {"trials": True}}, r"search\.trials = True: it must not be true or false"),
         ({**GOOD, "fit_bias": 0}, "fit_bias = 0: it must be true or false"),
+        (
+            {**GOOD, "experts": [{"model": "x", "name": "a"}, {"model": "y", "name": "a"}]},
+            "two experts are called 'a'; give each a .name. of its own",
+        ),
         ({**GOOD, "same_tokenizer": "1"}, "same_tokenizer = '1': it must be true or false"),
         ({**GOOD, "fit_bias": "yes"}, "fit_bias = 'yes': it must be true or false"),
         ({**GOOD, "search": {"racing": "off"}}, r"search\.racing = 'off': it must be true or false"),

@@ -100,6 +100,20 @@ def test_studies_of_data_and_trials(project, monkeypatch, capsys):
         assert five["validation"] >= two["validation"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("results.json", '{"precious": 1}'), ("results.json", "no JSON"), ("study.png", "precious")]
+)
+def test_a_studys_files_replace_no_other_programs(project, monkeypatch, capsys, name, content):
+    (project / "out").mkdir()
+    (project / "out" / name).write_text(content)
+    command = ["study", "trials", "recipe.yaml", "-o", "out", "--counts", "2", "--seeds", "1"]
+    code, _, err = run(monkeypatch, capsys, *command)
+    assert code == 2
+    assert f"out: holds '{name}' of something else than a study by this engine" in " ".join(err.split())
+    assert (project / "out" / name).read_text() == content
+    assert [path.name for path in (project / "out").iterdir()] == [name]
+
+
 def test_what_is_missing_is_said_before_anything_runs(project, monkeypatch, capsys):
     recipe = yaml.safe_load((project / "recipe.yaml").read_text())
     cases = [

@@ -49,6 +49,7 @@ def trials(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + 60 * KILLS)
 def test_killed_at_random_moments_a_search_ends_as_if_it_had_not_been(project):
     started = time.monotonic()
     whole = finish(start("whole"))

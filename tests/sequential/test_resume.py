@@ -248,6 +248,7 @@ def test_a_full_disk_is_reported_and_what_is_finished_is_kept(models, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + 60 * KILLS)
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     family("bert", tmp_path)
     for t in range(2):
