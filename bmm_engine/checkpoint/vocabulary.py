@@ -126,14 +126,7 @@ class ResizedSource(TensorSource):
     @cached_property
     def config(self) -> dict[str, Any] | None:
         """The source's, with its `vocab_size` true to the rows."""
-        old, new = _vocab_size(self.source.config), set(self._rows.values())
-        if self.source.config is None or old is None or len(new) != 1:
-            return self.source.config
-        config: dict[str, Any] = copy.deepcopy(self.source.config)
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict) and part.get("vocab_size") == old:
-                part["vocab_size"] = next(iter(new))
-        return config
+        return with_vocab_size(self.source.config, set(self._rows.values()))
 
     def _key(self, name: str) -> str | None:
         """Under which name the rows of `name` are given: its own, or that of the tensor which holds its data."""
@@ -143,6 +136,28 @@ class ResizedSource(TensorSource):
             return None
         held = self.source.aliases.get(name)
         return held if held in self._rows else None
+
+
+def config_of_rows(base: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """The config of a base some of whose tensors are replaced by others of `shapes`: its `vocab_size` is that of its embeddings."""
+    rows = {
+        shape[0]
+        for name, shape in shapes.items()
+        if is_vocabulary_tensor(base, name) and shape[1:] == base.spec(name).shape[1:]
+    }
+    return with_vocab_size(base.config, rows)
+
+
+def with_vocab_size(config: dict[str, Any] | None, rows: set[int]) -> dict[str, Any] | None:
+    """The config with that number of tokens; as it is where there is not one number."""
+    old = _vocab_size(config)
+    if config is None or old is None or len(rows) != 1 or rows == {old}:
+        return config
+    found: dict[str, Any] = copy.deepcopy(config)
+    for part in (found, found.get("text_config")):
+        if isinstance(part, dict) and part.get("vocab_size") == old:
+            part["vocab_size"] = next(iter(rows))
+    return found
 
 
 def _mean_of_present(experts: Sequence[Reader], name: str, start: int, stop: int) -> torch.Tensor:
