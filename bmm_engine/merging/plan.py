@@ -12,7 +12,7 @@ from torch import nn
 from bmm_engine.anchors import DepthMap
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError, listed
-from bmm_engine.merging.accounting import check_architecture, check_configs
+from bmm_engine.merging.accounting import check_architecture, check_configs, check_rows
 from bmm_engine.merging.align import AlignedExpert, Alignment, align
 from bmm_engine.merging.belonging import (
     check_fishers,
@@ -108,6 +108,7 @@ def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -
     alignment = align(models.base, models.experts, settings.keep_base, settings.vocabulary)
     check_configs(alignment, settings)
     check_architecture(alignment, settings)
+    check_rows(alignment, settings)
     # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
     linear = {}
     if settings.solves or settings.rule.linear:
