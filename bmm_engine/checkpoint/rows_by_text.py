@@ -13,6 +13,7 @@ from torch import Tensor
 from bmm_engine.checkpoint.source import TensorSource, TensorSpec, row_span
 from bmm_engine.checkpoint.tokens import Union, Vocabulary
 from bmm_engine.checkpoint.vocabulary import Reader, ViewOfRows, with_vocab_size
+from bmm_engine.errors import ConfigError
 
 
 def fit_by_text(
@@ -81,6 +82,9 @@ def _mean_of_present(experts: Sequence[Reader], maps: Sequence[Tensor], name: st
     return torch.cat(out)
 
 
+_TOKENS = ("input_ids", "decoder_input_ids")
+
+
 class RowsByText(ViewOfRows):
     """`source` with other rows in the tensors `names`: row `i` is its row `own_rows[i]`, or, where that is -1, what `fill` gives for `i`."""
 
@@ -96,7 +100,7 @@ class RowsByText(ViewOfRows):
     ):
         super().__init__(source)
         self._names = frozenset(names)
-        self._own_rows = own_rows
+        self.own_rows = own_rows
         self._fill = fill
         self._dtypes = dict(dtypes or {})
         self.tokenizer = tokenizer
@@ -106,9 +110,9 @@ class RowsByText(ViewOfRows):
         if key is None:
             return spec
         dtype = spec.dtype
-        if key in self._dtypes and bool((self._own_rows < 0).any()):
+        if key in self._dtypes and bool((self.own_rows < 0).any()):
             dtype = torch.promote_types(dtype, self._dtypes[key])
-        return replace(spec, shape=(len(self._own_rows), *spec.shape[1:]), dtype=dtype)
+        return replace(spec, shape=(len(self.own_rows), *spec.shape[1:]), dtype=dtype)
 
     def load(self, name: str, rows: slice | None = None) -> Tensor:
         key = self._key(name, self._names)
@@ -116,7 +120,7 @@ class RowsByText(ViewOfRows):
             return self.source.load(name, rows)
         spec = self.spec(name)
         start, stop = row_span(name, spec.shape, rows)
-        wanted = self._own_rows[start:stop]
+        wanted = self.own_rows[start:stop]
         out = torch.empty((stop - start, *spec.shape[1:]), dtype=spec.dtype)
         held = wanted >= 0
         if held.any():
@@ -129,4 +133,32 @@ class RowsByText(ViewOfRows):
     @cached_property
     def config(self) -> dict[str, Any] | None:
         """The source's, with its `vocab_size` true to the rows."""
-        return with_vocab_size(self.source.config, {len(self._own_rows)})
+        return with_vocab_size(self.source.config, {len(self.own_rows)})
+
+
+def renumbered(source: TensorSource, batches: Sequence[Any]) -> Sequence[Any]:
+    """A model's inputs with its own numbers of tokens, as `source`, which may be a view of its rows, has them. Raises ConfigError for a number that
+    is no token there."""
+    if not isinstance(source, RowsByText):
+        return batches
+    kept = source.own_rows
+    numbers = torch.full((int(kept.max()) + 1,), -1, dtype=torch.long)
+    held = kept >= 0
+    numbers[kept[held]] = torch.arange(len(kept))[held]
+
+    def changed(ids: Tensor) -> Tensor:
+        known = ids.clamp(0, len(numbers) - 1)
+        out = torch.where(ids >= 0, numbers.to(ids.device)[known], ids)
+        if bool(((ids >= len(numbers)) | ((ids >= 0) & (out < 0))).any()):
+            raise ConfigError(
+                f"{source.label}: its calibration data hold the number {int(ids[(ids >= len(numbers)) | (out < 0)][0])}, which is no token of its"
+                " tokenizer; the rows of its embeddings are matched by their tokens."
+            )
+        return out
+
+    return [
+        {key: changed(value) if key in _TOKENS and isinstance(value, Tensor) else value for key, value in batch.items()}
+        if isinstance(batch, Mapping)
+        else batch
+        for batch in batches
+    ]

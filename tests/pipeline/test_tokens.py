@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bmm_engine.errors import ConfigError
 from bmm_engine.pipeline.run import run_recipe
@@ -227,3 +227,25 @@ def test_tokens_of_files_of_words(tmp_path: Path) -> None:
     found = Vocabulary.of(Checkpoint.open(tmp_path))
     assert found is not None
     assert (found.numbers["b"], found.rows) == (1, 5)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "plain"])
+def test_a_walk_reads_each_expert_by_its_own_numbers(tmp_path: Path, mode: str) -> None:
+    """An expert whose tokens are in another order, and the same with its rows put in the base's order before, give one merge."""
+    base = made(tmp_path / "base", BASE_TOKENS, 0, tie_word_embeddings=True)
+    b = made(tmp_path / "b", BASE_TOKENS, 2, tie_word_embeddings=True)
+    turned, straight = (
+        made(tmp_path / n, BASE_TOKENS, 1, words=w, tie_word_embeddings=True)
+        for n, w in (("turned", WORDS[::-1]), ("straight", WORDS))
+    )
+    state = load_file(straight / "model.safetensors")
+    state[EMBED][2:] = state[EMBED][2:].flip(0).clone()
+    save_file(state, straight / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "t.txt").write_text("\n".join(" ".join(WORDS[i % 7 : i % 7 + 4]) for i in range(20)))
+    outputs = []
+    for expert in (turned, straight):
+        experts = [{"model": str(e), "calibration": str(tmp_path / "t.txt")} for e in (expert, b)]
+        recipe = Recipe.parse({"base": str(base), "experts": experts, "vocabulary": "pad", "mode": mode})
+        outputs.append(rows_of(run_recipe(recipe, tmp_path / f"out-{expert.name}", progress=False).path))
+    for name, truth in outputs[1].items():
+        torch.testing.assert_close(outputs[0][name], truth, rtol=1e-5, atol=1e-6)
