@@ -14,7 +14,7 @@ from torch import Tensor
 from bmm_engine.checkpoint import InputRecords
 from bmm_engine.errors import ConfigError
 from bmm_engine.executors.devices import check_device
-from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, write_sidecars
+from bmm_engine.merging.output import IN_MEMORY, Destination, Target, check_sidecars, inputs_of, write_sidecars
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Model, Models
 from bmm_engine.merging.stream import InputRecord, MergeStream, ModuleRecord
@@ -147,6 +147,8 @@ def merge_models(
         raise ConfigError("draws from the posterior are for outputs that count alike: leave out `sensitivities`.")
     specs = destination.specs(plan.alignment)
     writer = destination.writer(specs)
+    if writer is not None:
+        check_sidecars(plan, destination)
     target = Target(specs, writer)
     stream = MergeStream(plan, target.finish, posterior)
     if writer is None:

@@ -23,6 +23,7 @@ from bmm_engine.checkpoint import (
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
 from bmm_engine.checkpoint.dtypes import parse_dtype
 from bmm_engine.checkpoint.ownership import CARD_FILENAME
+from bmm_engine.checkpoint.sidecars import sidecar_files
 from bmm_engine.checkpoint.tokenizer import with_template
 from bmm_engine.checkpoint.tokens import tokenizer_files, tokenizer_folder
 from bmm_engine.errors import NonFiniteWeightError
@@ -112,6 +113,15 @@ def inputs_of(plan: MergePlan) -> list[tuple[str, TensorSource]]:
     return [(role, own) for role, source in roles for own in checkpoints_of(source)]
 
 
+def check_sidecars(plan: MergePlan, destination: Destination) -> None:
+    """Raise, before any work, for files beside the base that cannot come along, and for a tokenizer that cannot be made. Raises `CheckpointError`,
+    `ConfigError`."""
+    files = root_checkpoint(plan.alignment.base)
+    if files is not None and files.path.is_dir():
+        _changed(plan, files, destination.chat_template)
+        sidecar_files(files.path, files.config)
+
+
 def write_sidecars(
     writer: CheckpointWriter,
     plan: MergePlan,
@@ -125,9 +135,20 @@ def write_sidecars(
     if config is not None:
         writer.write_json("config.json", _with_dtype(config, parse_dtype(destination.dtype)))
     if (files := root_checkpoint(base)) is not None:
+        if (donor := _donor(plan)) is not None:
+            logger.warning("%s: has no tokenizer; that of %s is put beside the output", base.label, donor[0])
         writer.copy_sidecars(files, changed=_changed(plan, files, destination.chat_template))
     record = merge_record(recipe_of(plan) if destination.recipe is None else destination.recipe, inputs, summary)
     write_record_and_card(writer, record, base)
+
+
+def _donor(plan: MergePlan) -> tuple[str, Path] | None:
+    """The first expert that has a tokenizer, where the base has none, and where that lies."""
+    base = plan.alignment.base
+    if getattr(base, "tokenizer", None) is not None or tokenizer_folder(base) is not None:
+        return None
+    found = ((e.label, tokenizer_folder(e.source)) for e in plan.alignment.experts)
+    return next(((label, folder) for label, folder in found if folder is not None), None)
 
 
 def _changed(plan: MergePlan, files: Checkpoint, template: str | None) -> dict[str, bytes | None]:
@@ -137,12 +158,8 @@ def _changed(plan: MergePlan, files: Checkpoint, template: str | None) -> dict[s
     union = getattr(base, "tokenizer", None)
     if union is not None:
         changed = union.files(files.path)
-    elif tokenizer_folder(base) is None and files.path.is_dir():
-        for expert in plan.alignment.experts:
-            if (folder := tokenizer_folder(expert.source)) is not None:
-                logger.warning("%s: has no tokenizer; that of %s is put beside the output", base.label, expert.label)
-                changed = tokenizer_files(folder, files.path)
-                break
+    elif (donor := _donor(plan)) is not None and files.path.is_dir():
+        changed = tokenizer_files(donor[1], files.path)
     if template is None:
         return changed
     config = changed.get("tokenizer_config.json")
