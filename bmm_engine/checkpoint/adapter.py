@@ -15,11 +15,13 @@ from torch import Tensor
 
 from bmm_engine.checkpoint.adapter_changes import Delta, find_changes, stored_spec
 from bmm_engine.checkpoint.adapter_config import CONFIG_FILENAME, LoraSettings
+from bmm_engine.checkpoint.adapter_kinds import check_neighbours, tell_base
 from bmm_engine.checkpoint.adapter_names import match_names
 from bmm_engine.checkpoint.layout import contained, full_weights
 from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.checkpoint.reader import WeightFile, file_sha256, locate, open_file
 from bmm_engine.checkpoint.source import TensorSource, TensorSpec
+from bmm_engine.checkpoint.vocabulary import config_of_rows
 from bmm_engine.errors import CheckpointError, MissingTensorError
 from bmm_engine.ops.lowrank import LowRank
 
@@ -64,6 +66,9 @@ class AdapterSource(TensorSource):
         if not self._changes.deltas and not self._changes.saved:
             raise CheckpointError(f"{self._file.path}: holds no tensors; save the adapter again or download it again")
         self._check_ties()
+        self._config = config_of_rows(
+            base, {name: self.spec(name).shape for name in self._changes.saved if name in base}
+        )
 
     @property
     def revision(self) -> str | None:
@@ -77,11 +82,16 @@ class AdapterSource(TensorSource):
 
     @property
     def config(self) -> dict[str, Any] | None:
-        return self.base.config
+        """The base's, with the number of tokens that the adapter's embeddings have."""
+        return self._config
 
     @property
     def aliases(self) -> dict[str, str]:
         return self.base.aliases
+
+    @property
+    def weight_file(self) -> str:
+        return self._file.path.name
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -295,7 +305,7 @@ def open_adapter(
     """Open an adapter, in a directory or on the hub, over its `base`. `live_names`, `transposed` and errors: see `AdapterSource`."""
     try:
         path, hub_id = locate(path_or_hub_id, revision, cache_dir, local_files_only)
-        return AdapterSource(
+        source = AdapterSource(
             base,
             path,
             label=label or str(path_or_hub_id),
@@ -303,6 +313,9 @@ def open_adapter(
             live_names=live_names,
             transposed=transposed,
         )
+        check_neighbours(path, source.weight_file)
+        tell_base(source.label, source.trained_on, source.settings.revision, base)
+        return source
     except OSError as error:
         raise CheckpointError(
             f"{path_or_hub_id}: cannot be read ({error.strerror or error}); check its permissions"

@@ -90,6 +90,7 @@ class LoraSettings:
     dora: bool
     modules_to_save: tuple[str, ...]
     trained_on: str | None
+    revision: str | None = None
 
     @classmethod
     def read(cls, directory: Path) -> LoraSettings:
@@ -115,6 +116,7 @@ class LoraSettings:
             dora=bool(config.use_dora),
             modules_to_save=tuple(modules_to_save),
             trained_on=config.base_model_name_or_path or None,
+            revision=config.revision or None,
         )
 
     def rank_of(self, module: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bmm_engine.checkpoint.config_differences import completed
 from bmm_engine.checkpoint.reader import Checkpoint
 from bmm_engine.checkpoint.source import TensorSource, TensorSpec, missing_tensor
 from bmm_engine.errors import ConfigError
@@ -148,7 +149,7 @@ class StackedSource(TensorSource):
 
     @cached_property
     def config(self) -> dict[str, Any] | None:
-        configs = [part.source.config for part in self.parts]
+        configs = [_with_kinds(part.source.config) for part in self.parts]
         if configs[0] is None:
             return None
         config: dict[str, Any] = copy.deepcopy(configs[0])
@@ -210,6 +211,29 @@ def layer_count(config: dict[str, Any] | None) -> int | None:
 def stands_before(name: str) -> bool:
     """Whether a tensor outside the layers belongs before them, as its name tells."""
     return bool(_BEFORE.search(name.lower())) and not _AFTER.search(name.lower())
+
+
+def _with_kinds(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """With the lists of kinds of layers that the architecture makes of a period (`layer_types`), where the layers are of several kinds: a stack has
+    them in another order."""
+    whole = completed(config) if config is not None else None
+    if whole is None or config is None:
+        return config
+    found: dict[str, Any] = dict(config)
+    for key, value in whole.items():
+        if key == "text_config" and isinstance(value, dict) and isinstance(config.get(key), dict):
+            found[key] = _kinds_in(config[key], value)
+    return _kinds_in(found, whole)
+
+
+def _kinds_in(config: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    count = layer_count(whole)
+    lists = {
+        key: value
+        for key, value in whole.items()
+        if "layer" in key and key not in config and isinstance(value, list) and len(value) == count
+    }
+    return config | {key: value for key, value in lists.items() if any(own != value[0] for own in value)}
 
 
 def _stack_layers(config: dict[str, Any], parts: Sequence[tuple[dict[str, Any], LayerRange]]) -> None:

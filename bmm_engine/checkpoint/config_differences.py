@@ -101,6 +101,12 @@ def _unequal(
             yield (*above, str(key)), one, other
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A config with the defaults of its architecture filled in; None where transformers does not know it."""
+    found = _completed(config) if "model_type" in config else None
+    return None if found is None else found[0]
+
+
 def _completed(config: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]] | None:
     """With the defaults of its architecture filled in, and the keys that this declares; None where transformers does not know it."""
     try:

@@ -43,6 +43,11 @@ def find_weights(directory: Path) -> Layout:
             "adapter into it (merge_and_unload, save_pretrained)"
         )
     others = sorted(path.name for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    if lone := [name for name in others if name.startswith(("adapter_model", "pytorch_lora_weights"))]:
+        raise CheckpointError(
+            f"{directory}: holds {lone[0]}, the weights of an adapter, but no adapter_config.json that says its rank and scaling. Put that file"
+            " beside it (PEFT's save_pretrained writes both), or merge the adapter into its base and pass the result"
+        )
     found = f" Found {listed(others)}: pass the path of a .safetensors file itself to read it." if others else ""
     inside = sorted(path.name for path in directory.iterdir() if path.is_dir() and full_weights(path) is not None)
     if inside and not others:

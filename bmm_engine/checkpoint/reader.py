@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bmm_engine.checkpoint import hub
+from bmm_engine.checkpoint.adapter_kinds import check_no_adapter
 from bmm_engine.checkpoint.guard import read_json_object, regular_file
 from bmm_engine.checkpoint.layout import Layout, contained, find_weights
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
@@ -84,10 +85,14 @@ class Checkpoint(TensorSource):
             path, hub_id = locate(path_or_hub_id, revision, cache_dir, local_files_only)
             label = label or str(path_or_hub_id)
             if not path.is_dir():
-                return cls(path, [open_file(path)], label=label)
+                file = open_file(path)
+                check_no_adapter(path, file.specs)
+                return cls(path, [file], label=label)
             layout = find_weights(path)
             files = [open_file(file) for file in layout.files]
             _check_consistent(layout, files)
+            if len(files) == 1:
+                check_no_adapter(files[0].path, files[0].specs)
             config = None
             if (path / "config.json").exists() or (path / "config.json").is_symlink():
                 config = read_json_object(contained(path, "config.json", asked_by="the directory"))

@@ -203,14 +203,17 @@ def _modules(directory: Path) -> list[dict[str, Any]]:
     if not os.path.lexists(path):
         return []
     found = parse_json(read_bytes(contained(directory, "modules.json", asked_by=str(directory))), str(path))
-    return [module for module in found if isinstance(module, dict)] if isinstance(found, list) else []
+    listed_modules = found if isinstance(found, list) else []
+    return [
+        own for own in listed_modules if isinstance(own, dict) and isinstance(own.get("type"), str) and "path" in own
+    ]
 
 
 def _runs_code(directory: Path, config: dict[str, Any] | None, modules: list[str]) -> bool:
     """Whether some config has an auto_map, or a module is of a class of its own: then the Python files are part of the model."""
     if config and config.get("auto_map"):
         return True
-    if any(not str(module.get("type", "")).startswith("sentence_transformers.") for module in _modules(directory)):
+    if any(not module["type"].startswith("sentence_transformers.") for module in _modules(directory)):
         return True
     return any(content.get("auto_map") for content in _small_objects(directory))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
-from bmm_engine.checkpoint.guard import read_bytes, read_json_object
+from bmm_engine.checkpoint.guard import parse_json, read_bytes, read_json_object
 from bmm_engine.checkpoint.layout import contained
 from bmm_engine.checkpoint.source import TensorSource
 from bmm_engine.errors import ConfigError
@@ -89,11 +89,15 @@ def chosen_template(asked: str | None, models: Sequence[TensorSource]) -> str | 
     return found.most_common(1)[0][0] if found else None
 
 
-def with_template(root: Path, template: str) -> dict[str, bytes | None]:
-    """File name -> what it holds, for the files beside the base at `root` that have a template of their own; None for those that go."""
+def with_template(root: Path, template: str, config_file: bytes | None = None) -> dict[str, bytes | None]:
+    """File name -> what it holds, for the files beside the base at `root` that have a template of their own; None for those that go. `config_file`:
+    the tokenizer's config, where it is not the base's."""
     changed: dict[str, bytes | None] = {CHAT_TEMPLATE: template.encode(), "chat_template.json": None}
-    if (root / "tokenizer_config.json").exists():
-        config = read_json_object(contained(root, "tokenizer_config.json", asked_by=str(root)))
+    if config_file is not None or (root / "tokenizer_config.json").exists():
+        if config_file is None:
+            config = read_json_object(contained(root, "tokenizer_config.json", asked_by=str(root)))
+        else:
+            config = parse_json(config_file, str(root))
         if config.pop("chat_template", None) is not None:
             changed["tokenizer_config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return changed

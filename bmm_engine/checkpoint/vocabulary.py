@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bmm_engine.checkpoint.source import TensorSource, TensorSpec, row_span
+from bmm_engine.checkpoint.tokens import Union
 
 _NAMES = re.compile(r"embed|(^|\.)(lm_head|wte|shared|decoder|word_embeddings)(\.|$)")
 # `(name, start, stop)` -> the rows that a source lacks.
@@ -69,22 +70,13 @@ def fit_vocabulary(
     return fitted, views
 
 
-class ResizedSource(TensorSource):
-    """`source` with another number of rows in some tensors, by `rows`; `fill` gives those that it lacks."""
+class ViewOfRows(TensorSource):
+    """A source with other rows in some tensors. `tokenizer`: that of the output, where it is not the base's."""
 
-    def __init__(
-        self,
-        source: TensorSource,
-        rows: Mapping[str, int],
-        *,
-        fill: Fill,
-        dtypes: Mapping[str, torch.dtype] | None = None,
-    ):
+    def __init__(self, source: TensorSource):
         self.source = source
         self.label = source.label
-        self._rows = dict(rows)
-        self._fill = fill
-        self._dtypes = dict(dtypes or {})
+        self.tokenizer: Union | None = None
 
     @property
     def inputs(self) -> tuple[TensorSource, ...]:
@@ -100,8 +92,34 @@ class ResizedSource(TensorSource):
     def aliases(self) -> dict[str, str]:
         return self.source.aliases
 
+    def _key(self, name: str, among: Collection[str]) -> str | None:
+        """Under which name the rows of `name` are given: its own, or that of the tensor which holds its data."""
+        if name in among:
+            return name
+        if not among:
+            return None
+        held = self.source.aliases.get(name)
+        return held if held in among else None
+
+
+class ResizedSource(ViewOfRows):
+    """`source` with another number of rows in some tensors, by `rows`; `fill` gives those that it lacks."""
+
+    def __init__(
+        self,
+        source: TensorSource,
+        rows: Mapping[str, int],
+        *,
+        fill: Fill,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ):
+        super().__init__(source)
+        self._rows = dict(rows)
+        self._fill = fill
+        self._dtypes = dict(dtypes or {})
+
     def spec(self, name: str) -> TensorSpec:
-        spec, key = self.source.spec(name), self._key(name)
+        spec, key = self.source.spec(name), self._key(name, self._rows)
         if key is None:
             return spec
         dtype = spec.dtype
@@ -110,7 +128,7 @@ class ResizedSource(TensorSource):
         return replace(spec, shape=(self._rows[key], *spec.shape[1:]), dtype=dtype)
 
     def load(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        key = self._key(name)
+        key = self._key(name, self._rows)
         if key is None:
             return self.source.load(name, rows)
         spec, present = self.spec(name), self.source.spec(name).shape[0]
@@ -126,23 +144,29 @@ class ResizedSource(TensorSource):
     @cached_property
     def config(self) -> dict[str, Any] | None:
         """The source's, with its `vocab_size` true to the rows."""
-        old, new = _vocab_size(self.source.config), set(self._rows.values())
-        if self.source.config is None or old is None or len(new) != 1:
-            return self.source.config
-        config: dict[str, Any] = copy.deepcopy(self.source.config)
-        for part in (config, config.get("text_config")):
-            if isinstance(part, dict) and part.get("vocab_size") == old:
-                part["vocab_size"] = next(iter(new))
-        return config
+        return with_vocab_size(self.source.config, set(self._rows.values()))
 
-    def _key(self, name: str) -> str | None:
-        """Under which name the rows of `name` are given: its own, or that of the tensor which holds its data."""
-        if name in self._rows:
-            return name
-        if not self._rows:
-            return None
-        held = self.source.aliases.get(name)
-        return held if held in self._rows else None
+
+def config_of_rows(base: TensorSource, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """The config of a base some of whose tensors are replaced by others of `shapes`: its `vocab_size` is that of its embeddings."""
+    rows = {
+        shape[0]
+        for name, shape in shapes.items()
+        if is_vocabulary_tensor(base, name) and shape[1:] == base.spec(name).shape[1:]
+    }
+    return with_vocab_size(base.config, rows)
+
+
+def with_vocab_size(config: dict[str, Any] | None, rows: set[int]) -> dict[str, Any] | None:
+    """The config with that number of tokens; as it is where there is not one number."""
+    old = _vocab_size(config)
+    if config is None or old is None or len(rows) != 1 or rows == {old}:
+        return config
+    found: dict[str, Any] = copy.deepcopy(config)
+    for part in (found, found.get("text_config")):
+        if isinstance(part, dict) and part.get("vocab_size") == old:
+            part["vocab_size"] = next(iter(rows))
+    return found
 
 
 def _mean_of_present(experts: Sequence[Reader], name: str, start: int, stop: int) -> torch.Tensor:

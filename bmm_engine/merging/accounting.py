@@ -12,6 +12,8 @@ import torch
 from bmm_engine.checkpoint import Checkpoint, TensorSource
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.checkpoint.config_differences import config_differences
+from bmm_engine.checkpoint.tokens import check_tokens
+from bmm_engine.checkpoint.vocabulary import is_vocabulary_tensor
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.merging.align import Alignment
 from bmm_engine.models.architecture import UnknownArchitectureError
@@ -70,6 +72,12 @@ def check_configs(alignment: Alignment, *, unchecked: bool, vocabulary: str = "e
                 f" correct it, or {accept}."
             )
         logger.warning("%s", text)
+
+
+def check_rows(alignment: Alignment, settings: MergeSettings) -> None:
+    """Raise `ConfigError` where embeddings that are merged as they are have different tokens in one row."""
+    if settings.vocabulary == "error" and any(is_vocabulary_tensor(alignment.base, n) for n in alignment.merged):
+        check_tokens(alignment.base, [e.source for e in alignment.experts], unchecked=settings.unchecked_configs)
 
 
 def loads_back(path: Path) -> str | None:

@@ -15,8 +15,9 @@ from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.checkpoint.names import change_prefix
 from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.checkpoint.renamed import RenamedSource
+from bmm_engine.checkpoint.unequal import fit, unequal_tensors
 from bmm_engine.checkpoint.untied import UntiedSource
-from bmm_engine.checkpoint.vocabulary import Reader, fit_vocabulary, is_vocabulary_tensor
+from bmm_engine.checkpoint.vocabulary import Reader, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.merging.advice import missing_tensors, other_shape
 from bmm_engine.merging.buffers import all_buffers, constant_buffers
@@ -98,8 +99,7 @@ def align(
     """Match the experts' tensors to the base's names and check every shape, reading headers, and of what may be tied or a mask the values.
 
     `keep_base`: shell patterns of base tensors to copy from the base instead of merging. `vocabulary`: what to do where embeddings or output
-    heads differ in rows: "error", "crop" or "pad" (see `checkpoint/vocabulary.py`); row `i` must be the same token in all models. `live`: the
-    base itself, where it was given as a live model.
+    heads differ in rows: "error", "crop" or "pad" (see `checkpoint/unequal.py`). `live`: the base itself, where it was given as a live model.
     Raises `MissingTensorError` (tensor, expert), `ShapeMismatchError` (tensor, both shapes), `CheckpointError` for quantised models, `ConfigError`
     for a pattern that matches nothing.
     """
@@ -235,6 +235,7 @@ def _fit(
 ) -> tuple[TensorSource, Sequence[TensorSource]]:
     """Base and experts with equal rows wherever they differ in the size of the vocabulary only."""
     uneven = [n for n in merged if any(_differ_in_vocabulary(base, reader, n) for reader in readers)]
+    uneven = unequal_tensors(base, readers, merged, uneven, vocabulary)
     if not uneven:
         return base, [reader.source for reader in readers]
     left = [n for n in kept if is_vocabulary_tensor(base, n) and base.spec(n).shape[0] == base.spec(uneven[0]).shape[0]]
@@ -243,7 +244,7 @@ def _fit(
             f"vocabulary: {vocabulary} changes the rows of {uneven[0]!r}, but {left[0]!r} is kept from the base with its"
             f" {base.spec(left[0]).shape[0]} rows (keep_base). Keep both from the base, or neither."
         )
-    return fit_vocabulary(base, readers, uneven, vocabulary)
+    return fit(base, readers, uneven, vocabulary)
 
 
 def _differ_in_vocabulary(base: TensorSource, reader: Reader, name: str) -> bool:

@@ -16,7 +16,7 @@ from bmm_engine.checkpoint import InputRecords
 from bmm_engine.errors import ConfigError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.outcomes import outcomes, told, totals
-from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, write_sidecars
+from bmm_engine.merging.output import IN_MEMORY, Destination, Target, check_sidecars, inputs_of, write_sidecars
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Model, Models
 from bmm_engine.merging.stream import InputRecord, MergeStream, ModuleRecord
@@ -154,6 +154,8 @@ def merge_models(
     log_notes(plan)
     specs = destination.specs(plan.alignment)
     writer = destination.writer(specs)
+    if writer is not None:
+        check_sidecars(plan, destination)
     target = Target(specs, writer, plan.alignment.buffers)
     stream = MergeStream(plan, target.finish, posterior)
     if writer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bmm_engine.checkpoint import (
     RECORD_FILENAME,
+    Checkpoint,
     CheckpointWriter,
     TensorSource,
     TensorSpec,
@@ -21,11 +23,15 @@ from bmm_engine.checkpoint import (
 from bmm_engine.checkpoint.compose import checkpoints_of, root_checkpoint
 from bmm_engine.checkpoint.dtypes import parse_dtype
 from bmm_engine.checkpoint.ownership import CARD_FILENAME
+from bmm_engine.checkpoint.sidecars import sidecar_files
 from bmm_engine.checkpoint.tokenizer import with_template
+from bmm_engine.checkpoint.tokens import tokenizer_files, tokenizer_folder
 from bmm_engine.errors import NonFiniteWeightError
 from bmm_engine.merging.align import Alignment
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import Piece
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,15 @@ def inputs_of(plan: MergePlan) -> list[tuple[str, TensorSource]]:
     return [(role, own) for role, source in roles for own in checkpoints_of(source)]
 
 
+def check_sidecars(plan: MergePlan, destination: Destination) -> None:
+    """Raise, before any work, for files beside the base that cannot come along, and for a tokenizer that cannot be made. Raises `CheckpointError`,
+    `ConfigError`."""
+    files = root_checkpoint(plan.alignment.base)
+    if files is not None and files.path.is_dir():
+        _changed(plan, files, destination.chat_template)
+        sidecar_files(files.path, files.config)
+
+
 def write_sidecars(
     writer: CheckpointWriter,
     plan: MergePlan,
@@ -124,10 +139,35 @@ def write_sidecars(
     if config is not None:
         writer.write_json("config.json", _with_dtype(config, parse_dtype(destination.dtype)))
     if (files := root_checkpoint(base)) is not None:
-        template = destination.chat_template
-        writer.copy_sidecars(files, changed=None if template is None else with_template(files.path, template))
+        if (donor := _donor(plan)) is not None:
+            logger.warning("%s: has no tokenizer; that of %s is put beside the output", base.label, donor[0])
+        writer.copy_sidecars(files, changed=_changed(plan, files, destination.chat_template))
     record = merge_record(recipe_of(plan) if destination.recipe is None else destination.recipe, inputs, summary)
     write_record_and_card(writer, record, base)
+
+
+def _donor(plan: MergePlan) -> tuple[str, Path] | None:
+    """The first expert that has a tokenizer, where the base has none, and where that lies."""
+    base = plan.alignment.base
+    if getattr(base, "tokenizer", None) is not None or tokenizer_folder(base) is not None:
+        return None
+    found = ((e.label, tokenizer_folder(e.source)) for e in plan.alignment.experts)
+    return next(((label, folder) for label, folder in found if folder is not None), None)
+
+
+def _changed(plan: MergePlan, files: Checkpoint, template: str | None) -> dict[str, bytes | None]:
+    """Of the files beside the base's weights those that the output has otherwise: the tokenizer where its vocabulary is another, or where the base
+    has none and an expert has; the chat template that was asked for."""
+    base, changed = plan.alignment.base, {}
+    union = getattr(base, "tokenizer", None)
+    if union is not None:
+        changed = union.files(files.path)
+    elif (donor := _donor(plan)) is not None and files.path.is_dir():
+        changed = tokenizer_files(donor[1], files.path)
+    if template is None:
+        return changed
+    config = changed.get("tokenizer_config.json")
+    return {**changed, **with_template(files.path, template, config)}
 
 
 def write_record_and_card(writer: CheckpointWriter, record: Mapping[str, Any], base: TensorSource) -> None:

@@ -12,8 +12,8 @@ from torch import nn
 
 from bmm_engine.anchors import DepthMap
 from bmm_engine.checkpoint.compose import root_checkpoint
-from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
-from bmm_engine.merging.accounting import check_architecture, check_configs
+from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError, listed
+from bmm_engine.merging.accounting import check_architecture, check_configs, check_rows
 from bmm_engine.merging.align import AlignedExpert, Alignment, align
 from bmm_engine.merging.belonging import (
     check_fishers,
@@ -24,6 +24,7 @@ from bmm_engine.merging.belonging import (
 )
 from bmm_engine.merging.outcomes import left_in_layers, unsolved
 from bmm_engine.merging.sources import Models
+from bmm_engine.merging.stacks import check_stacks
 from bmm_engine.models.architecture import (
     LinearModule,
     UnknownArchitectureError,
@@ -32,6 +33,7 @@ from bmm_engine.models.architecture import (
     matrix_modules,
     meta_model,
     select_modules,
+    weight_patterns,
 )
 from bmm_engine.models.bounds import Held
 from bmm_engine.recipe.settings import MergeSettings
@@ -118,9 +120,12 @@ class MergePlan:
 
 def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -> MergePlan:
     """Line up the models, find their linear modules, and group them; from headers alone. Raises as `merge` does."""
+    if not settings.unchecked_configs:
+        check_stacks((models.base, *models.experts))
     alignment = align(models.base, models.experts, settings.keep_base, settings.vocabulary, models.live)
     check_configs(alignment, unchecked=settings.unchecked_configs, vocabulary=settings.vocabulary)
     check_architecture(alignment, settings)
+    check_rows(alignment, settings)
     # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
     linear = {}
     if settings.solves or settings.rule.linear:
@@ -175,10 +180,18 @@ def find_linear_modules(
         )
     if modules is not None:
         return _merged(matrix_modules(stored, modules), merged)
-    raise unknown or ConfigError(
+    if unknown is not None:
+        raise UnknownArchitectureError(
+            f"{unknown} Of these files: modules: [{_quoted(weight_patterns(stored))}]."
+        ) from unknown
+    raise ConfigError(
         f"{base.label}: which of its tensors are linear modules cannot be told (no config.json, no Grams). Name them with `modules`, for"
         " example ['*attention*', '*mlp*'], or pass live models."
     )
+
+
+def _quoted(patterns: Sequence[str]) -> str:
+    return listed(map(repr, patterns[:4]))
 
 
 def _merged(found: dict[str, LinearModule], merged: set[str]) -> dict[str, LinearModule]:

@@ -175,6 +175,8 @@ def load_config(path: Path, held: Held, overrides: Mapping[str, Any] | None = No
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False, **(overrides or {}))
     except BmmError:
         raise
+    except ImportError as error:
+        raise _lacking(path, error) from error
     except Exception as error:  # whatever a config class makes of odd values
         kind = _model_type(path)
         if isinstance(kind, str) and kind in CONFIG_MAPPING:
@@ -182,8 +184,7 @@ def load_config(path: Path, held: Held, overrides: Mapping[str, Any] | None = No
                 f"{path / 'config.json'}: transformers makes no {kind} of it ({told(error)}). Correct the config, or download it again."
             ) from error
         raise UnknownArchitectureError(
-            f"{path}: transformers cannot read its config.json ({told(error)}). Give the linear modules in the recipe:"
-            " `modules: ['*.q_proj', ...]`, and every matching 2-D weight is taken as (out, in)."
+            f"{path}: transformers cannot read its config.json ({told(error)}). {_NAME_THEM}"
         ) from error
 
 
@@ -194,8 +195,30 @@ def _model_type(path: Path) -> Any:
         return None
 
 
+_NAME_THEM = (
+    "Give the linear modules in the recipe: `modules: [...]`, and every 2-D weight whose name matches one of its patterns is taken"
+    " as (out, in)."
+)
+
+
 class UnknownArchitectureError(CheckpointError):
     """transformers does not know the architecture: names and shapes in the files have to tell."""
+
+
+def _lacking(path: Path, error: ImportError) -> UnknownArchitectureError:
+    return UnknownArchitectureError(
+        f"{path}: its architecture needs a library that is not installed ({told(error)}). Install it; or, for a merge that runs no model:"
+        f" {_NAME_THEM}"
+    )
+
+
+def weight_patterns(stored: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Patterns that match the modules of all 2-D weights in numbered blocks, or their names where no block has a number."""
+    modules = [
+        name.removesuffix(".weight") for name, shape in stored.items() if name.endswith(".weight") and len(shape) == 2
+    ]
+    blocks = {found[1]: None for name in modules if (found := re.match(r"(.*?(?:^|\.))\d+\.", name))}
+    return [f"{block}*" for block in blocks] or modules
 
 
 def model_class(config: Any) -> Any:
@@ -245,6 +268,8 @@ def _built(path: Path, config: Any) -> Any:
         return transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
     except BmmError:
         raise
+    except ImportError as error:
+        raise _lacking(path, error) from error
     except Exception as error:  # whatever a model class makes of odd values
         raise CheckpointError(
             f"{path / 'config.json'}: transformers builds no {cls.__name__} of it ({told(error)}). Correct the config: its `architectures`,"

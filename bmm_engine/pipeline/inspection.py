@@ -14,7 +14,12 @@ from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.outcomes import outcomes, told, totals
 from bmm_engine.merging.plan import MergePlan
-from bmm_engine.models.architecture import LinearModule, checkpoint_linear_modules
+from bmm_engine.models.architecture import (
+    LinearModule,
+    UnknownArchitectureError,
+    checkpoint_linear_modules,
+    weight_patterns,
+)
 
 
 def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[str, Any]:
@@ -27,6 +32,9 @@ def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[s
         try:
             linear = checkpoint_linear_modules(checkpoint.path, {s.name: s.shape for s in specs})
             _check_shapes(checkpoint, linear)
+        except UnknownArchitectureError as error:
+            patterns = weight_patterns({s.name: s.shape for s in specs})
+            linear, unknown = {}, f"{error} Of these files: modules: {patterns[:4]}."
         except CheckpointError as error:  # the rest is still worth showing
             linear, unknown = {}, str(error)
     return {
@@ -66,7 +74,9 @@ def _check_shapes(checkpoint: Checkpoint, linear: dict[str, LinearModule]) -> No
 
 def _architecture(config: dict[str, Any]) -> str:
     named = config.get("architectures")
-    return str(named[0] if isinstance(named, list) and named else config.get("model_type", "unknown"))
+    # timm's own config says `architecture`.
+    kind = config.get("model_type", config.get("architecture", "unknown"))
+    return str(named[0] if isinstance(named, list) and named else kind)
 
 
 def describe_plan(plan: MergePlan, gram_source: str, mode: str = "plain") -> dict[str, Any]:

@@ -104,6 +104,7 @@ def live_model(
     if reports:
         _report(path, live, {**told_of, "missing_keys": missing})
     if isinstance(source, AdapterSource):
+        _fit_tokens(live, source)
         with torch.no_grad():
             for name, tensor in source.live_tensors(checkpoint_names(live)):
                 live.get_parameter(name).copy_(tensor)
@@ -166,6 +167,17 @@ class _Unread:
 
     def __getitem__(self, index: Any) -> Tensor:
         return self.tensors.read(self.name)[index]
+
+
+def _fit_tokens(live: Any, source: AdapterSource) -> None:
+    """Give a base's live model as many rows for tokens as its adapter's embeddings have."""
+    for part in (source.config or {}, (source.config or {}).get("text_config") or {}):
+        count = part.get("vocab_size")
+        if count is None or live.get_input_embeddings() is None:
+            continue
+        if count != live.get_input_embeddings().weight.shape[0] and source.config is not source.base.config:
+            live.resize_token_embeddings(count, mean_resizing=False)
+        return
 
 
 def _check_whole(path: Path, live: nn.Module, missing: Iterable[str]) -> None:

@@ -20,7 +20,15 @@ from bmm_engine.errors import BmmError, ConfigError, OutputExistsError, OutputWr
 from bmm_engine.executors.devices import check_device
 from bmm_engine.locks import LockFile
 from bmm_engine.merging.merge import MergeResult, log_notes, run_stream, tensors_of
-from bmm_engine.merging.output import IN_MEMORY, Destination, Target, inputs_of, output_specs, write_sidecars
+from bmm_engine.merging.output import (
+    IN_MEMORY,
+    Destination,
+    Target,
+    check_sidecars,
+    inputs_of,
+    output_specs,
+    write_sidecars,
+)
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Model, Models
 from bmm_engine.merging.stream import MergeStream, Piece, row_slabs
@@ -126,6 +134,8 @@ def walk_models(
     skeleton = Skeleton.of(models, plan)
     specs = destination.specs(plan.alignment)
     writer, buffers = destination.writer(specs), plan.alignment.buffers
+    if writer is not None:
+        check_sidecars(plan, destination)
     with ExitStack() as stack:
         folder = None
         if destination.path is not None:

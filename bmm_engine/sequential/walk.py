@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.checkpoint import TensorSource
+from bmm_engine.checkpoint.rows_by_text import renumbered
 from bmm_engine.errors import CollectionError, EmptyCalibrationError
 from bmm_engine.memory import release_free_memory
 from bmm_engine.merging.inputs import Inputs
@@ -60,6 +61,8 @@ class SequentialWalk:
         for t, own in enumerate(batches):
             if not own:
                 raise EmptyCalibrationError(f"expert {t}: its calibration set is empty: no batches.")
+        # Where rows were matched by their tokens, experts are read by the output's numbers.
+        batches = [renumbered(e.source, own) for e, own in zip(plan.alignment.experts, batches, strict=True)]
         options = plan.settings.sequential
         self.skeleton, self.sweep, self.options, self.report = skeleton, sweep, options, report
         self.plan, self.model, self.reads = plan, skeleton.model, reads

@@ -186,3 +186,13 @@ def test_a_killed_run_that_copied_is_cleaned_by_the_next(tmp_path: Path) -> None
     copy_checkpoint(Checkpoint.open(source), tmp_path / "out", 10**9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
     assert torch.equal(Checkpoint.open(tmp_path / "out").load("w"), torch.ones(2))
+
+
+def test_what_cannot_come_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, base, experts = family("bert", tmp_path)
+    (tmp_path / "secret").write_text("secret")
+    (base / "LICENSE").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr("bmm_engine.merging.merge.run_stream", lambda *_, **__: pytest.fail("it has begun"))
+    with pytest.raises(CheckpointError, match=r"LICENSE: is a link to .*secret, outside"):
+        merge(base, experts, output=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
