@@ -249,11 +249,9 @@ def union_of(models: Sequence[Vocabulary]) -> Union:
                 f"{model.label}: its tokenizer is of another vocabulary than that of {first.label}: {len(lacking)} tokens, such as {shown(text)}, are"
                 " not there, and were not added to it. Bring the models to one tokenizer first, or keep the embeddings from the base (keep_base)."
             )
-        own = (
-            number
-            if number not in taken
-            else next(i for i in range(first.rows, len(taken) + number + 2) if i not in taken)
-        )
+        # Without a gap: tokenizers number what is added one after the other.
+        free = next(i for i in range(first.rows, first.rows + len(lacking) + 1) if i not in taken)
+        own = number if number not in taken and number < free else free
         taken.add(own)
         numbers[text] = own
         further[text] = {**_PLAIN, **entry, "id": own}

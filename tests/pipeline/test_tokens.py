@@ -117,6 +117,29 @@ def test_two_experts_add_other_tokens_under_one_number(tmp_path: Path, swapped: 
     assert [tokenizer.convert_tokens_to_ids(t) for t in ("<think>", "<tool>")] == [n, n + 1]
 
 
+def test_a_token_far_behind_comes_right_after_the_others(tmp_path: Path) -> None:
+    """Tokenizers number added tokens without a gap, so the union must."""
+    n = BASE_TOKENS
+    base = made(tmp_path / "base", n, 0)
+    a = made(tmp_path / "a", n + 1, 1, "<a>")
+    b = made(tmp_path / "b", n + 4, 2, "<a>", "<b>", "<c>", "<d>")
+    c = made(tmp_path / "c", n + 1, 3, "<z>")
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # the middle ones were taken away again
+        config = json.loads((b / name).read_text())
+        config["added_tokens"] = [t for t in config.get("added_tokens", []) if t["content"] not in ("<b>", "<c>")]
+        config.pop("added_tokens_decoder", None)
+        (b / name).write_text(json.dumps(config))
+    out, tokenizer, _ = merged(base, a, b, c, vocabulary="pad")
+    assert tokenizer.convert_tokens_to_ids(["<a>", "<z>", "<d>"]) == [n, n + 1, n + 2]
+    expected = {
+        "<a>": [None, n, n, None],
+        "<z>": [None, None, None, n],
+        "<d>": [None, None, n + 3, None],
+        "cat": [3] * 4,
+    }
+    assert_rows(out, tokenizer, [base, a, b, c], expected)
+
+
 def test_one_row_of_two_tokens_is_refused_and_the_remedies_are_right(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
