@@ -48,7 +48,12 @@ def trace(model, batches, names):
             for place, x in enumerate((args[0], output)):
                 x = x[0] if isinstance(x, tuple) else x
                 m = mask[0]
-                kept = x[m.bool()] if m is not None and x.dim() == 3 else x.reshape(-1, x.shape[-1])
+                if m is not None and x.dim() == 3 and x.shape[:2] == m.shape[::-1]:
+                    m = m.mT  # positions first
+                flat = x.reshape(-1, x.shape[-1])
+                # Not those of a decoder, or of relative positions; some flatten samples and positions.
+                fits = m is not None and len(flat) == m.numel()
+                kept = flat[m.reshape(-1).bool()] if fits else flat
                 rows.setdefault(name, ([], []))[place].append(kept)
 
         handles.append(model.get_submodule(name).register_forward_hook(keep))
@@ -78,9 +83,10 @@ def reference_sequential(
     sweeps=1,
     sensitivities=None,
     share=0.75,
+    heads=(),
 ):
     """The merged model in float64. `anchor`: a state dict, by default the experts' average; `batches[t]`: expert t's calibration.
-    `sensitivities[t]`: module name -> (out, out)."""
+    `sensitivities[t]`: module name -> (out, out). `heads`: names of modules that are not solved."""
     experts = [copy.deepcopy(e).double() for e in experts]
     origin_model = copy.deepcopy(base).double()
     origin, states = origin_model.state_dict(), [e.state_dict() for e in experts]
@@ -89,7 +95,7 @@ def reference_sequential(
     merged = copy.deepcopy(base).double()
     merged.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in anchor.items()})
     counts = [sum(len(next(iter(b.values()))) for b in own) for own in batches]
-    transposed = linear_names(base)
+    transposed = {name: flipped for name, flipped in linear_names(base).items() if name not in heads}
     norm_names = [n for n, m in base.named_modules() if "Norm" in type(m).__name__] if norms else []
     every = [*transposed, *norm_names]
     for _ in range(sweeps):
@@ -97,10 +103,12 @@ def reference_sequential(
         written = [0.0] * len(experts)  # what fine-tuning changed in the residual stream so far
         groups, seen = [], trace(merged, batches[0], every)
         for name, (x, _) in seen.items():
-            alike = [g for g in groups if name not in norm_names and g[0] not in norm_names]
+            alike = [
+                g for g in groups if name not in norm_names and g[0] not in norm_names and block(g[0]) == block(name)
+            ]
             same = next((g for g in alike if x.shape == seen[g[0]][0].shape and torch.equal(x, seen[g[0]][0])), None)
             groups.append([name]) if same is None else same.append(name)
-        for names in groups:
+        for names in (part for group in groups for part in by_bias(group, origin)):
             drifted = [trace(merged, b, names[:1])[names[0]][0] for b in batches]
             own = [trace(e, b, names[:1])[names[0]] for e, b in zip(experts, batches)]
             if names[0] in norm_names:
@@ -159,6 +167,18 @@ def reference_sequential(
                     result = result[:, :-1]
                 state[f"{n}.weight"].copy_(result.T if transposed[n] else result)
     return merged
+
+
+def by_bias(names, state):
+    """Modules with a bias are solved apart from those without, though they read the same."""
+    parts = [[n for n in names if (f"{n}.bias" in state) == has] for has in (True, False)]
+    return sorted(filter(None, parts), key=lambda part: names.index(part[0]))
+
+
+def block(name):
+    """The block that a module stands in: what all blocks read (a decoder's, of the encoder) is solved in each by itself."""
+    numbers = [i for i, part in enumerate(name.split(".")) if part.isdecimal()]
+    return name.split(".")[: numbers[0] + 1] if numbers else []
 
 
 def _along(state, origin, names, transposed, width):

@@ -73,7 +73,7 @@ def fine_tune(base: nn.Module, seed: int, size: float = 0.05) -> nn.Module:
     torch.manual_seed(seed)
     expert = copy.deepcopy(base)
     with torch.no_grad():
-        for parameter in expert.parameters():
+        for parameter in filter(lambda p: p.requires_grad, expert.parameters()):
             parameter.add_(torch.randn_like(parameter) * size)
     return expert
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def shared_inputs(modules: Mapping[str, nn.Module], alone: Container[str], run: 
         run(0)
     groups: dict[Any, list[str]] = {}
     for name, inputs in read.items():
-        key: Any = tuple((id(x), total) for x, total in zip(inputs, sums[name], strict=True))
+        key: Any = (_block_of(name), *((id(x), total) for x, total in zip(inputs, sums[name], strict=True)))
         key = name if name in alone else key
         groups.setdefault(key, []).append(name)
     found = []
@@ -81,6 +82,13 @@ def shared_inputs(modules: Mapping[str, nn.Module], alone: Container[str], run: 
         writes = len(names) == 1 and names[0] not in alone and len(counts) == 1
         found.append(SharedInput(tuple(names), len(read[names[0]]), counts.pop() if writes else 0))
     return found
+
+
+def _block_of(name: str) -> str:
+    """What stands before the first number of a name, and the number: what all blocks read (of an encoder) is solved in each by itself, whether the
+    model is walked block by block or as a whole."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return "" if found is None else found[0]
 
 
 @dataclass(frozen=True)
