@@ -13,6 +13,7 @@ from bmm_engine.errors import CheckpointError, ConfigError, shown
 from bmm_engine.evaluators.contract import TaskData
 from bmm_engine.evaluators.data import LabelledData, check_labels, read_labelled
 from bmm_engine.evaluators.scores import Score, classification_score
+from bmm_engine.models.fitted_inputs import knowing_padding, taken_inputs
 from bmm_engine.recipe.sections import EvaluationRecipe
 
 Batch = tuple[Tensor, dict[str, Tensor]]  # where its rows stand in the file, and the model's inputs
@@ -63,7 +64,9 @@ class ClassificationEvaluator:
         result: Tensor | None = None
         try:
             for rows, inputs in self._batches[task]:
-                output = model(**{key: _like(value, weight) for key, value in inputs.items()})
+                given = taken_inputs(model, inputs) if self._data[task].inputs.texts else inputs
+                with knowing_padding(model, given):
+                    output = model(**{key: _like(value, weight) for key, value in given.items()})
                 logits = getattr(output, "logits", None)
                 if logits is None or logits.dim() != 2:
                     raise CheckpointError(

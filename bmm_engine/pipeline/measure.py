@@ -11,12 +11,13 @@ from typing import Any
 from torch import nn
 
 from bmm_engine.checkpoint import Checkpoint, TensorSource
-from bmm_engine.errors import CollectionError, EmptyCalibrationError, NonFiniteGramError
+from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError, NonFiniteGramError
 from bmm_engine.evaluators.heads import with_head
+from bmm_engine.models.fitted_inputs import needs_decoder_inputs, taken_inputs, with_decoder_inputs
 from bmm_engine.models.inputs import check_inputs
 from bmm_engine.pipeline.models import live_model
 from bmm_engine.recipe.sections import CalibrationRecipe
-from bmm_engine.statistics.calibration import CalibrationData
+from bmm_engine.statistics.calibration import TARGET, CalibrationData
 from bmm_engine.statistics.collect import collect_grams
 from bmm_engine.statistics.fisher import FisherSet, collect_fisher
 from bmm_engine.statistics.grams import GramSet
@@ -101,10 +102,27 @@ def sensitivity_from_checkpoint(
 def batches_of(data: CalibrationData, path: Path, options: CalibrationRecipe, model: nn.Module) -> list[Any]:
     """Calibration data as model inputs, made by the tokenizer or processor at `path`, once all of them fit the `model` that is to read them
     (which may be on the meta device). Raises `ConfigError`, and what making them raises."""
-    batches = list(data.batches(path, batch_size=options.batch_size, max_length=options.max_length))
+    made, ready = (
+        data.batches(path, batch_size=options.batch_size, max_length=options.max_length),
+        data.inputs is not None,
+    )
+    batches = [batch if ready else _taken(model, batch) for batch in made]
     for batch in batches:
-        check_inputs(model, batch, str(data.source), ready=data.inputs is not None)
-    return batches
+        check_inputs(model, batch, str(data.source), ready=ready)
+    return [with_decoder_inputs(model, batch) if needs_decoder_inputs(model, batch) else batch for batch in batches]
+
+
+def _taken(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of texts as the model takes it; their targets are what its decoder reads. Raises `ConfigError` for targets without a decoder."""
+    taken = taken_inputs(model, batch)
+    targets = {key.removeprefix(TARGET): value for key, value in batch.items() if key.startswith(TARGET)}
+    if not targets:
+        return taken
+    if not needs_decoder_inputs(model, taken):
+        raise ConfigError(
+            f"calibration: target_field: {type(model).__name__} has no decoder beside its encoder that would make targets; leave it out."
+        )
+    return with_decoder_inputs(model, taken, targets)
 
 
 @contextmanager

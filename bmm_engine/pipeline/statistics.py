@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.errors import ConfigError
 from bmm_engine.merging.belonging import check_fishers, check_sensitivities, measured_modules
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import load_config, meta_model, model_class
+from bmm_engine.models.fitted_inputs import needs_decoder_inputs
 from bmm_engine.pipeline.measure import (
     batches_of,
     collect_from_checkpoint,
@@ -117,7 +120,9 @@ def expert_data(
 ) -> CalibrationData:
     """An expert's calibration data, and by what they are prepared. Raises `ConfigError`, `CheckpointError`."""
     options = recipe.calibration
-    data = read_calibration(Path(str(expert.calibration)), samples=options.samples, field=options.field)
+    data = read_calibration(
+        Path(str(expert.calibration)), samples=options.samples, field=options.field, target_field=options.target_field
+    )
     if data.inputs is not None:
         return data
     return replace(data, prepared_by=preparing_folder(source, base, images=bool(data.images), report=report))
@@ -135,7 +140,13 @@ def calibration_batches(recipe: Recipe, models: Models, report: Report = lambda 
                 f" {FEW_SAMPLES} the mode plain can be better. Give more, or say `mode: plain`."
             )
         path = model_folder(source)
-        found.append(batches_of(data, path, options, meta_model(path, held_by(source))))
+        model = meta_model(path, held_by(source))
+        if data.texts and not data.targets and needs_decoder_inputs(model, {"input_ids": torch.empty(1, 1)}):
+            report(
+                f"{expert.label}: its decoder reads the texts themselves, one token later; name the column of what it is to make of them with"
+                " `calibration: {target_field: COLUMN}`"
+            )
+        found.append(batches_of(data, path, options, model))
     return found
 
 

@@ -47,6 +47,9 @@ class CalibrationRecipe(Strict):
     batch_size: int = Field(16, ge=1)
     max_length: int = Field(128, ge=1, description="tokens per text")
     field: str = "text"
+    target_field: str | None = Field(
+        None, description="of an encoder with a decoder: the column of what it is to make of the texts; null: the texts"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     fisher_labels: Literal["expected", "sampled"] = Field(
         "expected",

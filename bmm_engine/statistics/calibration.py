@@ -19,18 +19,21 @@ from bmm_engine.statistics.rows import read_lines, read_rows, text_of
 from bmm_engine.statistics.text_file import check_path, check_regular
 
 _COPY_TOKENIZER = "Copy the base's tokenizer files there, or give calibration as .safetensors of model inputs."
+# What the tokens of targets are called before a model has its own name for them.
+TARGET = "target_"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples of one task, read but not yet batched: `texts`, named `inputs` (each (samples, ...)), or `images` (paths). `prepared_by`: the folder of
-    the tokenizer or image processor, where it is not the model's own."""
+    """Samples of one task, read but not yet batched: `texts`, named `inputs` (each (samples, ...)), or `images` (paths). `targets`: beside texts,
+    what a decoder is to make of them. `prepared_by`: the folder of the tokenizer or image processor, where it is not the model's own."""
 
     source: Path
     texts: tuple[str, ...] = ()
     inputs: dict[str, Tensor] | None = None
     images: tuple[Path, ...] = ()
+    targets: tuple[str, ...] = ()
     prepared_by: Path | None = None
 
     def __len__(self) -> int:
@@ -51,8 +54,8 @@ class CalibrationData:
     ) -> Iterator[dict[str, Tensor]]:
         """Model inputs of `batch_size` samples, made by the checkpoint's own tokenizer or image processor.
 
-        Texts of like length go together, so that little is padding, unless they are `ordered` already. Raises `CheckpointError` without a
-        tokenizer or processor.
+        Texts of like length go together, so that little is padding, unless they are `ordered` already. Tokens of targets are called
+        `TARGET + name`. Raises `CheckpointError` without a tokenizer or processor.
         """
         if self.inputs is not None:
             for start in range(0, len(self), batch_size):
@@ -60,23 +63,38 @@ class CalibrationData:
         elif self.texts:
             tokenizer = load_tokenizer(self.prepared_by or model_path)
             tokens = tokenizer(list(self.texts), truncation=True, max_length=max_length)
+            targets: dict[str, Any] = {}
+            if self.targets:
+                targets = dict(tokenizer(text_target=list(self.targets), truncation=True, max_length=max_length))
             order = list(range(len(self)))
             if not ordered:
                 order.sort(key=lambda i: len(tokens["input_ids"][i]))
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                chosen = {key: [values[i] for i in rows] for key, values in tokens.items()}
-                yield dict(tokenizer.pad(chosen, padding=True, return_tensors="pt"))
+                padded = [
+                    dict(
+                        tokenizer.pad(
+                            {key: [values[i] for i in rows] for key, values in own.items()},
+                            padding=True,
+                            return_tensors="pt",
+                        )
+                    )
+                    for own in (tokens, targets)
+                    if own
+                ]
+                yield {**padded[0], **{f"{TARGET}{key}": value for own in padded[1:] for key, value in own.items()}}
         else:
             yield from _image_batches(self.images, self.prepared_by or model_path, batch_size)
 
 
-def read_calibration(path: Path, *, samples: int | None = None, field: str = "text") -> CalibrationData:
+def read_calibration(
+    path: Path, *, samples: int | None = None, field: str = "text", target_field: str | None = None
+) -> CalibrationData:
     """Read up to `samples` samples (spread evenly over the file) from
 
-    `.txt` (a text on each line), `.jsonl`, `.tsv` or `.csv` (the column `field`), `.safetensors` (model inputs by name, samples first), or a
-    directory of images. Raises `ConfigError` (no such file, no such column, unknown kind, what is no text, with its line) and
-    `EmptyCalibrationError`.
+    `.txt` (a text on each line), `.jsonl`, `.tsv` or `.csv` (the columns `field` and, if given, `target_field`), `.safetensors` (model inputs by
+    name, samples first), or a directory of images. Raises `ConfigError` (no such file, no such column, unknown kind, what is no text, with its
+    line) and `EmptyCalibrationError`.
     """
     check_path(path, "calibration")
     if str(path).startswith("~") and not path.exists():
@@ -91,8 +109,9 @@ def read_calibration(path: Path, *, samples: int | None = None, field: str = "te
     elif path.suffix.lower() == ".safetensors":
         data = CalibrationData(path, inputs=read_inputs(path, samples))
     else:
-        texts = [text for text in _read_texts(path, field) if text.strip()]
-        data = CalibrationData(path, texts=tuple(spread(texts, samples)))
+        rows = [row for row in _read_texts(path, field, target_field) if row[0].strip()]
+        texts, targets = zip(*spread(rows, samples), strict=True) if rows else ((), ())
+        data = CalibrationData(path, texts=texts, targets=targets if target_field is not None else ())
     if len(data) == 0:
         raise EmptyCalibrationError(
             f"calibration: {path} holds no samples. A few hundred of the expert's own task are enough."
@@ -128,18 +147,24 @@ def load_tokenizer(path: Path) -> Any:
             f" every text would be the same to it. {_COPY_TOKENIZER}"
         )
     tokenizer.padding_side = "right"  # on the left, absolute positions and the first token would depend on the batch
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # decoder-only models have none; the attention mask tells padding all the same
+    if tokenizer.pad_token is None:  # decoder-only models have none; the attention mask tells padding all the same
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
-def _read_texts(path: Path, field: str) -> Iterator[str]:
+def _read_texts(path: Path, field: str, target_field: str | None) -> Iterator[tuple[str, str]]:
+    """Texts, and what a decoder is to make of each ("" where that is not asked for)."""
     if path.suffix.lower() == ".txt":
-        yield from read_lines(path)
-    else:
-        yield from (text_of(row[field], row.where, field) for row in read_rows(path, [field]))
+        if target_field is not None:
+            raise ConfigError(
+                f"{path}: has one text on each line and no column {target_field!r}. Give a .jsonl, .csv or .tsv."
+            )
+        yield from ((text, "") for text in read_lines(path))
+        return
+    fields = [field] if target_field is None else [field, target_field]
+    for row in read_rows(path, fields):
+        found = [text_of(row[name], row.where, name) for name in fields]
+        yield found[0], found[-1]
 
 
 def read_inputs(path: Path, samples: int | None = None) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bmm_engine.errors import CheckpointError, CollectionError, EmptyCalibrationError
 from bmm_engine.models.architecture import LinearModule, linear_modules, module_checkpoint_names
 from bmm_engine.models.calling import Mask, Padding, call_model, evaluating, kept_rows, padding_of, placement, to_device
+from bmm_engine.models.fitted_inputs import knowing_padding
 from bmm_engine.ops.gram import accumulate_gram
 from bmm_engine.progress import track
 from bmm_engine.statistics.fisher import differentiable, draw_labels, sample_seed
@@ -71,7 +72,8 @@ def collect_sensitivity(
         for batch in track(batches, "collecting sensitivities", show=progress):
             batch = to_device(batch, device)
             padding = padding_of(model, batch, mask)
-            output = call_model(model, batch)
+            with knowing_padding(model, batch):
+                output = call_model(model, batch)
             found = logits(output, batch) if logits is not None else getattr(output, "logits", output)
             recorder.add(_probe(found, padding, seed, seen, type(model).__name__), padding)
             seen += len(found)
