@@ -27,13 +27,13 @@ from bmm_engine.models.calling import evaluating, padding_of, samples_of, to_dev
 from bmm_engine.models.heads import without_heads
 from bmm_engine.progress import Report, track
 from bmm_engine.sequential.hidden import HiddenStates, Room
-from bmm_engine.sequential.modules import ModuleSolver, Part, Solved, Waiting, Written
-from bmm_engine.sequential.moments import Accumulator
-from bmm_engine.sequential.norms import Norm, NormAccumulator, NormSolver, is_norm
+from bmm_engine.sequential.modules import ModuleSolver, Part, Solved, Written
+from bmm_engine.sequential.norms import Norm, NormSolver, is_norm
 from bmm_engine.sequential.passage import Passage
-from bmm_engine.sequential.reading import OtherRowsError, Read, Reader, Run, SharedInput, shared_inputs
+from bmm_engine.sequential.reading import OtherRowsError, Reader, Run, SharedInput, shared_inputs
 from bmm_engine.sequential.reads import ExpertReads
 from bmm_engine.sequential.replay import Replay, finished_parts
+from bmm_engine.sequential.side_by_side import SideBySide
 from bmm_engine.sequential.skeleton import Block, Skeleton, label_of, reader_of
 from bmm_engine.sequential.state import Sweep
 
@@ -65,7 +65,7 @@ class SequentialWalk:
         batches = [renumbered(e.source, own) for e, own in zip(plan.alignment.experts, batches, strict=True)]
         options = plan.settings.sequential
         self.skeleton, self.sweep, self.options, self.report = skeleton, sweep, options, report
-        self.plan, self.model, self.reads = plan, skeleton.model, reads
+        self.plan, self.model = plan, skeleton.model
         self.expert_inputs = Inputs(plan)
         self._modules: dict[str, LinearModule] = {}  # by live name
         for module in (m for group in plan.groups for m in group.members):
@@ -78,16 +78,17 @@ class SequentialWalk:
         self._room = Room(options.hidden_bytes)
         ordered = self.expert_inputs.ordered(batches)
         readers = [reader_of(plan.alignment, expert) for expert in self.expert_inputs.experts]
-        self.experts, self.merged = (
+        experts, merged = (
             [
                 Passage(own, read, partial(self._hidden_states, f"{whose}-{t}"))
                 for t, (own, read) in enumerate(zip(ordered, reading, strict=True))
             ]
             for whose, reading in (("expert", readers), ("merged", [self._read_merged] * len(readers)))
         )
-        self._padding = [
+        padding = [
             [padding_of(self.model, to_device(b, skeleton.device), options.mask) for b in own] for own in ordered
         ]
+        self.both = SideBySide(skeleton, experts, merged, padding, reads)
         self._norms = self._find_norms(plan) if options.norms == "fit" else {}
         self._now = Solved()
         self._routed: dict[str, str] = {}  # leader -> what is said of modules that a router gives their rows
@@ -120,7 +121,7 @@ class SequentialWalk:
 
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
-        samples = [sum(map(samples_of, passage.batches)) for passage in self.experts]
+        samples = [sum(map(samples_of, passage.batches)) for passage in self.both.experts]
         self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, samples)
         self.norms = NormSolver(self.plan, self.expert_inputs, anchor)
         with ExitStack() as stack:
@@ -136,8 +137,8 @@ class SequentialWalk:
                 if number > self._done and self._left:
                     self._carry_out(number, stage)
                     release_free_memory()
-        if self.reads is not None:
-            self.reads.complete = True
+        if self.both.reads is not None:
+            self.both.reads.complete = True
         if never := sorted(self._left & set(self._modules)):
             self._warn_of(never)
         if self._routed:
@@ -154,7 +155,7 @@ class SequentialWalk:
 
     def _order(self) -> None:
         """Find the chains of blocks on the first batch."""
-        passage = self.merged[0]
+        passage = self.both.merged[0]
         why = self.skeleton.order(passage.read, to_device(passage.batches[0], self.skeleton.device))
         if why is not None:
             self.report(f"the model is walked as a whole, not block by block: {why}")
@@ -201,8 +202,8 @@ class SequentialWalk:
 
     def _named(self) -> list[tuple[Passage, str]]:
         """The passages that run, and what their hidden states are called."""
-        both = (("expert", self.experts), ("merged", self.merged))
-        return [(p, f"{whose}-{t}") for whose, own in both for t, p in enumerate(own) if p in self._running]
+        both = (("expert", self.both.experts), ("merged", self.both.merged))
+        return [(p, f"{whose}-{t}") for whose, own in both for t, p in enumerate(own) if p in self.both.running]
 
     def _carry_out(self, number: int, stage: Stage) -> None:
         self._now = Solved()
@@ -216,11 +217,11 @@ class SequentialWalk:
                 "stage": label,
                 "inputs": [asdict(r) for r in self._now.inputs],
                 "modules": [asdict(r) for r in self._now.modules],
-                "hidden": {p.hidden.name: p.hidden.layout() for p in self._running if p.hidden} if kept else {},
+                "hidden": {p.hidden.name: p.hidden.layout() for p in self.both.running if p.hidden} if kept else {},
             }
             path = self.sweep.publish(number, self._now.tensors, record)
         if path is not None and self._one_chain:
-            for passage in self._running:
+            for passage in self.both.running:
                 if passage.hidden is not None:
                     passage.hidden.moved(path)
         for own in self._now.inputs:
@@ -229,7 +230,7 @@ class SequentialWalk:
     def _at(self, stage: Stage, folder: Path) -> str:
         """Carry out a stage; its hidden states go to `folder` where they find no room. Returns what it is called."""
         self._folder = folder
-        for passage in self._running:
+        for passage in self.both.running:
             if passage.hidden is not None:
                 passage.hidden.into(folder)
         if stage is None:
@@ -238,7 +239,7 @@ class SequentialWalk:
             label = self._before_blocks(stage)
         else:
             label = self._block(stage)
-        for passage in self._running:
+        for passage in self.both.running:
             if passage.hidden is not None:
                 passage.hidden.turn()
         return label
@@ -250,7 +251,7 @@ class SequentialWalk:
         label, device = "before the blocks" if first else f"before {chain}", self.skeleton.device
         outside = [live for live in self._left if self.skeleton.place(live) is None]
         if not first:
-            for passage in self._running:
+            for passage in self.both.running:
                 passage.end()
 
         def run_of(passage: Passage) -> Run:
@@ -265,7 +266,7 @@ class SequentialWalk:
         if outside:
             self._solve_stage(label, outside, run_of)
         if self._left:
-            for passage in self._running:
+            for passage in self.both.running:
                 passage.begin(self.skeleton, chain, self.options.mask)
         return label
 
@@ -274,11 +275,11 @@ class SequentialWalk:
         inside = [live for live in self._left if skeleton.place(live) == place]
         block = skeleton.block(place)
 
-        passages = self._running
+        passages = self.both.running
         shared = skeleton.within(place, skeleton.inside(place, self._read_merged))
         for passage in passages:
             passage.replay = self._replay(block, passage)
-            own = passage in self.experts
+            own = passage in self.both.experts
             passage.tensors = skeleton.within(place, skeleton.inside(place, passage.read)) if own else shared
         goes_on = set(inside) != self._left
         advanced = False
@@ -287,7 +288,7 @@ class SequentialWalk:
                 label, inside, lambda passage: passage.through(index, block), block, shared, advance=goes_on
             )
         for passage in passages:
-            if goes_on and not (advanced and passage in self.experts):
+            if goes_on and not (advanced and passage in self.both.experts):
                 passage.finished = ()
                 run = passage.through(index, block)
                 for batch in range(len(passage.batches)):
@@ -307,11 +308,11 @@ class SequentialWalk:
 
     def _whole(self) -> str:
         """All modules in one stage, of the whole model."""
-        label, passages = "the whole model", self._running
-        shared = self._outside(self.merged[0])
+        label, passages = "the whole model", self.both.running
+        shared = self._outside(self.both.merged[0])
         for passage in passages:
             passage.replay = self._replay(self.model, passage)
-            passage.tensors = self._outside(passage) if passage in self.experts else shared
+            passage.tensors = self._outside(passage) if passage in self.both.experts else shared
         device = self.skeleton.device
         self._solve_stage(
             label, sorted(self._left), lambda passage: passage.whole(self.model, device), self.model, shared, prefix=""
@@ -356,7 +357,7 @@ class SequentialWalk:
         """
         names, prefix = set(names), f"{label}." if prefix is None else prefix
         listened = {name: m for name, m in self.model.named_modules() if name in names}
-        found, through = shared_inputs(listened, self._norms, run_of(self.merged[0])), False
+        found, through = shared_inputs(listened, self._norms, run_of(self.both.merged[0])), False
         for shared in found:
             # What a router gives its rows may have to be read again.
             through = advance and shared is found[-1] and "expert" not in shared.leader
@@ -370,15 +371,13 @@ class SequentialWalk:
             measured = self._accumulators(parts, norm, stream=bool(outputs))
             with Reader(shared, listened[shared.leader], outputs).listening() as reader:
                 try:
-                    for t, accumulator in enumerate(measured):
-                        self._measure(reader, accumulator, t, run_of, through)
+                    self.both.measure(reader, measured, run_of, through=through)
                 except OtherRowsError as error:
                     self._routed[shared.leader] = (
                         f"{error}: a router chooses its rows; it is solved on those that each expert itself gives it"
                     )
                     reader.routed, reader.outputs, outputs, measured = True, 0, 0, self._accumulators(parts, norm)
-                    for t, accumulator in enumerate(measured):
-                        self._measure(reader, accumulator, t, run_of, False)
+                    self.both.measure(reader, measured, run_of)
                     if any(own is not None and not own.rows for own in measured):
                         self._routed[shared.leader] = (
                             f"{shared.leader}: an expert's router gives it no rows; it stays as the anchor has it"
@@ -389,7 +388,7 @@ class SequentialWalk:
             if norm is not None:
                 self.norms.solve(label, norm, measured, self._now)
             elif parts:
-                written = Written.by((*self.inputs, *self._now.inputs), len(self.experts)) if outputs else None
+                written = Written.by((*self.inputs, *self._now.inputs), len(self.both.experts)) if outputs else None
                 self.solver.solve(label, parts, measured, self._now, written=written)
             self._left -= set(shared.modules)
             if merged is not None:
@@ -400,7 +399,7 @@ class SequentialWalk:
 
     def _accumulators(self, parts: list[Part], norm: Norm | None, *, stream: bool = False) -> list[Any]:
         """One for each expert; None where there is nothing to solve."""
-        tasks, dtype = range(len(self.experts)), self.skeleton.dtype
+        tasks, dtype = range(len(self.both.experts)), self.skeleton.dtype
         if norm is not None:
             return [self.norms.accumulator(norm, t, dtype) for t in tasks]
         return [self.solver.accumulator(parts, t, dtype, stream=stream) if parts else None for t in tasks]
@@ -417,63 +416,10 @@ class SequentialWalk:
         # What is called several times may read, at a later call, what is not solved yet.
         again = [name.removeprefix(prefix) for shared in found if shared.calls > 1 for name in shared.modules]
         parts = finished_parts(block, solved, [*unsolved, *again])
-        for passage in self.merged:
+        for passage in self.both.merged:
             passage.finished = parts
-        for passage in self.experts:
+        for passage in self.both.experts:
             passage.finished = () if through else parts  # the last pass is not followed by another
-
-    def _measure(
-        self,
-        reader: Reader,
-        accumulator: Accumulator | NormAccumulator | None,
-        t: int,
-        run_of: Callable[[Passage], Run],
-        through: bool,
-    ) -> None:
-        """Have expert `t` and the merged network read its batches; `accumulator` is None where there is nothing to solve."""
-        expert, merged = self.experts[t], self.merged[t]
-        own_run = None if self._known else run_of(expert)
-        if accumulator is None:
-            for b in range(len(expert.batches) if own_run is not None else 0):
-                self._own(reader, t, b, own_run, through)
-            return
-        merged_run = run_of(merged)
-        waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device, outputs=reader.outputs)
-        for b, padding in enumerate(self._padding[t]):
-            own = self._own(reader, t, b, own_run, through)
-            drifted = own if reader.routed else reader.read(merged_run, b)
-            if [read.x.shape for read in own] != [read.x.shape for read in drifted]:
-                rows = [sum(read.x.numel() // read.x.shape[-1] for read in reads) for reads in (own, drifted)]
-                raise OtherRowsError(
-                    f"{reader.shared.leader}: reads {rows[0]} rows of batch {b} in expert {t}, {rows[1]} in the merged network"
-                )
-            for pair in zip(own, drifted, strict=True):
-                waiting.add(*pair, padding)
-        waiting.flush()
-
-    def _own(self, reader: Reader, t: int, batch: int, run: Run | None, through: bool) -> list[Read]:
-        """What expert `t` reads of a batch; with `through` its hidden states go on."""
-        leader, expert = reader.shared.leader, self.experts[t]
-        if run is None:
-            assert self.reads is not None
-            return self.reads.get(leader, t, batch, self.skeleton.device)
-        if through:
-            own, output = reader.read_through(run, batch)
-            expert.walking().advance(batch, output)
-        else:
-            own = reader.read(run, batch)
-        if self.reads is not None:
-            self.reads.put(leader, t, batch, own)
-        return own
-
-    @property
-    def _known(self) -> bool:
-        """Is what the experts read known, so that they need not be run?"""
-        return self.reads is not None and self.reads.complete
-
-    @property
-    def _running(self) -> list[Passage]:
-        return self.merged if self._known else [*self.experts, *self.merged]
 
     def _read_merged(self, name: str) -> Tensor:
         """The merged network's tensor as far as it is solved, the anchor's elsewhere."""
