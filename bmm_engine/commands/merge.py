@@ -96,7 +96,7 @@ def merge(
     jittered = [m["module"] for m in summary["modules"] if m["jitter"]]
     if jittered:
         console.print(f"{len(jittered)} modules needed jitter (first: {jittered[0]}); a larger alpha avoids it.")
-    if loaded.mode == "sequential":
+    if result.plan.settings.mode == "sequential":
         console.print(
             f"How much each input drifted, and what is left of it, is in bmm_merge.json; see it with bmm report {result.path}."
         )

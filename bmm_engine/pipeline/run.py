@@ -13,6 +13,7 @@ from bmm_engine.merging.merge import MergeResult, merge_models
 from bmm_engine.merging.output import Destination
 from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Models
+from bmm_engine.pipeline.mode import in_a_mode_that_works
 from bmm_engine.pipeline.models import open_models
 from bmm_engine.pipeline.statistics import check_files, measure, with_output_weights
 from bmm_engine.progress import Report
@@ -78,6 +79,7 @@ def prepare_recipe(
     check_device(recipe.device)
     models = models or open_models(recipe, local_files_only)
     plan = plan_recipe(recipe, models=models)  # names and shapes, before any model runs
+    recipe = in_a_mode_that_works(recipe, models, plan, report)
     recipe = with_output_weights(recipe, models, report)
     check_files(recipe, plan)
     statistics = measure(recipe, models, report=report, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,13 @@ class Named(Strict):
     anchor: AnchorRecipe = AnchorRecipe(name="average")
 
 
+@dataclasses.dataclass
+class Chosen:
+    """Keys that a recipe left open, and that were chosen for it. Recipes that come to the same are equal."""
+
+    keys: set[str] = dataclasses.field(default_factory=set, compare=False)
+
+
 class Recipe(Algebra, Named):
     """Everything that decides a merge; paths are relative to the recipe's file.
 
@@ -68,6 +76,7 @@ class Recipe(Algebra, Named):
     max_shard_size: str | int = "5GB"
     # Folders that measured files may be written into: the recipe's own, the working folder, and those that its user named.
     _writable: Places = PrivateAttr(default_factory=Places.here)
+    _chosen: Chosen = PrivateAttr(default_factory=Chosen)
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -108,12 +117,14 @@ class Recipe(Algebra, Named):
 
     @model_validator(mode="after")
     def _choose_mode(self) -> Recipe:
+        self._chosen = Chosen({key for key in ("mode", "gram_source") if getattr(self, key) is None})
         if self.mode is None:
             runs = all(e.calibration and not e.grams and not isinstance(e.model, StackRecipe) for e in self.experts)
             solves = self.alpha != math.inf and self.gram_source is None
             self.mode = "sequential" if runs and solves else "plain"
         for key, value in defaults_of(self.mode).items():
             if getattr(self, key) is None:
+                self._chosen.keys.add(key)
                 setattr(self, key, value)
         if self.mode != "sequential":
             return self
@@ -234,6 +245,18 @@ class Recipe(Algebra, Named):
             file = getattr(expert, key)
             if file is not None and not (missing_only and Path(file).exists()):
                 self._writable.check(Path(file), f"expert {expert.label!r}: its `{key}` file")
+
+    @property
+    def mode_is_chosen(self) -> bool:
+        """Did the recipe leave its mode open?"""
+        return "mode" in self._chosen.keys
+
+    def in_mode_plain(self) -> Recipe:
+        """The same in the mode plain, with the choices and defaults of that mode for what it left open."""
+        raw = {key: value for key, value in self.model_dump(exclude_unset=True).items() if key not in self._chosen.keys}
+        recipe = Recipe.model_validate({**raw, "mode": "plain"})
+        recipe._writable = self._writable
+        return recipe
 
     def with_search(self, **changes: Any) -> Recipe:
         """With some keys of its search replaced. Raises `ConfigError`."""
