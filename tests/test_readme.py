@@ -13,6 +13,7 @@ from bmm_engine.anchors import table
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe
 from bmm_engine.recipe.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, SequentialRecipe
+from tests.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).parents[1]
 LINE = 100
@@ -140,3 +141,9 @@ def test_the_examples_of_a_document_are_recipes_and_python(path):
 )
 def test_a_link_that_leads_nowhere_is_found(line, expected):
     assert broken(ROOT / "README.md", f"## A new rule\n\n{line}\n") == expected
+
+
+def test_the_page_of_models_names_every_architecture_that_is_tested():
+    page = (ROOT / "bmm_engine/models/README.md").read_text()
+    listed = re.findall(r"^\* \*\*[^*]+\*\*: (.*?)\.$", page, re.M | re.S)
+    assert [name for line in listed for name in re.split(r",\s+", line)] == list(ARCHITECTURES)

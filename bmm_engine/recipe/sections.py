@@ -60,7 +60,9 @@ class CalibrationRecipe(Strict):
 class SequentialRecipe(Strict):
     """How a merge in the mode "sequential" walks through the network; the models run in the dtype of `calibration`."""
 
-    blocks: str | None = Field(None, description="the list of blocks, by name or shell pattern; null: the longest")
+    blocks: str | None = Field(
+        None, description="the list of blocks, by name or shell pattern; null: all lists that hidden states go through"
+    )
     target: Literal["stream", "module"] = Field(
         "stream",
         description="what a module that writes to the residual stream aims at: what the expert's stream holds after it, so that it makes up for what"

@@ -55,7 +55,9 @@ def test_a_walk_that_was_asked_for_is_not_replaced(raw: dict[str, Any], tmp_path
 def test_inspect_says_the_mode_that_will_be(raw: dict[str, Any], tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
     monkeypatch.setattr(sys, "argv", ["bmm", "inspect", str(tmp_path / "recipe.yaml"), "--json"])
-    main()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
     said = capsys.readouterr()
     assert json.loads(said.out)["mode"] == "plain"
     assert "mode plain, since the walk" in " ".join(said.err.split())
