@@ -84,7 +84,8 @@ def merge_sequential(
     `base`: a checkpoint (directory or hub id) that transformers can build, or a live model; `experts` as in `merge`. `batches[t]`: expert t's
     calibration data, as for `collect_grams`. Each expert and the merged network pass over them once; within a block, and only there, once
     more for each input. Blocks are found where hidden states go through lists of them (`models/README.md`), or named with
-    `blocks` (a name or shell pattern); without any the model is walked as a whole. The model's own blocks are called; of each model one block at a time is held, read from its files.
+    `blocks` (a name or shell pattern); without any the model is walked as a whole. The model's own blocks are called; of each model one block at a
+    time is held, read from its files.
     `grams`, `fishers`: for anchors that need them, as in `merge`. `sensitivities`: one SensitivitySet or path for each expert
     (`collect_sensitivity`, `bmm collect --sensitivity`): errors then count by how much the expert's predictions depend on them,
     `|| (X~_t W^T - X_t W_t^T) S_t^{1/2} ||`, in the energy weights (`1 / ||X_t U_t^T||^2` per input) too.
