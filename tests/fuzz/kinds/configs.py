@@ -86,7 +86,8 @@ def _check_merge(folder: Path, victim: str, tree: dict[str, Any], material: Mate
     try:
         now, changed = _changed(folder / "llama" / victim / "config.json", tree)
     except Invalid as error:
-        if os.path.lexists(folder / "llama" / victim / "config.json") or solving:
+        # Which modules are linear is the base's config to say; an expert may be bare weights.
+        if os.path.lexists(folder / "llama" / victim / "config.json") or (solving and victim == "base"):
             return f"accepted: {error}"
         now, changed = {}, set()  # without a config, tensors are all there is
     # What is left out, or null, means its default, which may be what stood there.
