@@ -21,7 +21,7 @@ from bmm_engine.models.blocks import Weighted, block_list
 from bmm_engine.models.bounds import Held
 from bmm_engine.models.calling import placement
 from bmm_engine.models.chains import RUN, NoChainError, find_chains, order_chains
-from bmm_engine.models.fusing import fusions
+from bmm_engine.models.conversion import to_live
 from bmm_engine.models.heads import head_parameters
 
 Load = Callable[[str], Tensor]
@@ -50,11 +50,12 @@ class Skeleton:
         self.model, self.dtype, self.device = model, dtype, device
         self.asked, self.chains = blocks, find_chains(model, blocks)
         base = alignment.base
-        shapes = {n: base.spec(n).shape for n in (*alignment.merged, *alignment.kept)}
-        self._fusions = fusions(model, shapes)
-        fused = {name for fusion in self._fusions for name in fusion.sources}
+        specs = {n: base.spec(n) for n in (*alignment.merged, *alignment.kept)}
+        # What transformers fuses or splits: a mixture's experts, some queries, keys and values.
+        self._conversions = to_live(model, {n: (spec.shape, spec.dtype) for n, spec in specs.items()})
+        fused = {name for conversion in self._conversions for name in conversion.inputs}
         self.names = {n: live for n, live in live_names(alignment, None, model, fused).items() if n not in fused}
-        made = {name for fusion in self._fusions for name in fusion.targets}
+        made = {name for conversion in self._conversions for name in conversion.outputs}
         known = {*self.names.values(), *made}
         # Of a tied pair the files hold one name; functional calls put it in the place of both.
         tied = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n in known}
@@ -118,9 +119,9 @@ class Skeleton:
         """Tensors by their live names, as the walk computes with them. Of those that are fused, all are to be among the names, or none."""
         wanted = set(names)
         found = {self.names[name]: self.ready(read(name)) for name in self.names if name in wanted}
-        for fusion in self._fusions:
-            if wanted.issuperset(fusion.sources):
-                made = fusion({name: self.ready(read(name)) for name in fusion.sources})
+        for conversion in self._conversions:
+            if wanted.issuperset(conversion.inputs):
+                made = conversion.run({name: self.ready(read(name)) for name in conversion.inputs})
                 found.update({name: tensor.contiguous() for name, tensor in made.items()})
         return found
 
@@ -159,7 +160,9 @@ class Skeleton:
     def _names_in(self, block: Block | None) -> list[str]:
         """The base's names of the tensors of a block, or of all that stands outside the blocks (None)."""
         found = [name for name, live in self.names.items() if self._block_of(live) == block]
-        return found + [n for f in self._fusions if self._block_of(f.targets[0]) == block for n in f.sources]
+        return found + [
+            n for c in self._conversions if self._block_of(next(iter(c.outputs))) == block for n in c.inputs
+        ]
 
     def _block_of(self, live: str) -> Block | None:
         chain = next((c for c in self.chains if live.startswith(f"{c}.")), None)
