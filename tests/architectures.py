@@ -160,6 +160,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "DeepseekV3", n_group=2, topk_group=1, first_k_dense_replace=1, num_key_value_heads=4, head_dim=8
     ),
     "gpt_oss": _causal("GptOss"),
+    "ernie4_5_moe": _causal("Ernie4_5_Moe", moe_num_experts=4, moe_k=2, moe_layer_start_index=0),
     "nemotron": _causal("Nemotron"),
     "persimmon": _causal("Persimmon"),
     "xglm": _causal("XGLM", attention_heads=4),
@@ -200,6 +201,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpnet": _classes("MPNet"),
     "modernbert": _classes("ModernBert"),
     "xlnet": _classes("XLNet"),
+    "xlm": Architecture("XLMWithLMHeadModel", "XLMConfig", sizes={"n_words": VOCABULARY}),
     "funnel": _classes("Funnel", block_sizes=[1, 1], d_head=8),
     "longformer": _classes("Longformer", attention_window=[4, 4]),
     "rembert": _classes("RemBert", input_embedding_size=WIDTH, output_embedding_size=WIDTH),

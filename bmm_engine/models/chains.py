@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,6 +18,7 @@ from bmm_engine.models.blocks import (
     Runnable,
     block_list,
     hidden_of,
+    is_cache,
     module_of,
     only_hidden,
     replaced,
@@ -97,6 +98,7 @@ class _Pass:
 
     def __init__(self, model: nn.Module, chains: Sequence[str], earlier: _Pass | None = None):
         self.model, self.chains, self.earlier = model, chains, earlier
+        self.given = False  # a cache with the batch: it grows with every pass, of the whole model too
         self.ends: dict[str, Tensor] = {}
         self.forms: dict[str, Any] = {}
         self.calls: dict[str, list[_Seen]] = {}
@@ -104,6 +106,8 @@ class _Pass:
         self._last: Tensor | None = None
 
     def run(self, model: Runnable, batch: Any) -> None:
+        given = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else ()
+        self.given = any(map(is_cache, given))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             for chain in self.chains:
@@ -125,6 +129,8 @@ class _Pass:
                 raise NoChainError(
                     f"{chain}.{index} is called after {len(calls)} blocks of its list, or beside another list"
                 )
+            if not self.given and any(map(is_cache, (*args, *kwargs.values()))):
+                raise NoChainError(f"the model makes a cache for {chain}.{index} whatever its config says")
             call, hidden = BlockCall.of(args, kwargs, f"{chain}.{index}")
             if any(value is hidden for value in call.values()):
                 raise NoChainError(f"{chain}.{index} is called with its hidden states twice")
