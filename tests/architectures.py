@@ -44,7 +44,8 @@ _SIZES: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """`inputs`: "text", "unmasked" text, "pairs" (an encoder's text and a decoder's), "images", "waves" (raw sound), "spectrum" (of sound)."""
+    """`inputs`: "text", "unmasked" text, "pairs" (an encoder's text and a decoder's), "images", "waves" (raw sound), "spectrum" (of sound),
+    "captions" (text with a picture in four of its places), "patches" (text with a picture that is four patches in one of its places)."""
 
     cls: str
     config: str
@@ -81,6 +82,19 @@ class Architecture:
                 "input_features": torch.randn(samples, 16, 24, generator=generator),
                 "decoder_input_ids": torch.randint(3, VOCABULARY, (samples, 7), generator=generator),
             }
+        if self.inputs in ("captions", "patches"):
+            places = 4 if self.inputs == "captions" else 1
+            ids = torch.randint(3, 90, (samples, TOKENS), generator=generator)
+            ids[:, 1], ids[:, 2 : 2 + places] = 97, 98  # a picture begins; its places
+            text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if self.inputs == "captions":
+                return {**text, "pixel_values": torch.randn(samples, 3, 16, 16, generator=generator)}
+            return {
+                **text,
+                "mm_token_type_ids": (ids == 98).int(),
+                "pixel_values": torch.randn(4 * samples, 3 * 2 * 8 * 8, generator=generator),
+                "image_grid_thw": torch.tensor([[1, 2, 2]] * samples),
+            }
         lengths = [TOKENS if i % 2 == 0 else 4 + i % 7 for i in range(samples)]
         mask = torch.tensor([[1] * n + [0] * (TOKENS - n) for n in lengths])
         text = {
@@ -116,6 +130,22 @@ def _images(name: str, **sizes: Any) -> Architecture:
     return Architecture(f"{name}ForImageClassification", f"{name}Config", "images", sizes)
 
 
+_PICTURE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "patch_size": 8,
+}
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 _SSM = {"state_size": 8, "expand": 2, "conv_kernel": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -160,6 +190,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "DeepseekV3", n_group=2, topk_group=1, first_k_dense_replace=1, num_key_value_heads=4, head_dim=8
     ),
     "gpt_oss": _causal("GptOss"),
+    "ernie4_5_moe": _causal("Ernie4_5_Moe", moe_num_experts=4, moe_k=2, moe_layer_start_index=0),
     "nemotron": _causal("Nemotron"),
     "persimmon": _causal("Persimmon"),
     "xglm": _causal("XGLM", attention_heads=4),
@@ -200,6 +231,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mpnet": _classes("MPNet"),
     "modernbert": _classes("ModernBert"),
     "xlnet": _classes("XLNet"),
+    "xlm": Architecture("XLMWithLMHeadModel", "XLMConfig", sizes={"n_words": VOCABULARY}),
     "funnel": _classes("Funnel", block_sizes=[1, 1], d_head=8),
     "longformer": _classes("Longformer", attention_window=[4, 4]),
     "rembert": _classes("RemBert", input_embedding_size=WIDTH, output_embedding_size=WIDTH),
@@ -234,6 +266,41 @@ ARCHITECTURES: dict[str, Architecture] = {
     "convnext": _images("ConvNext", image_size=64, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
     "segformer": _images(
         "Segformer", image_size=64, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 4]
+    ),
+    # Pictures in texts
+    "llava": Architecture(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        "captions",
+        {
+            "vision_config": {"model_type": "clip_vision_model", **_PICTURE, "image_size": 16},
+            "text_config": {"model_type": "llama", **_TEXT},
+            "image_token_id": 98,
+            "image_seq_length": 4,
+        },
+    ),
+    "qwen2_vl": Architecture(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        "patches",
+        {
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": WIDTH,
+                "hidden_size": WIDTH,
+                "num_heads": 4,
+                "patch_size": 8,
+                "mlp_ratio": 1,
+            },
+            "text_config": {
+                **_TEXT,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+            },
+            "image_token_id": 98,
+            "video_token_id": 96,
+            "vision_start_token_id": 97,
+            "vision_end_token_id": 95,
+        },
     ),
     # Sound
     "wav2vec2": Architecture(

@@ -125,6 +125,15 @@ def linear_modules(model: nn.Module, patterns: Iterable[str] | None = None) -> d
     return found if patterns is None else select_modules(found, patterns, module_checkpoint_names(model, found))
 
 
+def nothing_to_solve(model: nn.Module | str) -> str:
+    """Why a model, or one of that class, has nothing that could be measured and solved, and what to do."""
+    name = model if isinstance(model, str) else type(model).__name__
+    return (
+        f"{name} has no linear modules (nn.Linear, Conv1D) beside its heads, so no calibration can be used and nothing is solved. Name a head with"
+        " `modules`, or say `alpha: inf`: then all tensors are merged by the anchor's rule."
+    )
+
+
 def select_modules(
     found: Mapping[str, LinearModule], patterns: Iterable[str] | None, *aliases: Mapping[str, str]
 ) -> dict[str, LinearModule]:

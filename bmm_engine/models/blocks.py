@@ -15,7 +15,18 @@ from torch.func import functional_call
 
 from bmm_engine.errors import CollectionError, ConfigError
 from bmm_engine.models.architecture import linear_module
-from bmm_engine.models.calling import BodyEnd, Mask, Stop, call_model, padding_of, placement, to_device
+from bmm_engine.models.calling import (
+    BodyEnd,
+    Mask,
+    Stop,
+    call_model,
+    errors_named,
+    padding_of,
+    placement,
+    to_device,
+)
+
+_BY_ITSELF = "As a part of the model it did: say `mode: plain`, which runs the model as a whole."
 
 
 def find_blocks(model: nn.Module, pattern: str | None = None) -> str:
@@ -59,7 +70,7 @@ class BlockCall:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], block: str) -> tuple[BlockCall, Tensor]:
         for value in (*args, *kwargs.values()):
-            if type(value).__name__.endswith("Cache"):
+            if is_cache(value):
                 raise CollectionError(
                     f"{block}: is called with a {type(value).__name__}, which would grow each time the block runs. Switch the cache off"
                     " (use_cache=False in the model's config, and not in the batches)."
@@ -100,6 +111,11 @@ class Weighted:
 
 
 Runnable = nn.Module | Weighted
+
+
+def is_cache(value: Any) -> bool:
+    """Does it keep keys and values, and grow with each call?"""
+    return type(value).__name__.endswith("Cache")
 
 
 class BlockWalk:
@@ -156,10 +172,11 @@ class BlockWalk:
         return to_device(self.batches[number], self.device)
 
     def call(self, batch: int, index: int, block: Runnable) -> Any:
-        """What `block`, in the place of block `index`, gives for the hidden states of batch number `batch`."""
-        with torch.inference_mode():
-            # A block may add to its input in place, and the next one to be asked must find it as it was.
-            return self._calls[batch][index](block, self.hidden[batch].to(self.device, copy=True))
+        """What `block`, in the place of block `index`, gives for the hidden states of batch number `batch`. Raises `CollectionError`."""
+        # A block may add to its input in place, and the next one to be asked must find it as it was.
+        hidden = self.hidden[batch].to(self.device, copy=True)
+        with torch.inference_mode(), errors_named(f"{self.blocks}.{index}", "hidden states", hidden, _BY_ITSELF):
+            return self._calls[batch][index](block, hidden)
 
     def advance(self, batch: int, output: Any) -> None:
         """Carry on with a block's `output`."""

@@ -169,19 +169,27 @@ def call_model(model: Callable[..., Any], batch: Any) -> Any:
 
     Raises `CollectionError` for whatever the model raises: a batch that does not fit it may end anywhere in it.
     """
-    try:
+    with errors_named(type(getattr(model, "module", model)).__name__, "a batch", batch):
         if isinstance(batch, Mapping):
             return model(**batch)
         if isinstance(batch, tuple):
             return model(*batch)
         return model(batch)
+
+
+@contextmanager
+def errors_named(
+    what: str, on: str, given: Any, remedy: str = "Check the names, shapes and values of its inputs."
+) -> Iterator[None]:
+    """Whatever a model or a part of it raises becomes a `CollectionError` that names it and what it was given."""
+    try:
+        yield
     except (BmmError, Stop):
         raise
     except Exception as error:
         first = (str(error).strip() or "no message").splitlines()[0]
         raise CollectionError(
-            f"{getattr(type(model), '__name__', 'The model')} cannot run on a batch of {_described(batch)} ({type(error).__name__}: {first[:300]})."
-            " Check the names, shapes and values of its inputs."
+            f"{what} cannot run on {on} of {_described(given)} ({type(error).__name__}: {first[:300]}). {remedy}"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,12 +18,14 @@ from bmm_engine.models.blocks import (
     Runnable,
     block_list,
     hidden_of,
+    is_cache,
     module_of,
     only_hidden,
     replaced,
     with_hidden,
 )
 from bmm_engine.models.calling import Stop, call_model
+from bmm_engine.models.heads import body_of
 
 # Blocks that run, to see what those of a list give; what the others would give is told from theirs.
 RUN = 2
@@ -72,16 +74,26 @@ def order_chains(model: Runnable, chains: Sequence[str], batch: Any) -> tuple[st
     no other block is run.
 
     Raises `NoChainError` where hidden states are not all that goes from block to block: a list is called in another order, or twice, or beside
-    another; something is done between two blocks; or what else a block is called with depends on the hidden states.
+    another; something is done between two blocks; what comes after a list reads what lies between its blocks; or what else a block is called with
+    depends on the hidden states.
     """
     first = _Pass(module_of(model), chains)
     first.run(model, batch)
     second = _Pass(module_of(model), chains, first)
     second.run(model, batch)
+    told = "what lies between {}'s blocks is read by what comes after them"
+    done: list[str] = []
     for chain, calls in first.calls.items():
+        if done and not _equal(
+            (calls[0].hidden, calls[0].others), (second.calls[chain][0].hidden, second.calls[chain][0].others)
+        ):
+            raise NoChainError(told.format(" or ".join(done)))
+        done.append(chain)
         for index, (ours, theirs) in enumerate(zip(calls, second.calls[chain], strict=True)):
             if index and not _equal(ours.others, theirs.others):
                 raise NoChainError(f"what {chain}.{index} is called with depends on what the blocks before it give")
+    if done and not _equal(first.result, second.result):
+        raise NoChainError(told.format(" or ".join(done)))
     return tuple(first.calls)
 
 
@@ -97,6 +109,8 @@ class _Pass:
 
     def __init__(self, model: nn.Module, chains: Sequence[str], earlier: _Pass | None = None):
         self.model, self.chains, self.earlier = model, chains, earlier
+        self.given = False  # a cache with the batch: it grows with every pass, of the whole model too
+        self.result: Tensor | None = None  # the body's first
         self.ends: dict[str, Tensor] = {}
         self.forms: dict[str, Any] = {}
         self.calls: dict[str, list[_Seen]] = {}
@@ -104,8 +118,13 @@ class _Pass:
         self._last: Tensor | None = None
 
     def run(self, model: Runnable, batch: Any) -> None:
+        given = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else ()
+        self.given = any(map(is_cache, given))
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
+            # Before whatever ends the pass there.
+            body = body_of(self.model)
+            stack.callback(body.register_forward_hook(self._keep, prepend=True).remove)
             for chain in self.chains:
                 stack.enter_context(replaced(self.model, chain, self._listener(chain)))
             try:
@@ -118,6 +137,11 @@ class _Pass:
             if len(calls) != self._count[chain]:
                 raise NoChainError(f"{len(calls)} of the {self._count[chain]} blocks of {chain} are called")
 
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+        values = output.values() if isinstance(output, Mapping) else output
+        found = output if isinstance(output, Tensor) else next((v for v in values if isinstance(v, Tensor)), None)
+        self.result = None if found is None else found.clone()
+
     def _listener(self, chain: str) -> Callable[..., Any]:
         def listen(index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             calls = self.calls.setdefault(chain, [])
@@ -125,6 +149,8 @@ class _Pass:
                 raise NoChainError(
                     f"{chain}.{index} is called after {len(calls)} blocks of its list, or beside another list"
                 )
+            if not self.given and any(map(is_cache, (*args, *kwargs.values()))):
+                raise NoChainError(f"the model makes a cache for {chain}.{index} whatever its config says")
             call, hidden = BlockCall.of(args, kwargs, f"{chain}.{index}")
             if any(value is hidden for value in call.values()):
                 raise NoChainError(f"{chain}.{index} is called with its hidden states twice")

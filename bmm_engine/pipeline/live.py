@@ -12,14 +12,20 @@ from bmm_engine.errors import CheckpointError
 from bmm_engine.evaluators.heads import EncoderWithHead
 from bmm_engine.merging.align import Alignment
 from bmm_engine.merging.live_names import live_names
+from bmm_engine.models.fusing import Fusion, fusions
+
+# What is fused, and by their live names the tensors that it makes.
+Fused = tuple[Fusion, dict[str, Tensor]]
 
 
 @dataclass
 class LiveModels:
-    """`models` by task; `parameters`: base tensor name -> the one tensor that all of them read, in the layout of the base's file."""
+    """`models` by task; `parameters`: base tensor name -> the one tensor that all of them read, in the layout of the base's file. Of tensors that
+    transformers fuses it is a copy: who writes to it says so to `settle`. `fused`: those fusions, each with the tensors that all models read."""
 
     models: dict[str, nn.Module]
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    fused: list[Fused] = field(default_factory=list)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -27,6 +33,16 @@ class LiveModels:
         for name, tensor in tensors.items():
             if name in self.parameters:
                 self.parameters[name].copy_(tensor)
+        self.settle(tensors)
+
+    @torch.no_grad()
+    def settle(self, names: Iterable[str]) -> None:
+        """Have the models read what was written to the parameters `names`."""
+        written = set(names)
+        for fusion, targets in self.fused:
+            if not written.isdisjoint(fusion.sources):
+                for name, made in fusion({n: self.parameters[n] for n in fusion.sources}).items():
+                    targets[name].copy_(made)
 
 
 def share_parameters(
@@ -40,11 +56,15 @@ def share_parameters(
     Raises `CheckpointError` for a merged tensor that a live model lacks, or has in another shape.
     """
     live = LiveModels({})
+    fused: dict[tuple[str, ...], Fused] = {}  # by the names of what is fused
     for task, expert, make in models:
         model = make().eval().requires_grad_(False)
-        found = _live_tensors(alignment, expert, model)
-        for name, tensor in found.items():
-            shared = live.parameters.setdefault(name, tensor)
+        found, own = _live_tensors(alignment, expert, model)
+        pairs = [(name, live.parameters.setdefault(name, tensor), tensor) for name, tensor in found.items()]
+        for fusion, targets in own:
+            _, first = fused.setdefault(fusion.sources, (fusion, targets))
+            pairs += [(fusion.sources[0], *pair) for pair in zip(first.values(), targets.values(), strict=True)]
+        for name, shared, tensor in pairs:
             if shared is tensor:
                 continue
             if shared.shape != tensor.shape:
@@ -53,19 +73,26 @@ def share_parameters(
                 )
             _replace(model, tensor, shared)
         live.models[task] = model
-    for name in alignment.kept:
-        if name in live.parameters:
-            live.parameters[name].copy_(alignment.base.load(name))
+    live.fused.extend(fused.values())
+    for fusion, targets in live.fused:
+        like = next(iter(targets.values()))
+        for name in fusion.sources:
+            live.parameters[name] = like.new_zeros(alignment.base.spec(name).shape)
+    live.load({name: alignment.base.load(name) for name in alignment.kept if name in live.parameters})
     return live
 
 
-def _live_tensors(alignment: Alignment, expert: int | None, model: nn.Module) -> dict[str, Tensor]:
-    """Base tensor name -> the live tensor that it becomes in `model`."""
+def _live_tensors(alignment: Alignment, expert: int | None, model: nn.Module) -> tuple[dict[str, Tensor], list[Fused]]:
+    """Base tensor name -> the live tensor that it becomes in `model`; and those that are made of several of the base's, or several of one."""
     # A bare encoder within a wrapper (a head of its own) is known by the encoder's names.
     inner = model.encoder if isinstance(model, EncoderWithHead) else model
     state = inner.state_dict(keep_vars=True)
+    made = fusions(inner, {n: alignment.base.spec(n).shape for n in (*alignment.merged, *alignment.kept)})
+    sources = {name for fusion in made for name in fusion.sources}
     found: dict[str, Tensor] = {}
-    for name, live in live_names(alignment, expert, inner).items():
+    for name, live in live_names(alignment, expert, inner, sources).items():
+        if name in sources:
+            continue
         tensor = state[live]
         if any(tensor is other for other in found.values()):  # tied here, and two tensors in the merge
             parent, _, key = live.rpartition(".")
@@ -78,7 +105,7 @@ def _live_tensors(alignment: Alignment, expert: int | None, model: nn.Module) ->
             raise CheckpointError(
                 f"{name}: {stored} in the base's file, {tuple(tensor.shape)} in the live {type(model).__name__}."
             )
-    return found
+    return found, [(fusion, {name: state[name] for name in fusion.targets}) for fusion in made]
 
 
 def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:

@@ -15,7 +15,7 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.merging.belonging import check_fishers, check_sensitivities, measured_modules
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
-from bmm_engine.models.architecture import load_config, meta_model, model_class
+from bmm_engine.models.architecture import load_config, meta_model, model_class, nothing_to_solve
 from bmm_engine.models.fitted_inputs import needs_decoder_inputs
 from bmm_engine.pipeline.measure import (
     batches_of,
@@ -67,8 +67,13 @@ def measure(
 
 
 def check_files(recipe: Recipe, plan: MergePlan) -> None:
-    """Raise, before anything is measured, for a file that does not belong to its expert. Names and shapes only; see `merging/belonging.py`."""
+    """Raise, before anything is measured, for a file that does not belong to its expert. Names and shapes only; see `merging/belonging.py`. And
+    `ConfigError` for calibration or Grams of a model that has nothing to solve on them."""
     settings = recipe.settings
+    given = any(expert.calibration or expert.grams for expert in recipe.experts)
+    if given and settings.solves and settings.gram_source != "task_vectors" and not plan.linear:
+        named = ((plan.alignment.base.config or {}).get("architectures") or ["the model"])[0]
+        raise ConfigError(f"{plan.alignment.base.label}: {nothing_to_solve(named)}")
     for aligned, expert in zip(plan.alignment.experts, recipe.experts, strict=True):
         wants_grams = settings.rule.needs_grams if recipe.mode == "sequential" else settings.needs_grams
         if wants_grams and settings.gram_source != "task_vectors" and _exists(expert.grams):

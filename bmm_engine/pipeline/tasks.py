@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class RecipeTasks:
             makers = [(e.label, i, lambda i=i: self._expert(i, device)) for i, e in enumerate(self.recipe.experts)]
             return share_parameters(plan.alignment, makers)
         shared = share_parameters(plan.alignment, [("", None, lambda: self._plain(device))])
-        return LiveModels(dict.fromkeys(self.names, shared.models[""]), shared.parameters)
+        return replace(shared, models=dict.fromkeys(self.names, shared.models[""]))
 
     def evaluator(self, split: str) -> Evaluator | None:
         """None if no expert has data for the split. Raises `ConfigError` if only some have."""

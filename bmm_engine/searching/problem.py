@@ -220,7 +220,7 @@ class FunctionTasks:
 
     def live(self, plan: MergePlan, device: str) -> LiveModels:
         shared = share_parameters(plan.alignment, [("", None, lambda: copy.deepcopy(self.base).to(device))])
-        return LiveModels(dict.fromkeys(self.names, shared.models[""]), shared.parameters)
+        return replace(shared, models=dict.fromkeys(self.names, shared.models[""]))
 
     def evaluator(self, split: str) -> Evaluator | None:
         return FunctionEvaluator(self.function, self.names, split) if split == "validation" else None

@@ -73,6 +73,7 @@ class Writer:
             self.live.load({name: tensor for name, tensor in own.items() if name not in self._solved})
             self._anchor = candidate.anchor
         weighting = weighting_label(candidate.task_weights)
+        changed: set[str] = set()
         for module in self._modules:
             group = self._group[module.name]
             alpha, scale = candidate.alpha[group], candidate.scale[group]
@@ -80,6 +81,8 @@ class Writer:
             if self._written.get(module.name) != key:
                 self.factors.solve(module, weighting, candidate.anchor, alpha, scale, parameters)
                 self._written[module.name] = key
+                changed.update((module.weight, module.bias))
+        self.live.settle(changed)
 
 
 class FreeWriter:

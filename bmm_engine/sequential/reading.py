@@ -166,7 +166,9 @@ class Reader:
         if self._left == self.shared.additions:
             self._streams.append(addend)
         else:
-            self._streams[-1] += addend
+            self._streams[-1] += addend.reshape(
+                self._streams[-1].shape
+            )  # between two additions it may take another view
         self._left -= 1
         if self._stop and not self._left and len(self._streams) == self.shared.calls:
             raise Stop

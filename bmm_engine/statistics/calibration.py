@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bmm_engine.checkpoint.safetensors_io import SafetensorsFile
 from bmm_engine.checkpoint.tokenizer import has_tokenizer
 from bmm_engine.errors import CheckpointError, ConfigError, EmptyCalibrationError, cut, listed, shown
+from bmm_engine.statistics.patches import GRIDS, patch_counts, select_samples
 from bmm_engine.statistics.rows import read_lines, read_rows, text_of
 from bmm_engine.statistics.text_file import check_path, check_regular
 
@@ -59,7 +59,7 @@ class CalibrationData:
         """
         if self.inputs is not None:
             for start in range(0, len(self), batch_size):
-                yield {key: value[start : start + batch_size] for key, value in self.inputs.items()}
+                yield select_samples(self.inputs, range(start, min(start + batch_size, len(self))))
         elif self.texts:
             tokenizer = load_tokenizer(self.prepared_by or model_path)
             tokens = tokenizer(list(self.texts), truncation=True, max_length=max_length)
@@ -168,24 +168,30 @@ def _read_texts(path: Path, field: str, target_field: str | None) -> Iterator[tu
 
 
 def read_inputs(path: Path, samples: int | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, samples first, or `samples` of them spread evenly. Raises `ConfigError`, `CheckpointError`."""
+    """The tensors of a safetensors file, samples first (pictures may be patches, see `patches.py`), or `samples` of them spread evenly. Raises
+    `ConfigError`, `CheckpointError`."""
     check_regular(path)
     file = SafetensorsFile.open(path)  # read, not mapped
     if scalars := [name for name, spec in file.specs.items() if not spec.shape]:
         raise ConfigError(
             f"{path}: {listed(scalars)} has no dimensions. The first dimension of a model input is the sample."
         )
-    counts = {name: spec.shape[0] for name, spec in file.specs.items()}
+    grids = {name: file.read(name) for name in GRIDS.values() if name in file.specs}
+    counts = {
+        name: spec.shape[0] if (own := patch_counts(name, spec.shape[0], grids)) is None else len(own)
+        for name, spec in file.specs.items()
+    }
     if len(set(counts.values())) > 1:
         raise ConfigError(
-            f"{path}: the inputs differ in their number of samples: {shown(counts)}. The first dimension is the sample."
+            f"{path}: the inputs differ in their number of samples: {shown(counts)}. The first dimension is the sample;"
+            " of pictures as patches, give one grid (image_grid_thw) for each sample."
         )
     if not counts or not all(counts.values()):
         raise EmptyCalibrationError(
             f"calibration: {path} holds no samples: the first dimensions of its tensors are {shown(counts)}."
         )
-    keep = torch.tensor(spread(range(next(iter(counts.values()))), samples), dtype=torch.long)
-    return {name: file.read(name)[keep] for name in file.specs}
+    keep = spread(range(next(iter(counts.values()))), samples)
+    return select_samples({name: file.read(name) for name in file.specs}, keep)
 
 
 def _first_line(error: Exception) -> str:

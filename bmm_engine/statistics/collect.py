@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
-from bmm_engine.models.architecture import LinearModule, linear_modules, module_checkpoint_names
+from bmm_engine.models.architecture import LinearModule, linear_modules, module_checkpoint_names, nothing_to_solve
 from bmm_engine.models.calling import Mask, Padding, evaluating, kept_rows, padding_of, placement, to_device
 from bmm_engine.models.heads import run_body, without_heads
 from bmm_engine.progress import track
@@ -45,7 +45,7 @@ def collect_grams(
     """
     chosen = linear_modules(model, modules)
     if not chosen:
-        raise ConfigError(f"{type(model).__name__} has no linear modules to measure; name some with `modules`.")
+        raise ConfigError(nothing_to_solve(model))
     recorder = Recorder(model, chosen, backend)
     device, _ = placement(model)
     with evaluating(model), without_heads(model, chosen), recorder.hooked(), torch.inference_mode():

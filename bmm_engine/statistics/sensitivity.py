@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.errors import CheckpointError, CollectionError, EmptyCalibrationError
-from bmm_engine.models.architecture import LinearModule, linear_modules, module_checkpoint_names
+from bmm_engine.models.architecture import LinearModule, linear_modules, module_checkpoint_names, nothing_to_solve
 from bmm_engine.models.calling import Mask, Padding, call_model, evaluating, kept_rows, padding_of, placement, to_device
 from bmm_engine.models.fitted_inputs import knowing_padding
 from bmm_engine.ops.gram import accumulate_gram
@@ -60,7 +60,7 @@ def collect_sensitivity(
     """
     chosen = linear_modules(model, modules)
     if not chosen:
-        raise CollectionError(f"{type(model).__name__} has no linear modules to measure; name some with `modules`.")
+        raise CollectionError(nothing_to_solve(model))
     device, dtype = placement(model)
     recorder = _Recorder(model, chosen)
     seen = 0

@@ -33,6 +33,7 @@ from bmm_engine.models.architecture import (
     LinearModule,
     is_head,
     linear_modules,
+    nothing_to_solve,
 )
 from bmm_engine.models.blocks import BlockWalk, before_blocks, block_list, find_blocks, without_cache
 from bmm_engine.models.calling import Mask, evaluating, padding_of, placement, to_device
@@ -134,7 +135,7 @@ class _SequentialMerge:
         self.experts, self.rule, self.parameters = experts, rule, parameters
         self.modules = linear_modules(base, modules)
         if not self.modules:
-            raise ConfigError(f"{type(base).__name__} has no linear modules to measure; name some with `modules`.")
+            raise ConfigError(nothing_to_solve(base))
         device, _ = placement(base)
         for t, expert in enumerate(experts):
             if placement(expert)[0] != device:

@@ -36,7 +36,7 @@ def check_gram(total: Tensor, row_sum: Tensor, rows: int, where: str, name: str)
     if not bool(diagonal.any()):
         raise CheckpointError(
             f"{where}: {what} is all zero, though {rows} rows were measured: nothing can be solved on it. Collect it again on data that reaches the"
-            " module, or leave the module out with `modules`."
+            " module, leave the module out with `modules`, or, where the model itself gives it zeros, leave `mode: plain` out."
         )
     # (sum x_i)^2 <= n sum x_i^2: so many rows at least.
     needed = row_sum.double().square() / (diagonal + _LOST[total.dtype])

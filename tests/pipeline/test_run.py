@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from bmm_engine import FisherSet, collect_fisher, collect_grams, collect_sequential, merge, merge_sequential
+from bmm_engine.checkpoint import Checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError
 from bmm_engine.pipeline.measure import collect_from_checkpoint
 from bmm_engine.pipeline.models import open_models
@@ -320,3 +321,26 @@ def test_each_checkpoint_is_opened_once(tmp_path, monkeypatch):
     run_recipe(make_recipe(tmp_path, {"calibration": names}), tmp_path / "out")
     models = [str(tmp_path / name) for name in ("base", "expert-0", "expert-1")]
     assert sorted(path for path in opened if path in models) == models
+
+
+@pytest.mark.parametrize("mode", [None, "plain"])
+def test_calibration_of_a_model_without_linear_modules_is_refused_and_the_advice_merges_it(mode, tmp_path):
+    from transformers import MobileNetV1Config, MobileNetV1ForImageClassification
+
+    paths = []
+    for i in range(3):
+        torch.manual_seed(i)
+        model = MobileNetV1ForImageClassification(MobileNetV1Config(depth_multiplier=0.05, image_size=32))
+        model.save_pretrained(paths.append(tmp_path / f"model-{i}") or paths[-1])
+    save_file({"pixel_values": torch.randn(2, 3, 32, 32)}, tmp_path / "inputs.safetensors")
+    experts = [{"model": str(p), "calibration": str(tmp_path / "inputs.safetensors")} for p in paths[1:]]
+    raw = {"base": str(paths[0]), "mode": mode, "experts": experts}
+    with pytest.raises(
+        ConfigError, match=r"model-0: MobileNetV1ForImageClassification has no linear modules.*alpha: inf"
+    ):
+        run_recipe(Recipe.parse(raw), tmp_path / "out", progress=False)
+    result = run_recipe(Recipe.parse({**raw, "alpha": "inf"}), tmp_path / "out", progress=False)
+    name = "mobilenet_v1.conv_stem.convolution.weight"
+    own = [Checkpoint.open(p).load(name).double() for p in paths[1:]]
+    assert not result.modules
+    assert relative_error(Checkpoint.open(tmp_path / "out").load(name), sum(own) / 2) < 1e-6

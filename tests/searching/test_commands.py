@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from bmm_engine.cli import main
-from tests.tiny import family
+from tests.architectures import ARCHITECTURES
+from tests.tiny import family, fine_tune
 from tests.words import WORDS, tokenizer_in
 
 
@@ -139,15 +140,21 @@ def test_what_is_missing_is_said_before_anything_runs(project, monkeypatch, caps
         assert not (project / "out").exists()
 
 
-def test_language_models_with_tied_embeddings(tmp_path, monkeypatch, capsys):
-    family("llama", tmp_path)
-    for name in ("base", "expert-0", "expert-1"):
-        tokenizer_in(tmp_path / name)
+@pytest.mark.parametrize("calibrated", [False, True], ids=["data-free", "walked"])
+@pytest.mark.parametrize("name", ["llama-tied", "llama", "mixtral"])
+def test_language_models(name, calibrated, tmp_path, monkeypatch, capsys):
+    """Embeddings tied or not; tensors that transformers fuses in the live model."""
+    base = ARCHITECTURES[name].make()
+    for folder, model in (("base", base), ("expert-0", fine_tune(base, 1)), ("expert-1", fine_tune(base, 2))):
+        model.save_pretrained(tmp_path / folder)
+        tokenizer_in(tmp_path / folder)
     experts = []
     for i in range(2):
         texts = "\n".join(" ".join(WORDS[(n + i) % 8 : (n + i) % 8 + 5]) for n in range(10))
         (tmp_path / f"texts-{i}.txt").write_text(texts)
         experts.append({"name": f"domain-{i}", "model": f"expert-{i}", "validation": f"texts-{i}.txt"})
+        if calibrated:
+            experts[-1]["calibration"] = f"texts-{i}.txt"
     recipe = {"base": "base", "experts": experts, "evaluation": {"kind": "language_model"}, "search": {"groups": "all"}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.chdir(tmp_path)
@@ -163,9 +170,11 @@ def test_language_models_with_tied_embeddings(tmp_path, monkeypatch, capsys):
 
     section = EvaluationRecipe(kind="language_model")
     evaluator = build_evaluator(section, [TaskData("t", tmp_path / "texts-0.txt", tmp_path / "merged")], "validation")
-    score = evaluator(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), "t")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    score = evaluator(merged, "t")
     assert score.value == pytest.approx(best["value"], rel=1e-5)
     assert score.details["perplexity"] == pytest.approx(1 / score.value)
+    assert evaluator(base, "t").value != pytest.approx(best["value"], rel=1e-5)
 
 
 def test_code_of_a_recipe_runs_only_where_its_reader_allows_it(project, monkeypatch, capsys):

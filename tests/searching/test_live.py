@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from bmm_engine import collect_grams, merge
 from bmm_engine.evaluators.function import FunctionEvaluator
 from bmm_engine.executors import open_executor
 from bmm_engine.merging.factors import Factors
+from bmm_engine.merging.plan import make_plan
 from bmm_engine.merging.sources import Models
 from bmm_engine.recipe.sections import SearchRecipe
 from bmm_engine.recipe.settings import MergeSettings
@@ -21,6 +23,7 @@ from bmm_engine.searching.session import prepare
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.trial import FreeWriter, TrialRunner, Writer
 from bmm_engine.statistics.sets import Statistics
+from tests import architectures
 from tests.tiny import fine_tune, make_base, make_batches
 
 ARCHITECTURES = ["bert", "gpt2", "vit", "llama"]
@@ -126,8 +129,6 @@ def test_models_of_all_tasks_share_what_is_merged_and_keep_their_heads():
     problem = problem_of("bert", anchors=("average",))
     base, experts = problem.tasks.base, problem.tasks.experts
     plan = replace(problem, models=Models.open(base.bert, experts)).plan
-    import copy
-
     models = [(f"task {i}", i, lambda e=e: copy.deepcopy(e)) for i, e in enumerate(experts)]
     live = share_parameters(plan.alignment, models)
     live.load({name: torch.zeros(plan.alignment.base.spec(name).shape) for name in plan.alignment.merged})
@@ -136,3 +137,22 @@ def test_models_of_all_tasks_share_what_is_merged_and_keep_their_heads():
         assert not model.bert.encoder.layer[0].attention.self.query.weight.any()
         assert not model.bert.embeddings.word_embeddings.weight.any()
         assert torch.equal(model.classifier.weight, expert.classifier.weight)
+
+
+def test_what_transformers_fuses_is_shared_too():
+    """Heads beside a mixture of experts, whose tensors are one in the live model and many in the files."""
+    from bmm_engine.pipeline.live import share_parameters
+
+    mixtral = replace(architectures.ARCHITECTURES["mixtral"], cls="MixtralForSequenceClassification")
+    base = mixtral.make()
+    experts = [fine_tune(base, seed) for seed in (1, 2)]
+    alignment = make_plan(
+        MergeSettings(gram_source="task_vectors", keep_base=("score.*",)), Models.open(base, experts), Statistics()
+    ).alignment
+    live = share_parameters(alignment, [(f"task {i}", i, lambda e=e: copy.deepcopy(e)) for i, e in enumerate(experts)])
+    live.load({name: alignment.base.load(name) for name in alignment.merged})
+    for model in live.models.values():
+        assert torch.equal(model.model.layers[1].mlp.experts.down_proj, base.model.layers[1].mlp.experts.down_proj)
+    live.load({name: torch.zeros(alignment.base.spec(name).shape) for name in alignment.merged})
+    for model in live.models.values():
+        assert not any(p.any() for p in model.model.parameters())

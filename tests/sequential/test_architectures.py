@@ -24,7 +24,7 @@ SAMPLES = 20
 # Linear modules that are not called as modules (a state space reads its weights), or only by what no sample reaches.
 UNREACHED = {"mamba": "dt_proj", "falcon_mamba": "dt_proj", "jamba": "dt_proj", "esm": "contact_head"}
 # The model itself cannot run in float64.
-NARROW = {"xglm", "deberta"}
+NARROW = {"xglm", "deberta", "qwen2_vl"}
 # A router gives experts other rows in the merged network: solved on the experts' own rows, which the reference does not do.
 ROUTED = {"switch_transformers"}
 
