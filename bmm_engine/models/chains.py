@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -92,9 +93,21 @@ def order_chains(model: Runnable, chains: Sequence[str], batch: Any) -> tuple[st
         for index, (ours, theirs) in enumerate(zip(calls, second.calls[chain], strict=True)):
             if index and not _equal(ours.others, theirs.others):
                 raise NoChainError(f"what {chain}.{index} is called with depends on what the blocks before it give")
+    if first.unlike:
+        _check_unread(model, chains, batch, first)
     if done and not _equal(first.result, second.result):
         raise NoChainError(told.format(" or ".join(done)))
     return tuple(first.calls)
+
+
+def _check_unread(model: Runnable, chains: Sequence[str], batch: Any, first: _Pass) -> None:
+    """Blocks that give more than hidden states, each something else (attention weights): no block may read that of another. Raises `NoChainError`."""
+    third = _Pass(module_of(model), chains, first, shift_rest=True)
+    third.run(model, batch)
+    for chain, why in first.unlike.items():
+        pairs = zip(first.calls[chain], third.calls[chain], strict=True)
+        if not all(_equal(ours.others, theirs.others) for ours, theirs in pairs):
+            raise NoChainError(why)
 
 
 @dataclass(frozen=True)
@@ -105,10 +118,13 @@ class _Seen:
 
 class _Pass:
     """One pass of a batch through a model whose blocks are watched. After an `earlier` one none of them runs, and hidden states are others within
-    each chain, though not at its end."""
+    each chain, though not at its end; with `shift_rest` so is all that blocks give beside them."""
 
-    def __init__(self, model: nn.Module, chains: Sequence[str], earlier: _Pass | None = None):
-        self.model, self.chains, self.earlier = model, chains, earlier
+    def __init__(
+        self, model: nn.Module, chains: Sequence[str], earlier: _Pass | None = None, *, shift_rest: bool = False
+    ):
+        self.model, self.chains, self.earlier, self.shift_rest = model, chains, earlier, shift_rest
+        self.unlike: dict[str, str] = {}  # chains whose blocks give more than hidden states, and not all the same
         self.given = False  # a cache with the batch: it grows with every pass, of the whole model too
         self.result: Tensor | None = None  # the body's first
         self.ends: dict[str, Tensor] = {}
@@ -168,20 +184,33 @@ class _Pass:
     ) -> Any:
         if self.earlier is not None:
             at_end = index == self._count[chain] - 1
-            return with_hidden(self.earlier.forms[chain], self.earlier.ends[chain] if at_end else hidden + 1)
+            form = self.earlier.forms[chain]
+            form = _shifted(form) if self.shift_rest else form
+            return with_hidden(form, self.earlier.ends[chain] if at_end else hidden + 1)
         if index >= RUN:
             return with_hidden(self.forms[chain], hidden + 0)
         output = forward(*args, **kwargs)
         if hidden_of(output).shape != hidden.shape:
             raise NoChainError(f"{chain}.{index} gives hidden states of another shape than it reads")
         if index and not only_hidden(output) and not _equal(_rest(self.forms[chain]), _rest(output)):
-            raise NoChainError(f"{chain}.{index} gives more than hidden states, and not what {chain}.0 gives")
+            self.unlike[chain] = f"{chain}.{index} gives more than hidden states, and not what {chain}.0 gives"
         self.forms.setdefault(chain, output)
         return output
 
 
 def _rest(output: Any) -> Any:
     return list(output.values() if isinstance(output, dict) else output)[1:] if not isinstance(output, Tensor) else []
+
+
+def _shifted(value: Any) -> Any:
+    """Other numbers in all tensors of floats."""
+    if isinstance(value, Tensor):
+        return value + 1 if value.is_floating_point() else value
+    if isinstance(value, dict):
+        changed: Any = copy.copy(value)
+        changed.update({key: _shifted(own) for key, own in value.items()})
+        return changed
+    return type(value)(map(_shifted, value)) if type(value) in (tuple, list) else value
 
 
 def _copied(values: Iterable[Any]) -> list[Any]:

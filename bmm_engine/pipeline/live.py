@@ -12,16 +12,16 @@ from bmm_engine.errors import CheckpointError
 from bmm_engine.evaluators.heads import EncoderWithHead
 from bmm_engine.merging.align import Alignment
 from bmm_engine.merging.live_names import live_names
-from bmm_engine.models.fusing import Fusion, fusions
+from bmm_engine.models.conversion import Conversion, to_live
 
 # What is fused, and by their live names the tensors that it makes.
-Fused = tuple[Fusion, dict[str, Tensor]]
+Fused = tuple[Conversion, dict[str, Tensor]]
 
 
 @dataclass
 class LiveModels:
     """`models` by task; `parameters`: base tensor name -> the one tensor that all of them read, in the layout of the base's file. Of tensors that
-    transformers fuses it is a copy: who writes to it says so to `settle`. `fused`: those fusions, each with the tensors that all models read."""
+    transformers fuses it is a copy: who writes to it says so to `settle`. `fused`: those conversions, each with the tensors that all models read."""
 
     models: dict[str, nn.Module]
     parameters: dict[str, Tensor] = field(default_factory=dict)
@@ -39,9 +39,9 @@ class LiveModels:
     def settle(self, names: Iterable[str]) -> None:
         """Have the models read what was written to the parameters `names`."""
         written = set(names)
-        for fusion, targets in self.fused:
-            if not written.isdisjoint(fusion.sources):
-                for name, made in fusion({n: self.parameters[n] for n in fusion.sources}).items():
+        for conversion, targets in self.fused:
+            if not written.isdisjoint(conversion.inputs):
+                for name, made in conversion.run({n: self.parameters[n] for n in conversion.inputs}).items():
                     targets[name].copy_(made)
 
 
@@ -61,9 +61,9 @@ def share_parameters(
         model = make().eval().requires_grad_(False)
         found, own = _live_tensors(alignment, expert, model)
         pairs = [(name, live.parameters.setdefault(name, tensor), tensor) for name, tensor in found.items()]
-        for fusion, targets in own:
-            _, first = fused.setdefault(fusion.sources, (fusion, targets))
-            pairs += [(fusion.sources[0], *pair) for pair in zip(first.values(), targets.values(), strict=True)]
+        for conversion, targets in own:
+            _, first = fused.setdefault(conversion.inputs, (conversion, targets))
+            pairs += [(conversion.inputs[0], *pair) for pair in zip(first.values(), targets.values(), strict=True)]
         for name, shared, tensor in pairs:
             if shared is tensor:
                 continue
@@ -74,9 +74,9 @@ def share_parameters(
             _replace(model, tensor, shared)
         live.models[task] = model
     live.fused.extend(fused.values())
-    for fusion, targets in live.fused:
+    for conversion, targets in live.fused:
         like = next(iter(targets.values()))
-        for name in fusion.sources:
+        for name in conversion.inputs:
             live.parameters[name] = like.new_zeros(alignment.base.spec(name).shape)
     live.load({name: alignment.base.load(name) for name in alignment.kept if name in live.parameters})
     return live
@@ -87,8 +87,9 @@ def _live_tensors(alignment: Alignment, expert: int | None, model: nn.Module) ->
     # A bare encoder within a wrapper (a head of its own) is known by the encoder's names.
     inner = model.encoder if isinstance(model, EncoderWithHead) else model
     state = inner.state_dict(keep_vars=True)
-    made = fusions(inner, {n: alignment.base.spec(n).shape for n in (*alignment.merged, *alignment.kept)})
-    sources = {name for fusion in made for name in fusion.sources}
+    specs = {n: alignment.base.spec(n) for n in (*alignment.merged, *alignment.kept)}
+    made = to_live(inner, {n: (spec.shape, spec.dtype) for n, spec in specs.items()})
+    sources = {name for conversion in made for name in conversion.inputs}
     found: dict[str, Tensor] = {}
     for name, live in live_names(alignment, expert, inner, sources).items():
         if name in sources:
@@ -105,7 +106,7 @@ def _live_tensors(alignment: Alignment, expert: int | None, model: nn.Module) ->
             raise CheckpointError(
                 f"{name}: {stored} in the base's file, {tuple(tensor.shape)} in the live {type(model).__name__}."
             )
-    return found, [(fusion, {name: state[name] for name in fusion.targets}) for fusion in made]
+    return found, [(own, {name: state[name] for name in own.outputs}) for own in made]
 
 
 def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
