@@ -263,6 +263,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "data2vec-vision": _images("Data2VecVision"),
     "swin": _images("Swin", image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
     "dinov2": _images("Dinov2"),
+    "dinov3": Architecture("DINOv3ViTModel", "DINOv3ViTConfig", "images", {"num_register_tokens": 2}),
     "convnext": _images("ConvNext", image_size=64, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1]),
     "segformer": _images(
         "Segformer", image_size=64, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 4]

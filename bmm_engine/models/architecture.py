@@ -66,6 +66,7 @@ def linear_module(name: str, module: nn.Module) -> LinearModule | None:
 # Classes whose output is their task's own: what they have beside the parts of a body is a head.
 _TASKS = re.compile(r"Classification$|QuestionAnswering$|MultipleChoice$|NextSentencePrediction$|For(CTC|XVector)$")
 # Parts of a model that are models with a head themselves: an encoder-decoder's decoder.
+_BARE = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(?<!MT)Model$")
 _HEADED = re.compile(r"For[A-Z]|LMHead|HeadModel")
 _HEADS = re.compile(r"(\w+_)?(heads?|classifiers?|classification|score|outputs|logits|predictors?)")
 
@@ -88,10 +89,15 @@ def is_head(name: str, model: nn.Module) -> bool:
     return False
 
 
+def is_bare(model: nn.Module) -> bool:
+    """Is it a body without a head? Some call a part of theirs as models with heads call the body (DINOv3's encoder)."""
+    return _BARE.search(type(model).__name__) is not None
+
+
 def _is_own_head(name: str, model: nn.Module) -> bool:
     prefix = getattr(model, "base_model_prefix", "")
     if prefix and hasattr(model, prefix):
-        if name != prefix and not name.startswith(prefix + "."):
+        if not is_bare(model) and name != prefix and not name.startswith(prefix + "."):
             return True
     elif prefix and _TASKS.search(type(model).__name__):
         child = name.split(".")[0]

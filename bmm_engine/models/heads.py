@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bmm_engine.models.architecture import is_head
+from bmm_engine.models.architecture import is_bare, is_head
 from bmm_engine.models.calling import BodyEnd, call_model
 
 
@@ -34,7 +34,7 @@ def run_body(model: nn.Module, batch: Any) -> None:
 
 def body_of(model: nn.Module) -> nn.Module:
     """What heads stand on: `base_model` of a transformers model, else the model itself."""
-    body = getattr(model, "base_model", None)
+    body = None if is_bare(model) else getattr(model, "base_model", None)
     return body if isinstance(body, nn.Module) else model
 
 
