@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -207,17 +208,20 @@ class SequentialWalk:
 
     def _carry_out(self, number: int, stage: Stage) -> None:
         self._now = Solved()
+        scratch = self._scratch / f"stage-{number:03d}"
         if number <= self.sweep.finished:  # run again, for its hidden states
-            self._at(stage, self._scratch)
+            self._at(stage, scratch)
             return
         with self.sweep.stage(number) as folder:
-            label = self._at(stage, folder if self._one_chain else self._scratch)
+            label = self._at(stage, folder if self._one_chain else scratch)
             kept = self._one_chain and bool(self._left)
             record = {
                 "stage": label,
                 "inputs": [asdict(r) for r in self._now.inputs],
                 "modules": [asdict(r) for r in self._now.modules],
-                "hidden": {p.hidden.name: p.hidden.layout() for p in self.both.running if p.hidden} if kept else {},
+                "hidden": {p.hidden.name: p.hidden.layout() for p in self.both.running if p.hidden is not None}
+                if kept
+                else {},
             }
             path = self.sweep.publish(number, self._now.tensors, record)
         if path is not None and self._one_chain:
@@ -242,6 +246,9 @@ class SequentialWalk:
         for passage in self.both.running:
             if passage.hidden is not None:
                 passage.hidden.turn()
+        for old in self._scratch.iterdir():
+            if old != folder:
+                shutil.rmtree(old)
         return label
 
     # The stages

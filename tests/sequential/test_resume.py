@@ -20,7 +20,8 @@ from bmm_engine import merge_sequential
 from bmm_engine.errors import BmmError, CheckpointError, ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.locks import LockFile
 from bmm_engine.sequential.state import Sweep
-from tests.tiny import family, make_batches
+from tests.architectures import ARCHITECTURES
+from tests.tiny import family, fine_tune, make_batches
 
 KILLS = int(os.environ.get("BMM_KILLS", "1"))
 
@@ -71,6 +72,28 @@ def test_it_goes_on_after_the_last_finished_block(models, tmp_path, monkeypatch,
         assert len(finished) == count
         assert not (tmp_path / "parts.walk").exists()
         subprocess.run(["rm", "-r", tmp_path / "parts"], check=True)
+
+
+@pytest.mark.parametrize("architecture", ["t5", "albert"])
+def test_several_chains_or_none_end_in_the_same_bits(architecture, tmp_path, monkeypatch):
+    """A walk of several chains runs its finished blocks again; one of the whole model begins anew."""
+    own = ARCHITECTURES[architecture]
+    base, folders = own.make(), [tmp_path / name for name in ("base", "a", "b")]
+    for number, folder in enumerate(folders):
+        (fine_tune(base, number) if number else base).save_pretrained(folder)
+    models = (folders[0], folders[1:], [[own.batch(10 * t + b) for b in range(3)] for t in range(2)])
+    whole = merge_sequential(*models, output=tmp_path / "whole")
+    assert len({record.stage for record in whole.inputs}) == (4 if architecture == "t5" else 1)
+    merge_sequential(*models, output=tmp_path / "in-files", hidden_memory=0)
+    assert weights(tmp_path / "in-files") == weights(tmp_path / "whole")
+    for count in range(6 if architecture == "t5" else 1):
+        with monkeypatch.context() as patch:
+            stop_after(patch, count)
+            with pytest.raises(StoppedError):
+                merge_sequential(*models, output=tmp_path / f"parts-{count}")
+        parts = merge_sequential(*models, output=tmp_path / f"parts-{count}", hidden_memory=0 if count % 2 else "4GB")
+        assert weights(tmp_path / f"parts-{count}") == weights(tmp_path / "whole"), count
+        assert [r.after for r in parts.inputs] == [r.after for r in whole.inputs]
 
 
 def test_what_is_finished_is_not_done_again(models, tmp_path, monkeypatch):
