@@ -148,6 +148,14 @@ _TEXT = {
 }
 _SSM = {"state_size": 8, "expand": 2, "conv_kernel": 4, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}
 
+_WAVES = {
+    "conv_dim": [16, 16],
+    "conv_stride": [5, 2],
+    "conv_kernel": [10, 3],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+
 ARCHITECTURES: dict[str, Architecture] = {
     # Decoders
     "llama": _causal("Llama"),
@@ -308,25 +316,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Wav2Vec2ForSequenceClassification",
         "Wav2Vec2Config",
         "waves",
-        {
-            "conv_dim": [16, 16],
-            "conv_stride": [5, 2],
-            "conv_kernel": [10, 3],
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-        },
+        _WAVES,
     ),
     "hubert": Architecture(
         "HubertForSequenceClassification",
         "HubertConfig",
         "waves",
-        {
-            "conv_dim": [16, 16],
-            "conv_stride": [5, 2],
-            "conv_kernel": [10, 3],
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-        },
+        _WAVES,
     ),
     "whisper": Architecture(
         "WhisperForConditionalGeneration",

@@ -15,7 +15,7 @@ from bmm_engine.errors import shown
 logger = logging.getLogger(__name__)
 
 # Keys that the weights' function does not depend on: labels and names, training, initialisation, generation, how it is run, what shapes tell
-# anyway, and ties: a head that is the embeddings in one model and not in another is merged as one of its own (merging/heads.py).
+# anyway, and ties: a head that is the embeddings in one model and not in another is merged as one of its own (merging/untied_heads.py).
 _HARMLESS = re.compile(
     r"""^(_.*|transformers_version|name_or_path|architectures|auto_map|model_name|(torch_)?dtype|id2label|label2id|num_labels|problem_type
     |finetuning_task|task_specific_params|tie_word_embeddings|tokenizer_class|processor_class|prefix|use_cache|output_\w+|return_\w+|torchscript|use_bfloat16

@@ -21,8 +21,8 @@ from bmm_engine.checkpoint.vocabulary import Reader, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.merging.advice import missing_tensors, other_shape
 from bmm_engine.merging.buffers import all_buffers, constant_buffers
-from bmm_engine.merging.heads import with_own_heads
 from bmm_engine.merging.matching import Matcher, in_layout_of, known_naming
+from bmm_engine.merging.untied_heads import with_own_heads
 from bmm_engine.models.naming import Naming
 
 logger = logging.getLogger(__name__)

@@ -65,8 +65,8 @@ def linear_module(name: str, module: nn.Module) -> LinearModule | None:
 
 # Classes whose output is their task's own: what they have beside the parts of a body is a head.
 _TASKS = re.compile(r"Classification$|QuestionAnswering$|MultipleChoice$|NextSentencePrediction$|For(CTC|XVector)$")
-# Parts of a model that are models with a head themselves: an encoder-decoder's decoder.
 _BARE = re.compile(r"(?<!LMHead)(?<!DoubleHeads)(?<!MT)Model$")
+# Parts of a model that are models with a head themselves: an encoder-decoder's decoder.
 _HEADED = re.compile(r"For[A-Z]|LMHead|HeadModel")
 _HEADS = re.compile(r"(\w+_)?(heads?|classifiers?|classification|score|outputs|logits|predictors?)")
 

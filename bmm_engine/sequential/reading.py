@@ -21,7 +21,7 @@ Run = Callable[[int], Any]
 
 @dataclass(frozen=True)
 class SharedInput:
-    """Modules (live names) that read the same tensors: the first of them reads `calls` in one pass of its stage.
+    """Modules (live names) that read the same tensors: the first of them reads `calls` in one pass of its stage, of `rows` rows in all.
 
     `additions`: of a module that reads them alone and whose output is added, before anything else is done with it and before another of the
     stage's modules is called, to what is there: how many additions in a row, in each call. 0 for one that does not write to the residual stream.
@@ -30,6 +30,7 @@ class SharedInput:
     modules: tuple[str, ...]
     calls: int
     additions: int = 0
+    rows: int = 0
 
     @property
     def leader(self) -> str:
@@ -80,7 +81,9 @@ def shared_inputs(modules: Mapping[str, nn.Module], alone: Container[str], run: 
     for names in groups.values():
         counts = set(added[names[0]])
         writes = len(names) == 1 and names[0] not in alone and len(counts) == 1
-        found.append(SharedInput(tuple(names), len(read[names[0]]), counts.pop() if writes else 0))
+        inputs = read[names[0]]
+        rows = sum(x.shape[:-1].numel() for x in inputs)
+        found.append(SharedInput(tuple(names), len(inputs), counts.pop() if writes else 0, rows))
     return found
 
 

@@ -35,12 +35,15 @@ class ExpertReads:
         self.folder = folder
         self.complete = False
         self._kept: dict[tuple[str, int], _Kept] = {}
+        self._files = 0
 
     def put(self, name: str, t: int, batch: int, reads: list[Read]) -> None:
-        """What expert `t` reads of a batch, call by call, where the module `name` reads first. Raises `OutputWriteError`."""
+        """What expert `t` reads of a batch, call by call, where the module `name` reads first; from batch 0 on in the place of what was put before.
+        Raises `OutputWriteError`."""
         key = (name, t)
         if batch == 0:
-            self._kept[key] = _Kept(self.folder / f"{len(self._kept)}.bin")
+            self._kept[key] = _Kept(self.folder / f"{self._files}.bin")
+            self._files += 1
         kept = self._kept[key]
         try:
             with kept.path.open("wb" if batch == 0 else "ab") as file:
@@ -53,7 +56,7 @@ class ExpertReads:
     def get(self, name: str, t: int, batch: int, device: torch.device) -> list[Read]:
         """The same again; to be read only."""
         kept = self._kept[name, t]
-        if kept.data is None:
+        if kept.data is None and kept.size:  # a router may give an expert nothing at all
             with kept.path.open("rb") as file:
                 kept.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return [Read(*(self._tensor(kept, index).to(device) for index in call)) for call in kept.batches[batch]]
@@ -68,8 +71,10 @@ class ExpertReads:
         return len(kept.offsets) - 1
 
     def _tensor(self, kept: _Kept, index: int) -> Tensor:
-        assert kept.data is not None
         count = torch.Size(kept.shapes[index]).numel()
+        if not count:
+            return torch.empty(kept.shapes[index], dtype=kept.dtypes[index])
+        assert kept.data is not None
         flat = torch.frombuffer(kept.data, dtype=kept.dtypes[index], count=count, offset=kept.offsets[index])
         return flat.reshape(kept.shapes[index])
 

@@ -91,6 +91,7 @@ class SequentialWalk:
         ]
         self.both = SideBySide(skeleton, experts, merged, padding, reads)
         self._norms = self._find_norms(plan) if options.norms == "fit" else {}
+        self._heads = any(is_head(name, self.model) for name in (*self._modules, *self._norms))  # then those are run
         self._now = Solved()
         self._routed: dict[str, str] = {}  # leader -> what is said of modules that a router gives their rows
         self._left = {*self._modules, *self._norms}
@@ -328,8 +329,7 @@ class SequentialWalk:
         return label
 
     def _outside(self, passage: Passage) -> dict[str, Tensor]:
-        heads = any(is_head(name, self.model) for name in (*self._modules, *self._norms))
-        return self.skeleton.outside(passage.read, heads=heads)
+        return self.skeleton.outside(passage.read, heads=self._heads)
 
     def _replay(self, block: nn.Module, passage: Passage) -> Replay:
         # On a GPU it is faster to compute again than to keep on the CPU.
@@ -366,8 +366,8 @@ class SequentialWalk:
         listened = {name: m for name, m in self.model.named_modules() if name in names}
         found, through = shared_inputs(listened, self._norms, run_of(self.both.merged[0])), False
         for shared in found:
-            # What a router gives its rows may have to be read again.
-            through = advance and shared is found[-1] and "expert" not in shared.leader
+            # What reads a part of the rows may be given them by a router, and have to be read again.
+            through = advance and shared is found[-1] and shared.rows == self._rows_of_first_batch()
             if block is not None:
                 self._finish_parts(prefix, block, found, shared, through)
             norm = self._norms.get(shared.leader)
@@ -380,6 +380,10 @@ class SequentialWalk:
                 try:
                     self.both.measure(reader, measured, run_of, through=through)
                 except OtherRowsError as error:
+                    if through:  # some hidden states have gone on
+                        raise CollectionError(
+                            f"{error}: a router chooses its rows; leave it out with `modules`."
+                        ) from error
                     self._routed[shared.leader] = (
                         f"{error}: a router chooses its rows; it is solved on those that each expert itself gives it"
                     )
@@ -403,6 +407,11 @@ class SequentialWalk:
                     live = self.skeleton.names[name].removeprefix(prefix)
                     merged[live] = self.skeleton.ready(self._now.tensors[name])
         return bool(found) and through
+
+    def _rows_of_first_batch(self) -> int:
+        """Rows of the hidden states of the first expert's first batch."""
+        hidden: Tensor = self.both.merged[0].walking().hidden[0]
+        return hidden.shape[:-1].numel()
 
     def _accumulators(self, parts: list[Part], norm: Norm | None, *, stream: bool = False) -> list[Any]:
         """One for each expert; None where there is nothing to solve."""
