@@ -16,8 +16,8 @@ from bmm_engine.checkpoint.tokens import check_tokens
 from bmm_engine.checkpoint.vocabulary import is_vocabulary_tensor
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.merging.align import Alignment
-from bmm_engine.models.architecture import UnknownArchitectureError
 from bmm_engine.models.buffers import looks_constant
+from bmm_engine.models.building import UnknownArchitectureError
 from bmm_engine.models.loading import Loading, loading_of
 from bmm_engine.recipe.settings import MergeSettings
 

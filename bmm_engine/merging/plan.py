@@ -27,15 +27,14 @@ from bmm_engine.merging.sources import Models
 from bmm_engine.merging.stacks import check_stacks
 from bmm_engine.models.architecture import (
     LinearModule,
-    UnknownArchitectureError,
     checkpoint_linear_modules,
     linear_modules,
     matrix_modules,
-    meta_model,
     select_modules,
     weight_patterns,
 )
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.building import UnknownArchitectureError, meta_model
 from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.statistics.grams import GramSet
 from bmm_engine.statistics.sequential_grams import check_sequential

@@ -12,8 +12,8 @@ from torch import nn
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.checkpoint.compose import LayerStack, StackedSource, root_checkpoint
 from bmm_engine.errors import ConfigError, shown
-from bmm_engine.models.architecture import UnknownArchitectureError, meta_model
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.building import UnknownArchitectureError, meta_model
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from bmm_engine.models.architecture import meta_model, named_class
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.building import meta_model, named_class
 from bmm_engine.progress import quiet_transformers
 
 logger = logging.getLogger(__name__)

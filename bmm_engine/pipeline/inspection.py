@@ -14,12 +14,8 @@ from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.errors import CheckpointError
 from bmm_engine.merging.outcomes import outcomes, told, totals
 from bmm_engine.merging.plan import MergePlan
-from bmm_engine.models.architecture import (
-    LinearModule,
-    UnknownArchitectureError,
-    checkpoint_linear_modules,
-    weight_patterns,
-)
+from bmm_engine.models.architecture import LinearModule, checkpoint_linear_modules, weight_patterns
+from bmm_engine.models.building import UnknownArchitectureError
 
 
 def describe_checkpoint(model: str, *, local_files_only: bool = False) -> dict[str, Any]:

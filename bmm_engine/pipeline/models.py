@@ -15,8 +15,8 @@ from bmm_engine.disk.files import named
 from bmm_engine.errors import BmmError, CheckpointError, NonFiniteWeightError
 from bmm_engine.executors.devices import check_device
 from bmm_engine.merging.sources import Models, adapter_options, open_expert
-from bmm_engine.models.architecture import load_config, meta_model, model_class, told
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.building import load_config, meta_model, model_class, told
 from bmm_engine.models.naming import Naming, checkpoint_names
 from bmm_engine.progress import Report, quiet_transformers
 from bmm_engine.recipe.recipe import Recipe

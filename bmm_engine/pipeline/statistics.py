@@ -15,7 +15,8 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.merging.belonging import check_fishers, check_sensitivities, measured_modules
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
-from bmm_engine.models.architecture import load_config, meta_model, model_class, nothing_to_solve
+from bmm_engine.models.architecture import nothing_to_solve
+from bmm_engine.models.building import load_config, meta_model, model_class
 from bmm_engine.models.fitted_inputs import needs_decoder_inputs
 from bmm_engine.pipeline.measure import (
     batches_of,

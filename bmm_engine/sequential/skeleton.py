@@ -16,9 +16,9 @@ from bmm_engine.merging.align import AlignedExpert, Alignment
 from bmm_engine.merging.live_names import live_names
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
-from bmm_engine.models.architecture import made_parameter, weightless_model
 from bmm_engine.models.blocks import Weighted, block_list
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.building import made_parameter, weightless_model
 from bmm_engine.models.calling import placement
 from bmm_engine.models.chains import RUN, NoChainError, find_chains, order_chains
 from bmm_engine.models.conversion import to_live

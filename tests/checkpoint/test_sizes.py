@@ -11,8 +11,8 @@ import torch
 
 from bmm_engine.checkpoint import Checkpoint
 from bmm_engine.errors import CheckpointError
-from bmm_engine.models.architecture import load_config, meta_model, weightless_model
 from bmm_engine.models.bounds import Held
+from bmm_engine.models.building import load_config, meta_model, weightless_model
 from bmm_engine.pipeline.inspection import describe_checkpoint
 from bmm_engine.pipeline.models import live_model
 from tests.tiny import make_base, save
