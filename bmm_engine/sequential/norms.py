@@ -8,8 +8,9 @@ network's inputs and y_t what expert t's normalisation gives on its own,
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from bmm_engine.errors import CollectionError, EmptyCalibrationError, NonFiniteG
 from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import InputRecord
+from bmm_engine.models.architecture import is_head
 from bmm_engine.sequential.modules import Solved
 from bmm_engine.sequential.solve import drift_task_weights, relative_residuals
 from bmm_engine.solving.solve import relative_ridge
@@ -48,6 +50,18 @@ class Norm:
     def run(self, rows: Tensor, weight: Any, bias: Any) -> Tensor:
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         return functional_call(self.module, tensors, (rows,))
+
+
+def find_norms(model: nn.Module, names: Mapping[str, str], plan: MergePlan) -> dict[str, Norm]:
+    """The normalisations of a live model whose tensors are merged, by live name; heads have none. `names`: base tensor name -> live name."""
+    merged = {live: name for name, live in names.items() if name in set(plan.alignment.merged)}
+    found = {}
+    for live, module in model.named_modules():
+        if is_norm(module) and f"{live}.weight" in merged and not is_head(live, model):
+            has_bias = getattr(module, "bias", None) is not None
+            if not has_bias or f"{live}.bias" in merged:
+                found[live] = Norm(live, copy.deepcopy(module), merged[f"{live}.weight"], merged.get(f"{live}.bias"))
+    return found
 
 
 class NormAccumulator:

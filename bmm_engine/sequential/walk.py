@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -28,14 +27,15 @@ from bmm_engine.models.calling import evaluating, padding_of, samples_of, to_dev
 from bmm_engine.models.heads import without_heads
 from bmm_engine.progress import Report, track
 from bmm_engine.sequential.hidden import HiddenStates, Room
-from bmm_engine.sequential.modules import ModuleSolver, Part, Solved, Written
-from bmm_engine.sequential.norms import Norm, NormSolver, is_norm
+from bmm_engine.sequential.modules import ModuleSolver, Solved
+from bmm_engine.sequential.norms import NormSolver, find_norms
 from bmm_engine.sequential.passage import Passage
-from bmm_engine.sequential.reading import OtherRowsError, Reader, Run, SharedInput, shared_inputs
+from bmm_engine.sequential.reading import Run
 from bmm_engine.sequential.reads import ExpertReads
-from bmm_engine.sequential.replay import Replay, finished_parts
+from bmm_engine.sequential.replay import Replay
 from bmm_engine.sequential.side_by_side import SideBySide
 from bmm_engine.sequential.skeleton import Block, Skeleton, label_of, reader_of
+from bmm_engine.sequential.stage import StageSolver
 from bmm_engine.sequential.state import Sweep
 
 # What stands before a chain of blocks, by its name; a block; or what comes after the last chain.
@@ -68,14 +68,14 @@ class SequentialWalk:
         self.skeleton, self.sweep, self.options, self.report = skeleton, sweep, options, report
         self.plan, self.model = plan, skeleton.model
         self.expert_inputs = Inputs(plan)
-        self._modules: dict[str, LinearModule] = {}  # by live name
+        modules: dict[str, LinearModule] = {}  # by live name
         for module in (m for group in plan.groups for m in group.members):
             live = skeleton.live_module(module.name)
             if live is None:
                 raise CollectionError(
                     f"{module.name}: is no module of the live {type(self.model).__name__}; leave it out with `modules`."
                 )
-            self._modules[live] = module
+            modules[live] = module
         self._room = Room(options.hidden_bytes)
         ordered = self.expert_inputs.ordered(batches)
         readers = [reader_of(plan.alignment, expert) for expert in self.expert_inputs.experts]
@@ -90,24 +90,11 @@ class SequentialWalk:
             [padding_of(self.model, to_device(b, skeleton.device), options.mask) for b in own] for own in ordered
         ]
         self.both = SideBySide(skeleton, experts, merged, padding, reads)
-        self._norms = self._find_norms(plan) if options.norms == "fit" else {}
-        self._heads = any(is_head(name, self.model) for name in (*self._modules, *self._norms))  # then those are run
-        self._now = Solved()
-        self._routed: dict[str, str] = {}  # leader -> what is said of modules that a router gives their rows
-        self._left = {*self._modules, *self._norms}
-
-    def _find_norms(self, plan: MergePlan) -> dict[str, Norm]:
-        """Normalisations whose tensors are merged, by live name."""
-        merged = {live: name for name, live in self.skeleton.names.items() if name in set(plan.alignment.merged)}
-        found = {}
-        for live, module in self.model.named_modules():
-            if is_norm(module) and f"{live}.weight" in merged and not is_head(live, self.model):
-                has_bias = getattr(module, "bias", None) is not None
-                if not has_bias or f"{live}.bias" in merged:
-                    found[live] = Norm(
-                        live, copy.deepcopy(module), merged[f"{live}.weight"], merged.get(f"{live}.bias")
-                    )
-        return found
+        norms = find_norms(self.model, skeleton.names, plan) if options.norms == "fit" else {}
+        self.stage = StageSolver(skeleton, self.both, modules, norms, options.target)
+        self._heads = any(
+            is_head(name, self.model) for name in (*self.stage.modules, *self.stage.norms)
+        )  # then those are run
 
     @property
     def inputs(self) -> list[InputRecord]:
@@ -124,33 +111,35 @@ class SequentialWalk:
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
         samples = [sum(map(samples_of, passage.batches)) for passage in self.both.experts]
-        self.solver = ModuleSolver(self.plan, self.expert_inputs, anchor, samples)
-        self.norms = NormSolver(self.plan, self.expert_inputs, anchor)
+        self.stage.against(
+            ModuleSolver(self.plan, self.expert_inputs, anchor, samples),
+            NormSolver(self.plan, self.expert_inputs, anchor),
+        )
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(without_cache(self.model))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(without_heads(self.model, {*self._modules, *self._norms}))
+            stack.enter_context(without_heads(self.model, {*self.stage.modules, *self.stage.norms}))
             self._scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bmm-hidden-")))
             self._folder = self._scratch
             self._order()
             self._resume()
             for number, stage in enumerate(track(self._stages(), "merging block by block", show=progress)):
-                if number > self._done and self._left:
+                if number > self._done and self.stage.left:
                     self._carry_out(number, stage)
                     release_free_memory()
         if self.both.reads is not None:
             self.both.reads.complete = True
-        if never := sorted(self._left & set(self._modules)):
+        if never := sorted(self.stage.left & set(self.stage.modules)):
             self._warn_of(never)
-        if self._routed:
-            more = f" (and {len(self._routed) - 1} more like it)" if len(self._routed) > 1 else ""
-            self.report(f"warning: {next(iter(self._routed.values()))}{more}")
+        if self.stage.routed:
+            more = f" (and {len(self.stage.routed) - 1} more like it)" if len(self.stage.routed) > 1 else ""
+            self.report(f"warning: {next(iter(self.stage.routed.values()))}{more}")
         if self.options.target == "stream" and not any(record.stream for record in self.inputs):
             self.report(
                 "none of the merged modules writes straight to a residual stream: all are aimed at what the expert's modules give"
             )
-        if never := sorted(self._left & set(self._norms)):
+        if never := sorted(self.stage.left & set(self.stage.norms)):
             self.report(
                 f"{len(never)} normalisations are never called, the first is {never[0]}; they stay as the anchor has them"
             )
@@ -186,9 +175,11 @@ class SequentialWalk:
         self._done = self.sweep.finished
         for record in self.sweep.records:
             done = {name for raw in record["inputs"] for name in raw["modules"]}
-            self._left -= {live for live, module in self._modules.items() if module.name in done}
-            self._left -= {live for live, norm in self._norms.items() if norm.weight.removesuffix(".weight") in done}
-        if self._done < 0 or not self._left:
+            self.stage.left -= {live for live, module in self.stage.modules.items() if module.name in done}
+            self.stage.left -= {
+                live for live, norm in self.stage.norms.items() if norm.weight.removesuffix(".weight") in done
+            }
+        if self._done < 0 or not self.stage.left:
             return
         self.report(f"going on after {self.sweep.records[-1]['stage']}")
         if not self._one_chain:
@@ -208,28 +199,28 @@ class SequentialWalk:
         return [(p, f"{whose}-{t}") for whose, own in both for t, p in enumerate(own) if p in self.both.running]
 
     def _carry_out(self, number: int, stage: Stage) -> None:
-        self._now = Solved()
+        self.stage.now = Solved()
         scratch = self._scratch / f"stage-{number:03d}"
         if number <= self.sweep.finished:  # run again, for its hidden states
             self._at(stage, scratch)
             return
         with self.sweep.stage(number) as folder:
             label = self._at(stage, folder if self._one_chain else scratch)
-            kept = self._one_chain and bool(self._left)
+            kept = self._one_chain and bool(self.stage.left)
             record = {
                 "stage": label,
-                "inputs": [asdict(r) for r in self._now.inputs],
-                "modules": [asdict(r) for r in self._now.modules],
+                "inputs": [asdict(r) for r in self.stage.now.inputs],
+                "modules": [asdict(r) for r in self.stage.now.modules],
                 "hidden": {p.hidden.name: p.hidden.layout() for p in self.both.running if p.hidden is not None}
                 if kept
                 else {},
             }
-            path = self.sweep.publish(number, self._now.tensors, record)
+            path = self.sweep.publish(number, self.stage.now.tensors, record)
         if path is not None and self._one_chain:
             for passage in self.both.running:
                 if passage.hidden is not None:
                     passage.hidden.moved(path)
-        for own in self._now.inputs:
+        for own in self.stage.now.inputs:
             self.report(_line(own))
 
     def _at(self, stage: Stage, folder: Path) -> str:
@@ -257,7 +248,7 @@ class SequentialWalk:
     def _before_blocks(self, chain: str) -> str:
         first = chain == self.skeleton.chains[0]
         label, device = "before the blocks" if first else f"before {chain}", self.skeleton.device
-        outside = [live for live in self._left if self.skeleton.place(live) is None]
+        outside = [live for live in self.stage.left if self.skeleton.place(live) is None]
         if not first:
             for passage in self.both.running:
                 passage.end()
@@ -272,15 +263,15 @@ class SequentialWalk:
             return run
 
         if outside:
-            self._solve_stage(label, outside, run_of)
-        if self._left:
+            self.stage.solve(label, outside, run_of, self.inputs)
+        if self.stage.left:
             for passage in self.both.running:
                 passage.begin(self.skeleton, chain, self.options.mask)
         return label
 
     def _block(self, place: Block) -> str:
         skeleton, label, index = self.skeleton, label_of(place), place[1]
-        inside = [live for live in self._left if skeleton.place(live) == place]
+        inside = [live for live in self.stage.left if skeleton.place(live) == place]
         block = skeleton.block(place)
 
         passages = self.both.running
@@ -289,11 +280,17 @@ class SequentialWalk:
             passage.replay = self._replay(block, passage)
             own = passage in self.both.experts
             passage.tensors = skeleton.within(place, skeleton.inside(place, passage.read)) if own else shared
-        goes_on = set(inside) != self._left
+        goes_on = set(inside) != self.stage.left
         advanced = False
         if inside:
-            advanced = self._solve_stage(
-                label, inside, lambda passage: passage.through(index, block), block, shared, advance=goes_on
+            advanced = self.stage.solve(
+                label,
+                inside,
+                lambda passage: passage.through(index, block),
+                self.inputs,
+                block,
+                shared,
+                advance=goes_on,
             )
         for passage in passages:
             if goes_on and not (advanced and passage in self.both.experts):
@@ -311,7 +308,7 @@ class SequentialWalk:
             model = Weighted(self.model, self._outside(passage))
             return lambda b: passage.walking().finish(b, model)
 
-        self._solve_stage(label, sorted(self._left), run_of)
+        self.stage.solve(label, sorted(self.stage.left), run_of, self.inputs)
         return label
 
     def _whole(self) -> str:
@@ -322,8 +319,14 @@ class SequentialWalk:
             passage.replay = self._replay(self.model, passage)
             passage.tensors = self._outside(passage) if passage in self.both.experts else shared
         device = self.skeleton.device
-        self._solve_stage(
-            label, sorted(self._left), lambda passage: passage.whole(self.model, device), self.model, shared, prefix=""
+        self.stage.solve(
+            label,
+            sorted(self.stage.left),
+            lambda passage: passage.whole(self.model, device),
+            self.inputs,
+            self.model,
+            shared,
+            prefix="",
         )
         self._clear(passages)
         return label
@@ -344,110 +347,17 @@ class SequentialWalk:
                 passage.replay.clear()
                 passage.replay = None
 
-    # One stage
-
-    def _solve_stage(
-        self,
-        label: str,
-        names: Iterable[str],
-        run_of: Callable[[Passage], Run],
-        block: nn.Module | None = None,
-        merged: dict[str, Tensor] | None = None,
-        *,
-        advance: bool = False,
-        prefix: str | None = None,
-    ) -> bool:
-        """Solve the modules called `names` (live), in the order in which they read; those that the stage does not call are left.
-
-        `block`: the block that it is, if it is one, with its `prefix` in live names, and `merged`: the merged network's tensors of it, kept up to
-        date. With `advance`, the experts' hidden states go on with the last pass. Returns whether they did.
-        """
-        names, prefix = set(names), f"{label}." if prefix is None else prefix
-        listened = {name: m for name, m in self.model.named_modules() if name in names}
-        found, through = shared_inputs(listened, self._norms, run_of(self.both.merged[0])), False
-        for shared in found:
-            # What reads a part of the rows may be given them by a router, and have to be read again.
-            through = advance and shared is found[-1] and shared.rows == self._rows_of_first_batch()
-            if block is not None:
-                self._finish_parts(prefix, block, found, shared, through)
-            norm = self._norms.get(shared.leader)
-            parts = [] if norm else self.solver.parts([self._modules[name] for name in shared.modules])
-            outputs = 0  # that are added to the residual stream
-            if self.options.target == "stream" and shared.additions:
-                outputs = self._modules[shared.leader].out_features
-            measured = self._accumulators(parts, norm, stream=bool(outputs))
-            with Reader(shared, listened[shared.leader], outputs).listening() as reader:
-                try:
-                    self.both.measure(reader, measured, run_of, through=through)
-                except OtherRowsError as error:
-                    if through:  # some hidden states have gone on
-                        raise CollectionError(
-                            f"{error}: a router chooses its rows; leave it out with `modules`."
-                        ) from error
-                    self._routed[shared.leader] = (
-                        f"{error}: a router chooses its rows; it is solved on those that each expert itself gives it"
-                    )
-                    reader.routed, reader.outputs, outputs, measured = True, 0, 0, self._accumulators(parts, norm)
-                    self.both.measure(reader, measured, run_of)
-                    if any(own is not None and not own.rows for own in measured):
-                        self._routed[shared.leader] = (
-                            f"{shared.leader}: an expert's router gives it no rows; it stays as the anchor has it"
-                        )
-                        self._left -= set(shared.modules)
-                        continue
-            before = set(self._now.tensors)
-            if norm is not None:
-                self.norms.solve(label, norm, measured, self._now)
-            elif parts:
-                written = Written.by((*self.inputs, *self._now.inputs), len(self.both.experts)) if outputs else None
-                self.solver.solve(label, parts, measured, self._now, written=written)
-            self._left -= set(shared.modules)
-            if merged is not None:
-                for name in set(self._now.tensors) - before:
-                    live = self.skeleton.names[name].removeprefix(prefix)
-                    merged[live] = self.skeleton.ready(self._now.tensors[name])
-        return bool(found) and through
-
-    def _rows_of_first_batch(self) -> int:
-        """Rows of the hidden states of the first expert's first batch."""
-        hidden: Tensor = self.both.merged[0].walking().hidden[0]
-        return hidden.shape[:-1].numel()
-
-    def _accumulators(self, parts: list[Part], norm: Norm | None, *, stream: bool = False) -> list[Any]:
-        """One for each expert; None where there is nothing to solve."""
-        tasks, dtype = range(len(self.both.experts)), self.skeleton.dtype
-        if norm is not None:
-            return [self.norms.accumulator(norm, t, dtype) for t in tasks]
-        return [self.solver.accumulator(parts, t, dtype, stream=stream) if parts else None for t in tasks]
-
-    def _finish_parts(
-        self, prefix: str, block: nn.Module, found: Sequence[SharedInput], now: SharedInput, through: bool
-    ) -> None:
-        """What of the block will not change any more, now that the inputs before `now` are solved."""
-        at = found.index(now)
-        solved, unsolved = (
-            [name.removeprefix(prefix) for shared in part for name in shared.modules]
-            for part in (found[:at], found[at:])
-        )
-        # What is called several times may read, at a later call, what is not solved yet.
-        again = [name.removeprefix(prefix) for shared in found if shared.calls > 1 for name in shared.modules]
-        parts = finished_parts(block, solved, [*unsolved, *again])
-        for passage in self.both.merged:
-            passage.finished = parts
-        for passage in self.both.experts:
-            passage.finished = () if through else parts  # the last pass is not followed by another
-
     def _read_merged(self, name: str) -> Tensor:
         """The merged network's tensor as far as it is solved, the anchor's elsewhere."""
-        if name in self._now.tensors:
-            return self._now.tensors[name]
+        if name in self.stage.now.tensors:
+            return self.stage.now.tensors[name]
         return self.sweep.load(name) if name in self.sweep else self.anchor.load(name)
 
     def _warn_of(self, never: Sequence[str]) -> None:
         """Modules (live names) that no batch calls stay as the anchor has them. Raises `CollectionError` where they were named, or it is all."""
-        first = self._modules[never[0]].name
-        told = f"{len(never)} of {len(self._modules)} linear modules are never called by the calibration batches, the first is {first!r}"
-        if self.plan.settings.modules is not None or len(never) == len(self._modules):
+        first = self.stage.modules[never[0]].name
+        told = f"{len(never)} of {len(self.stage.modules)} linear modules are never called by the calibration batches, the first is {first!r}"
+        if self.plan.settings.modules is not None or len(never) == len(self.stage.modules):
             raise CollectionError(f"{told}. Leave them out with `modules`, or give batches that reach them.")
         self.report(f"warning: {told}; they stay as the anchor has them")
 
