@@ -129,7 +129,9 @@ class Padding:
 
 @cache
 def _say(name: str) -> None:
-    logger.info(
+    """Once for each module; the first of them is seen by everyone."""
+    logger.log(
+        logging.INFO if _say.cache_info().currsize else logging.WARNING,
         "%s: its rows are of something else than the inputs (positions, pooled states ...): no padding is left out",
         name,
     )
