@@ -51,6 +51,11 @@ class Filter:
             raise ConfigError(f"directions {fault}, not {self.directions!r}.")
 
     @property
+    def restricts(self) -> bool:
+        """Is it a MAP within the directions kept, so that other solves than by spectrum have one too?"""
+        return self.kind != "exponential"
+
+    @property
     def plain(self) -> bool:
         """Is it the MAP itself, which needs no spectrum?"""
         return self.kind == "ridge" and self.directions is None
@@ -93,6 +98,23 @@ class Filter:
 
 
 PLAIN = Filter()
+
+
+@dataclass(frozen=True)
+class SpectralFactor:
+    """`Q diag(f(e) / e) Q^T` (in, in), which a filtered solve has in the place of `A^{-1}`: `eigenvectors` Q (in, in), `factors` (in,), both float64,
+    as `filter` makes them of `ridge` lam. Nothing here needs a jitter. Used as a Cholesky factor is (`solve.Factor`)."""
+
+    eigenvectors: Tensor
+    factors: Tensor
+    filter: Filter
+    ridge: float
+    task_weights: tuple[float, ...]
+    jitter: float = 0.0
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """`rhs Q diag(f(e) / e) Q^T` for `rhs` (rows, in)."""
+        return (rhs @ self.eigenvectors).mul_(self.factors) @ self.eigenvectors.mT
 
 
 def with_mass(eigenvalues: Tensor) -> Tensor:
