@@ -90,6 +90,34 @@ def test_equals_the_definition(backend, dtypes, shape, scale):
 
 
 @each
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[4]], ids=str)
+@pytest.mark.parametrize("scale", [1.0, -0.7])
+def test_factors_in_the_place_of_a_ridge(backend, dtypes, scale):
+    if backend == "triton" and dtypes[-1] == torch.float64:
+        return
+    problem = Problem((40, 70), dtypes, device_of(backend))
+    factors = torch.rand(70, dtype=double, device=problem.device)
+    factors[::3] = 0
+
+    def apply(backend, factors, **options):
+        options = options or {"base": problem.base, "scale": scale}
+        given = (problem.out(), problem.anchor, *problem.spectral[:2])
+        return apply_spectral(*given, factors=factors, backend=backend, **options)
+
+    B, Q, e = (tensor.double() for tensor in problem.spectral)
+    anchor, base = problem.anchor.double(), problem.base.double()
+    truth = base + scale * (anchor + (B * factors) @ Q.T - base)
+    result = apply(backend, factors)
+    if dtypes[0] == double:
+        assert (result - truth).abs().max() <= 1e-13 * (1 + truth.abs().max())
+    else:
+        assert_as_good_as_torch(result, apply("torch", factors), truth)
+    tikhonov = apply(backend, 1 / (e.clamp(min=0) + 0.2))
+    torch.testing.assert_close(tikhonov, problem.apply(0.2, backend, scale=scale))
+    assert torch.equal(apply(backend, torch.zeros_like(factors), scale=1.0), problem.anchor.to(dtypes[0]))
+
+
+@each
 def test_it_solves_the_regression(backend):
     problem = Problem((30, 20), device=device_of(backend))
     A = problem.Q @ torch.diag(problem.e) @ problem.Q.T
@@ -271,6 +299,12 @@ def call(**changes):
         ({"projected": torch.zeros(3, 2)}, ShapeMismatchError, "projected"),
         ({"eigenvectors": torch.zeros(2, 2)}, ShapeMismatchError, r"eigenvectors must be \(3, 3\)"),
         ({"eigenvalues": torch.zeros(2)}, ShapeMismatchError, r"eigenvalues must be \(3,\)"),
+        ({"factors": torch.ones(3)}, ConfigError, "ridge, with the eigenvalues, or factors .* not both"),
+        ({"ridge": None}, ConfigError, "ridge, with the eigenvalues, or factors .* not both"),
+        ({"eigenvalues": None}, ConfigError, "ridge is 1.0, which needs the eigenvalues"),
+        ({"ridge": None, "factors": torch.ones(2)}, ShapeMismatchError, r"factors must be \(3,\).*\(2,\)"),
+        ({"ridge": None, "factors": torch.ones(3).half()}, ConfigError, "factors.*float16"),
+        ({"ridge": None, "factors": torch.ones(3, device="meta")}, ConfigError, "factors is on meta"),
         ({"base": torch.zeros(3, 2), "scale": 0.5}, ShapeMismatchError, "base"),
         ({"scale": 0.5}, ConfigError, "scale is 0.5, which needs base"),
         ({"scale": math.nan, "base": torch.zeros(2, 3)}, ConfigError, "scale must be finite"),
