@@ -56,8 +56,10 @@ def reference_merge(
     fit_bias=False,
     sensitivities=None,
     sensitivity_share=0.75,
+    response=None,
 ):
-    """The merged model in float64, anchor: the average. `batches[t]`: expert t's calibration; `sensitivities[t]`: module -> (out, out)."""
+    """The merged model in float64, anchor: the average. `batches[t]`: expert t's calibration; `sensitivities[t]`: module -> (out, out).
+    `response`: a filter, (e descending, lam) -> f(e), in the place of the ridge's."""
     merged = copy.deepcopy(base).double()
     states = [{k: v.double() for k, v in e.state_dict().items()} for e in experts]
     origin = {k: v.double() for k, v in base.state_dict().items()}
@@ -88,7 +90,9 @@ def reference_merge(
             lam = alpha * a0.trace() / a0.shape[0]
             ridge = lam * torch.eye(a0.shape[0], dtype=torch.float64)
             aims = [beta * w @ g for beta, w, g in zip(betas, weights, grams)]
-            if sensitivities is None:
+            if response is not None:
+                solved = filtered(a0, sum(aims), lam, anchor, response)
+            elif sensitivities is None:
                 solved = torch.linalg.solve(a0 + ridge, sum(aims) + lam * anchor, left=False)
             else:
                 parts = [beta * g for beta, g in zip(betas, grams)]
@@ -100,6 +104,13 @@ def reference_merge(
         state[f"{name}.weight"] = result.T.clone() if transposed else result.clone()
     merged.load_state_dict(state)
     return merged
+
+
+def filtered(a0, aim, lam, anchor, response):
+    """`W_a + (aim - W_a A_0) U diag(f(s) / s) U^T` by the singular values s of A_0, largest first; none where s is a rounding error."""
+    u, s, _ = torch.linalg.svd(a0)
+    factors = torch.where(s > 1e-14 * len(s) * s[0], response(s, lam) / s, 0.0)
+    return anchor + (aim - anchor @ a0) @ (u * factors) @ u.T
 
 
 def _matrix(state, name, transposed, fit_bias):

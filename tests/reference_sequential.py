@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from tests.reference_merge import _matrix, linear_names, metrics_of, solve_weighted
+from tests.reference_merge import _matrix, filtered, linear_names, metrics_of, solve_weighted
 
 # Modules that write to the residual stream, and where it is seen next: what `place` reads (0) or gives (1) holds their output.
 WRITERS = [
@@ -84,9 +84,11 @@ def reference_sequential(
     sensitivities=None,
     share=0.75,
     heads=(),
+    response=None,
 ):
     """The merged model in float64. `anchor`: a state dict, by default the experts' average; `batches[t]`: expert t's calibration.
-    `sensitivities[t]`: module name -> (out, out). `heads`: names of modules that are not solved."""
+    `sensitivities[t]`: module name -> (out, out). `heads`: names of modules that are not solved. `response`: of a filter, as of
+    `reference_merge`."""
     experts = [copy.deepcopy(e).double() for e in experts]
     origin_model = copy.deepcopy(base).double()
     origin, states = origin_model.state_dict(), [e.state_dict() for e in experts]
@@ -154,7 +156,9 @@ def reference_sequential(
                     * ((x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y / len(y) + weight(s, n) @ along)
                     for b, s, x, y, shift, m, along in zip(betas, states, own, drifted, shifts, weights, pseudo)
                 ]
-                if sensitivities is None:
+                if response is not None:
+                    solved = filtered(sum(parts), sum(aims), lam, weight(anchor, n), response)
+                elif sensitivities is None:
                     right = lam * weight(anchor, n) + sum(aims)
                     solved = torch.linalg.solve(sum(parts) + ridge, right, left=False)
                 else:

@@ -11,7 +11,7 @@ import torch
 
 from bmm_engine import collect_grams, merge
 from bmm_engine.evaluators.function import FunctionEvaluator
-from bmm_engine.executors import open_executor
+from bmm_engine.executors import WorkerInfo, open_executor
 from bmm_engine.merging.factors import Factors
 from bmm_engine.merging.plan import make_plan
 from bmm_engine.merging.sources import Models
@@ -22,6 +22,7 @@ from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.session import prepare
 from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.trial import FreeWriter, TrialRunner, Writer
+from bmm_engine.searching.workers import open_runner
 from bmm_engine.statistics.sets import Statistics
 from tests import architectures
 from tests.tiny import fine_tune, make_base, make_batches
@@ -29,11 +30,11 @@ from tests.tiny import fine_tune, make_base, make_batches
 ARCHITECTURES = ["bert", "gpt2", "vit", "llama"]
 
 
-def problem_of(architecture, *, data=True, anchors=("average", "ties"), fit_bias=False, **search):
+def problem_of(architecture, *, data=True, anchors=("average", "ties"), fit_bias=False, own=None, **search):
     base = make_base(architecture)
     experts = [fine_tune(base, seed) for seed in (1, 2)]
     grams = [collect_grams(e, make_batches(architecture, 5 + i)) for i, e in enumerate(experts)] if data else []
-    settings = MergeSettings(gram_source="data" if data else "task_vectors", fit_bias=fit_bias)
+    settings = MergeSettings(gram_source="data" if data else "task_vectors", fit_bias=fit_bias, **(own or {}))
     tasks = FunctionTasks(base, experts, ("a", "b"), lambda model, task: 1.0)
     section = SearchRecipe(**search)
     chosen = {name: (name, {}) for name in anchors}
@@ -60,7 +61,7 @@ def check(problem, live, writer, candidate):
     tasks, grams = problem.tasks, problem.statistics.grams or "task_vectors"
     merged = merge(
         tasks.base, tasks.experts, grams=grams, dtype="float32", fit_bias=problem.settings.fit_bias, progress=False,
-        **problem.settings_of(candidate),
+        filter=problem.settings.filter, directions=problem.settings.directions, **problem.settings_of(candidate),
     ).tensors  # fmt: skip
     for name, tensor in live.parameters.items():
         # A spectral factor in float32 against a Cholesky in float64, relative to the largest entry of the tensor.
@@ -78,6 +79,28 @@ def test_a_written_candidate_is_the_merge_it_stands_for(architecture, data):
     assert set(live.parameters) >= {m.weight for m in problem.plan.linear.values()}
     for candidate in candidates(problem):
         check(problem, live, writer, candidate)
+
+
+FILTERS = [
+    {"filter": "exponential", "directions": 0.65},
+    {"filter": "truncated"},
+    {"filter": "truncated", "directions": "participation"},
+    {"directions": 5},
+]
+
+
+@pytest.mark.parametrize("own", FILTERS, ids=str)
+@pytest.mark.parametrize("free", [False, True], ids=["shared", "free weights"])
+def test_a_filter_of_the_recipe_is_that_of_its_trials(own, free):
+    problem = problem_of("bert", data=not free, own=own, groups="role", **({"weightings": "free"} if free else {}))
+    with open_executor() as executor:
+        prepared = prepare(problem, lambda: problem, executor)
+    given = (prepared.groups, prepared.shared, "validation", "cpu")
+    runner = open_runner(WorkerInfo(0, 1), lambda: problem, *given)
+    assert isinstance(runner.writer, FreeWriter if free else Writer)
+    for candidate in candidates(problem):
+        weights = (0.7, 1.4) if free else candidate.task_weights
+        check(problem, runner.live, runner.writer, replace(candidate, task_weights=weights))
 
 
 def test_biases_that_are_solved_with_the_weights():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -63,6 +64,25 @@ def test_it_starts_from_the_anchor_and_the_default_and_beats_both(models, target
         assert torch.equal(tensor, merged[name])
     assert [row["name"] for row in result.rows] == ["experts", f"anchor ({result.best.parameters['anchor']})",
                                                     f"default ({result.best.parameters['anchor']})", "best"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"filter": "exponential", "directions": 0.65}, {"filter": "truncated", "directions": "participation"}],
+    ids=str,
+)
+def test_with_a_filter_what_is_judged_is_the_merge_with_it(models, own):
+    found = bmm.merge(*models, alpha=2.0, progress=False, **own).tensors
+    judge = Distance({f"task {i}": found[f"bert.encoder.layer.{i}.intermediate.dense.weight"] for i in range(2)})
+    result = run(models, judge, trials=5, **own)
+    merged = bmm.merge(*models, progress=False, **own, **result.arguments).tensors
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in result.tensors.items())
+    plain = bmm.merge(*models, progress=False, **result.arguments).tensors
+    assert any(not torch.equal(tensor, merged[name]) for name, tensor in plain.items())
+    live = copy.deepcopy(models[0]).requires_grad_(False)
+    live.load_state_dict(merged)
+    for task, score in result.best.scores.items():
+        assert judge(live, task) == pytest.approx(score.value, rel=1e-3)
 
 
 def trials_of(folder):

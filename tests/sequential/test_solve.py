@@ -96,6 +96,44 @@ def test_without_drift_it_is_plain_bmm_and_at_an_infinite_ridge_the_anchor():
     assert torch.equal(bmm.solve_drift(anchor, experts, moments, alpha=math.inf).weight, anchor)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"filter": "exponential"},
+        {"filter": "truncated"},
+        {"filter": "exponential", "directions": 0.65},
+        {"directions": 2},
+    ],
+    ids=str,
+)
+def test_of_a_filter_it_is_what_gradient_descent_or_the_rows_projected_give(options):
+    g = torch.Generator().manual_seed(3)
+    own = [rows(g, 12, 6) for _ in range(2)]
+    merged = [x + 0.3 * rows(g, 12, 6) for x in own]
+    anchor, *experts = (rows(g, 4, 6) for _ in range(3))
+    measured = [bmm.DriftAccumulator(6, dtype=torch.float64) for _ in own]
+    for accumulator, x, y in zip(measured, own, merged):
+        accumulator.update(x, y)
+    found = bmm.solve_drift(anchor, experts, [a.moments() for a in measured], alpha=0.4, **options)
+    a0 = sum(y.T @ y / len(y) for y in merged)
+    r = sum((x @ w.T).T @ y / len(y) for x, y, w in zip(own, merged, experts)) - anchor @ a0
+    lam, u = 0.4 * a0.trace() / 6, torch.linalg.svd(a0)[0]
+    kept = {0.65: 4, 2: 2, None: 6}[options.get("directions")]
+    if options.get("filter") == "truncated":
+        kept = int((torch.linalg.svdvals(a0) > lam).sum())
+        assert 0 < kept < 6
+    q = u[:, :kept]
+    if options.get("filter") == "exponential":
+        h = torch.linalg.inv(a0) @ (torch.eye(6, dtype=torch.float64) - torch.matrix_exp(-a0 / lam)) @ q @ q.T
+    else:
+        ridge = 0.0 if "filter" in options else lam
+        h = q @ torch.linalg.inv(q.T @ a0 @ q + ridge * torch.eye(kept, dtype=torch.float64)) @ q.T
+    truth = anchor + r @ h
+    assert relative_error(found.weight, truth) < 1e-9
+    misfit = [float((y @ truth.T - x @ w.T).square().sum()) / len(y) for x, y, w in zip(own, merged, experts)]
+    assert found.after == pytest.approx(misfit, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("outputs", [4, 9])
 def test_without_drift_a_share_is_that_of_the_hybrid_gram(dtype, outputs):

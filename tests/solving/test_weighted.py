@@ -105,6 +105,49 @@ def test_equal_metrics_change_nothing(dtype):
     assert same.ridge == plain.ridge
 
 
+@pytest.mark.parametrize(
+    ("filter", "directions", "kept"),
+    [("truncated", 3, 3), ("ridge", 4, 4), ("truncated", None, None), ("truncated", 0.5, 4), ("ridge", 1.0, 8)],
+)
+def test_within_the_directions_that_a_filter_keeps_it_is_the_minimum(filter, directions, kept):
+    """Of the weighted objective over Z = Y Q_K^T, with a ridge or none."""
+    g = torch.Generator().manual_seed(4)
+    own, merged, moments = moments_of(g, 3, 8)
+    anchor, *experts = (rows(g, 5, 8) for _ in range(4))
+    metrics = [metric_of(g, 5) for _ in experts]
+    options = {"alpha": 0.9, "filter": filter, "directions": directions}
+    found = bmm.solve_drift(anchor, experts, moments, metrics=metrics, **options)
+    grams = [y.T @ y / len(y) for y in merged]
+    a0 = sum(grams)
+    lam = 0.9 * a0.trace() / 8
+    u, s, _ = torch.linalg.svd(a0)
+    kept = int((s > lam).sum()) if kept is None else kept
+    assert kept
+    q = u[:, :kept]
+    ridge = lam if filter == "ridge" else 0.0
+    # Of rows: d/dY of the objective at W_a + Y Q^T.
+    left = sum(torch.kron(m, q.T @ a @ q) for m, a in zip(metrics, grams))
+    left += ridge * torch.kron(sum(metrics) / 3, torch.eye(kept, dtype=torch.float64))
+    crosses = [(x @ w.T).T @ y / len(y) for x, y, w in zip(own, merged, experts)]
+    right = sum(m @ (c - anchor @ a) for m, c, a in zip(metrics, crosses, grams)) @ q
+    truth = anchor + torch.linalg.solve(left, right.reshape(-1)).view(5, kept) @ q.T
+    assert relative_error(found.weight, truth) < 1e-9
+    same = bmm.solve_drift(anchor, experts, moments, metrics=[metrics[0]] * 3, **options)
+    assert relative_error(same.weight, bmm.solve_drift(anchor, experts, moments, **options).weight) < 1e-9
+    assert (found.ridge, found.jitter) == (pytest.approx(float(lam)), 0.0)
+
+
+def test_of_no_direction_nothing_moves_and_gradient_descent_is_refused():
+    g = torch.Generator().manual_seed(4)
+    _, _, moments = moments_of(g, 2, 4)
+    anchor, *experts = (rows(g, 3, 4) for _ in range(3))
+    metrics = [metric_of(g, 3), metric_of(g, 3)]
+    still = bmm.solve_drift(anchor, experts, moments, alpha=100.0, filter="truncated", metrics=metrics)
+    assert torch.equal(still.weight, anchor)
+    with pytest.raises(ConfigError, match=r"'exponential' is for outputs that count alike.*output_weights: none"):
+        bmm.solve_drift(anchor, experts, moments, alpha=0.1, filter="exponential", metrics=metrics)
+
+
 def test_what_each_task_depends_on_is_kept_for_it():
     """Two experts that disagree everywhere, each of which matters in one output: each output follows the expert to which it matters."""
     g = torch.Generator().manual_seed(1)
