@@ -115,6 +115,9 @@ class Algebra(Strict):
         "trace", description="of task vectors' Grams: trace 1, or as they are"
     )
     alpha: Ridge = Field(0.03, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
+    calibrate: Literal["svc", "subspace_boost", "larv"] | None = Field(
+        None, description="what follows the anchor's rule, or for larv goes before it, on linear modules; null: nothing"
+    )
     scale: Scale = Field(1.0, description="assembly W_0 + scale (W* - W_0)")
     task_weights: TaskWeights | None = Field(
         None, description="none, energy, or a number for each expert; null: none, or energy in the mode sequential"

@@ -22,6 +22,7 @@ OTHER = {
     "hybrid_share": 0.25,
     "normalization": "none",
     "alpha": [{"filter": "mlp", "value": 2.0}],
+    "calibrate": "svc",
     "scale": 1.5,
     "task_weights": (1.0, 0.5),
     "sensitivity_share": 0.5,
