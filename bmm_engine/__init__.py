@@ -33,6 +33,7 @@ _PUBLIC = {
     "kth_largest_magnitude": "bmm_engine.ops.select",
     "spectral_path": "bmm_engine.solving.spectral",
     "SpectralPath": "bmm_engine.solving.spectral",
+    "Filter": "bmm_engine.solving.filters",
     "blend": "bmm_engine.ops.blend",
     "magnitude_ranks": "bmm_engine.ops.ranks",
     "solve_drift": "bmm_engine.sequential.solve",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from bmm_engine.sequential.moments import DriftAccumulator, ProjectedAccumulator
     from bmm_engine.sequential.run import merge_sequential
     from bmm_engine.sequential.solve import solve_drift
+    from bmm_engine.solving.filters import Filter
     from bmm_engine.solving.moments import alignment
     from bmm_engine.solving.posterior import Posterior
     from bmm_engine.solving.solve import MapSolution, solve_map

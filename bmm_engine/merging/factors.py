@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from bmm_engine.merging.groups import OpenGroup
 from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.models.architecture import LinearModule
+from bmm_engine.solving.filters import PLAIN, Filter
 from bmm_engine.solving.moments import alignment
 from bmm_engine.solving.spectral import SpectralPath, decompose
 
@@ -96,8 +98,9 @@ class Factors:
     `w TENSOR` the base's, for scales other than 1. All float32 but e.
     """
 
-    def __init__(self, groups: Sequence[FactorGroup], tensors: Mapping[str, Tensor]):
+    def __init__(self, groups: Sequence[FactorGroup], tensors: Mapping[str, Tensor], filter: Filter = PLAIN):
         self.groups, self.tensors = tuple(groups), tensors
+        self.filter = filter
         self._group = {module.name: group for group in groups for module in group.members}
         self._anchors: dict[str, dict[str, Tensor]] = {}
         self._base = {name[2:]: tensor for name, tensor in tensors.items() if name.startswith("w ")}
@@ -134,10 +137,18 @@ class Factors:
         )
         target = out[module.weight].mT if module.transposed else out[module.weight]
         base = None if scale == 1 else oriented(self._base, module, group.with_bias)
+        solve = partial(
+            path.solve,
+            alpha=alpha,
+            filter=self.filter.kind,
+            directions=self.filter.directions,
+            scale=scale,
+            base=base,
+        )
         if not group.with_bias:
-            path.solve(alpha=alpha, scale=scale, base=base, out=target)
+            solve(out=target)
             return
-        solved = path.solve(alpha=alpha, scale=scale, base=base)
+        solved = solve()
         target.copy_(solved[:, :-1])
         out[module.bias].copy_(solved[:, -1])
 

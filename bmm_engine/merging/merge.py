@@ -151,6 +151,8 @@ def merge_models(
     plan.check_statistics()
     if posterior is not None and statistics.sensitivities:
         raise ConfigError("draws from the posterior are for outputs that count alike: leave out `sensitivities`.")
+    if posterior is not None:
+        settings.check_posterior()
     log_notes(plan)
     specs = destination.specs(plan.alignment)
     writer = destination.writer(specs)

@@ -36,6 +36,7 @@ from bmm_engine.models.architecture import (
 from bmm_engine.models.bounds import Held
 from bmm_engine.models.building import UnknownArchitectureError, meta_model
 from bmm_engine.recipe.settings import MergeSettings
+from bmm_engine.solving.weighted import check_filter
 from bmm_engine.statistics.grams import GramSet
 from bmm_engine.statistics.sequential_grams import check_sequential
 from bmm_engine.statistics.sets import Statistics
@@ -225,6 +226,8 @@ def _build_plan(
     if settings.rule.needs == "fishers" and len(statistics.fishers) == len(experts):
         check_fishers(alignment.merged, experts, statistics.fishers, settings)
     if sensitivities:
+        if solved:
+            check_filter(settings.spectral_filter)
         check_sensitivities(solved.values(), experts, sensitivities, settings)
     groups = _groups(solved, alphas, settings, gram_sets, experts, set(alignment.merged))
     taken = {t for g in groups for t in g.tensors}

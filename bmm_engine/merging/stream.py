@@ -20,9 +20,10 @@ from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan, ModuleGroup
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.parallel import in_order, one_thread, share_of_memory
+from bmm_engine.solving.filters import SpectralFactor
 from bmm_engine.solving.moments import Moment
 from bmm_engine.solving.posterior import Posterior, posterior_sample, posterior_scale
-from bmm_engine.solving.solve import Factor, check_finite, factorize, solve_with_factor
+from bmm_engine.solving.solve import Factor, check_finite, inverses, solve_with_factor
 from bmm_engine.solving.weighted import solve_weighted
 
 T = TypeVar("T")
@@ -307,9 +308,10 @@ class MergeStream:
     def _solve_batch(self, batch: list[ModuleGroup]) -> Iterator[list[Piece]]:
         opened = [OpenGroup(self.inputs, group) for group in batch]
         betas = [group.task_weights() for group in opened]
-        factors = factorize(
+        factors = inverses(
             [g.moments for g in opened],
             betas,
+            self.settings.spectral_filter,
             alpha=batch[0].alpha,
             names=[g.group.name for g in opened],
             device=self.inputs.device,
@@ -318,7 +320,7 @@ class MergeStream:
             for module in group.group.members:
                 yield self._solve_module(group, module, factor)
 
-    def _solve_module(self, group: OpenGroup, module: LinearModule, factor: Factor) -> list[Piece]:
+    def _solve_module(self, group: OpenGroup, module: LinearModule, factor: Factor | SpectralFactor) -> list[Piece]:
         with_bias = group.group.with_bias
         base, experts = group.weights(module)
         anchor = self._anchor_module(module, base, experts, group)
@@ -333,6 +335,7 @@ class MergeStream:
         weights = tuple(listed[t] for t in range(len(listed)))
         tau = 0.0
         if self.posterior is not None and self.posterior.temperature:
+            assert isinstance(factor, Factor), "merges refuse draws of other filters"
             temperature = self.posterior.temperature
             tau = posterior_scale(solved, experts, group.moments, factor, temperature, name=module.name)
             solved = posterior_sample(solved, factor, tau, self.posterior.generator(module.name))

@@ -243,6 +243,7 @@ def _series(recipe: Recipe, count: int, seed: int, temperature: float, first: in
         )
     if recipe.output_weights == "sensitivity":
         raise ConfigError("draws from the posterior are for outputs that count alike: set output_weights: none.")
+    recipe.settings.check_posterior()
     if not recipe.settings.solves:
         raise ConfigError("alpha is inf, so every module is the anchor's and has no posterior; give a finite alpha.")
     return [Posterior(seed, index, temperature) for index in range(first, first + count)]

@@ -180,9 +180,12 @@ def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: boo
 
 def with_output_weights(recipe: Recipe, models: Models, report: Report = lambda line: None) -> Recipe:
     """The recipe with `output_weights` chosen, where it leaves them open: "sensitivity" if every expert's is measured, or can be: a classifier, or
-    an encoder with its head, that has calibration. Raises `CheckpointError`."""
+    an encoder with its head, that has calibration; and if the filter has a form with it. Raises `CheckpointError`."""
     if recipe.output_weights is not None:
         return recipe
+    if not recipe.settings.spectral_filter.restricts:
+        report(f"output_weights: none, since filter is {recipe.filter!r}")
+        return recipe.model_copy(update={"output_weights": "none"})
     experts = zip(recipe.experts, models.experts, strict=True)
     lacking = [expert.label for expert, source in experts if not _can_be_weighed(expert, source)]
     chosen = "none" if lacking or recipe.alpha == math.inf else "sensitivity"

@@ -29,6 +29,8 @@ from bmm_engine.recipe.references import (
 from bmm_engine.recipe.sections import CalibrationRecipe, EvaluationRecipe, SearchRecipe, SequentialRecipe, Strict
 from bmm_engine.recipe.settings import Algebra, MergeSettings, SequentialOptions, defaults_of, plain_values
 from bmm_engine.recipe.yaml_file import load_yaml
+from bmm_engine.solving.filters import Filter
+from bmm_engine.solving.weighted import check_filter
 from bmm_engine.statistics.text_file import check_path
 
 
@@ -172,6 +174,12 @@ class Recipe(Algebra, Named):
             raise ConfigError(
                 f"expert {shown(lacking[0])} has no `fisher`, which anchor {rule.name!r} needs; give every expert its file, or `calibration`."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_filter(self) -> Recipe:
+        if self.output_weights == "sensitivity" and self.alpha != math.inf:
+            check_filter(Filter(self.filter, self.directions))
         return self
 
     @property

@@ -21,6 +21,7 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.executors.devices import device_fault
 from bmm_engine.recipe.explain import explain
 from bmm_engine.recipe.sections import SequentialRecipe, Strict
+from bmm_engine.solving.filters import Filter, directions_fault
 
 
 def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], Any]:
@@ -65,6 +66,12 @@ def _task_weights(value: Any) -> str | tuple[float, ...] | None:
     return weights
 
 
+def _directions(value: Any) -> Any:
+    if fault := directions_fault(value):
+        raise ValueError(f"it {fault}")
+    return value
+
+
 def _device(value: Any) -> Any:
     """The name of a device that there may be; whether there is one is checked where work starts."""
     name = str(value) if isinstance(value, torch.device) else value
@@ -88,6 +95,7 @@ Ridge = Annotated[
 Scale = Annotated[
     Varying, PlainValidator(_over_the_model("scale", lambda v: "" if math.isfinite(v) else "it must be finite"))
 ]
+Directions = Annotated[int | float | str | None, PlainValidator(_directions)]
 TaskWeights = Annotated[Literal["none", "energy"] | tuple[float, ...], PlainValidator(_task_weights)]
 Patterns = Annotated[list[str], BeforeValidator(_patterns)]
 Device = Annotated[str, BeforeValidator(_device)]
@@ -115,6 +123,14 @@ class Algebra(Strict):
         "trace", description="of task vectors' Grams: trace 1, or as they are"
     )
     alpha: Ridge = Field(0.03, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
+    filter: Literal["ridge", "exponential", "truncated"] = Field(
+        "ridge",
+        description="how far the solve follows each direction of the inputs: e/(e + lam), 1 - exp(-e/lam), or e > lam",
+    )
+    directions: Directions = Field(
+        None,
+        description="of the inputs, that are followed at all: how many, a share, 'participation' or 'gavish_donoho'; null: all",
+    )
     calibrate: Literal["svc", "subspace_boost", "larv"] | None = Field(
         None, description="what follows the anchor's rule, or for larv goes before it, on linear modules; null: nothing"
     )
@@ -235,6 +251,18 @@ class MergeSettings(Algebra, Checked):
     @cached_property
     def scale_setting(self) -> Setting:
         return Setting(self.scale, where="scale", check=float, default=1.0)
+
+    @property
+    def spectral_filter(self) -> Filter:
+        return Filter(self.filter, self.directions)
+
+    def check_posterior(self) -> None:
+        """Raise `ConfigError` unless there is a posterior to draw from."""
+        if not self.spectral_filter.plain:
+            raise ConfigError(
+                f"draws from the posterior are for the plain ridge, whose prior it has: filter is {self.filter!r} and directions {self.directions!r};"
+                " leave both out."
+            )
 
     @property
     def solves(self) -> bool:

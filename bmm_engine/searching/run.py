@@ -41,6 +41,7 @@ from bmm_engine.searching.space import Candidate
 from bmm_engine.searching.study import DATABASE, Study
 from bmm_engine.searching.view import Silent
 from bmm_engine.searching.workers import NO_WEIGHTED_PLAIN_SEARCH, RecipeProblem, with_grams, with_search_weights
+from bmm_engine.solving.weighted import check_filter
 from bmm_engine.statistics.sets import Fishers, Grams, Sensitivities, Statistics
 from bmm_engine.statistics.text_file import check_output_path
 
@@ -192,6 +193,8 @@ def search(
     else:
         measured = Statistics.open(None, (), sensitivities, batches)
         settings, walk = settings_of("sequential", {**algebra, **(sequential or {})}), lambda: measured
+        if sensitivities:
+            check_filter(settings.spectral_filter)
     check_device(settings.device)
     parameters = {settings.anchor: settings.anchor_parameters}
     problem = Problem(

@@ -21,7 +21,8 @@ from bmm_engine.models.architecture import LinearModule
 from bmm_engine.pipeline.live import LiveModels
 from bmm_engine.searching.objective import Objective
 from bmm_engine.searching.space import Candidate, SearchGroup, weighting_label
-from bmm_engine.solving.solve import Factor, factorize, solve_with_factor
+from bmm_engine.solving.filters import SpectralFactor
+from bmm_engine.solving.solve import Factor, inverses, solve_with_factor
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class FreeWriter:
             for alpha, members in by_alpha.items():
                 if alpha == math.inf:
                     continue
-                (factor,) = factorize([opened.moments], [betas], alpha=alpha, names=[members[0].name])
+                chosen = self.inputs.settings.spectral_filter
+                (factor,) = inverses([opened.moments], [betas], chosen, alpha=alpha, names=[members[0].name])
                 for module in members:
                     self._solve(module, opened, weights[module.name], anchor, factor, candidate)
 
@@ -116,7 +118,7 @@ class FreeWriter:
         opened: OpenGroup,
         weights: tuple[Tensor, list[Tensor]],
         anchor: Mapping[str, Tensor],
-        factor: Factor,
+        factor: Factor | SpectralFactor,
         candidate: Candidate,
     ) -> None:
         with_bias = opened.group.with_bias

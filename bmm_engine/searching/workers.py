@@ -182,7 +182,7 @@ def open_runner(
     tensors: Mapping[str, Tensor] = shared.tensors()
     if device != "cpu":
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    factors = Factors(groups, tensors)
+    factors = Factors(groups, tensors, problem.settings.spectral_filter)
     evaluator = problem.tasks.evaluator(split)
     if evaluator is None:
         raise AssertionError(f"no data for {split}")

@@ -160,7 +160,8 @@ class ModuleSolver:
         betas = drift_task_weights(inputs.task_weights, energies, len(moments), name)
         mean_weight = self.settings.sequential.mean_weight
         moments = [self._hybrid(t, part, own) for t, own in enumerate(moments)]
-        factor = drift_factor(moments, betas, alpha=part.alpha, mean_weight=mean_weight, name=name)
+        chosen = self.settings.spectral_filter
+        factor = drift_factor(moments, betas, chosen, alpha=part.alpha, mean_weight=mean_weight, name=name)
         assert factor is not None, "no part is at an infinite ridge"
         before, after = ([0.0] * len(moments) for _ in range(2))
         listed = inputs.listed(betas)

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.sequential.moments import TaskMoments, squared
+from bmm_engine.solving.filters import PLAIN, Filter, SpectralFactor
 from bmm_engine.solving.output_metric import OutputMetric
-from bmm_engine.solving.solve import BLOCK_ROWS, Factor, check_task_weights, check_weights, energy_weights, factorize
+from bmm_engine.solving.solve import BLOCK_ROWS, Factor, check_task_weights, check_weights, energy_weights, inverses
 from bmm_engine.solving.weighted import solve_toward
 
 
@@ -55,6 +56,8 @@ def solve_drift(
     moments: Sequence[TaskMoments],
     *,
     alpha: float,
+    filter: str = "ridge",
+    directions: int | float | str | None = None,
     task_weights: Sequence[float] | str | None = None,
     mean_weight: float = 0.0,
     hybrid: Sequence[float] | float = 0.0,
@@ -68,7 +71,8 @@ def solve_drift(
     `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge,
     `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
     needs `base`). `mean_weight`: gamma above; `hybrid`: g above, of each task or of all (needs `base`; a bias in it does not count). Computed in
-    float64, rounded once.
+    float64, rounded once. `filter`, `directions`: how far each eigenvector of A_0 is followed, as in `bmm_engine.Filter`; with `metrics` not
+    "exponential".
     `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`bmm_engine.solving.weighted`; `output_metrics` makes one
     of a sensitivity); then "energy" is `1 / ||X_t U_t^T S_t^{1/2}||^2`, and the solve is iterative, in the moments' dtype.
 
@@ -100,7 +104,7 @@ def solve_drift(
     betas = drift_task_weights(task_weights, energy, len(experts), name)
     check_mean_weight(mean_weight)
     moments = _with_task_vectors(moments, experts, base, hybrid, name)
-    factor = drift_factor(moments, betas, alpha=alpha, mean_weight=mean_weight, name=name)
+    factor = drift_factor(moments, betas, Filter(filter, directions), alpha=alpha, mean_weight=mean_weight, name=name)
     if weighing is None or factor is None:
         weight, before, after = solve_module(anchor, experts, moments, betas, factor, mean_weight)
     else:
@@ -154,13 +158,20 @@ def check_mean_weight(value: float) -> None:
 
 
 def drift_factor(
-    moments: Sequence[TaskMoments], task_weights: Sequence[float], *, alpha: float, mean_weight: float, name: str
-) -> Factor | None:
-    """The factor of A, which modules that share their input share; None where `alpha` is inf. Raises as `factorize` does."""
+    moments: Sequence[TaskMoments],
+    task_weights: Sequence[float],
+    filter: Filter = PLAIN,
+    *,
+    alpha: float,
+    mean_weight: float,
+    name: str,
+) -> Factor | SpectralFactor | None:
+    """The factor of A, or what a filter has in its place, which modules that share their input share; None where `alpha` is inf. Raises as
+    `factorize` does."""
     if alpha == math.inf:
         return None
     grams = [own.merged(mean_weight) for own in moments]
-    (factor,) = factorize([grams], [task_weights], alpha=alpha, names=[name], device=moments[0].gram.device)
+    (factor,) = inverses([grams], [task_weights], filter, alpha=alpha, names=[name], device=moments[0].gram.device)
     return factor
 
 
@@ -169,7 +180,7 @@ def solve_module(
     experts: Sequence[Tensor],
     moments: Sequence[TaskMoments],
     task_weights: Sequence[float],
-    factor: Factor | None,
+    factor: Factor | SpectralFactor | None,
     mean_weight: float,
 ) -> tuple[Tensor, list[float], list[float]]:
     """`W*` (out, in), and per task the squared misfit of the anchor and of `W*`, over n; by blocks of rows, which are independent.
@@ -208,7 +219,7 @@ def solve_weighted_module(
     anchor: Tensor,
     experts: Sequence[Tensor],
     moments: Sequence[TaskMoments],
-    factor: Factor,
+    factor: Factor | SpectralFactor,
     mean_weight: float,
     metrics: Sequence[OutputMetric],
     name: str,

@@ -30,6 +30,7 @@ from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.cholesky import cholesky_, solve_right
 from bmm_engine.ops.residual import residual
 from bmm_engine.parallel import one_thread
+from bmm_engine.solving.filters import PLAIN, Filter, SpectralFactor
 from bmm_engine.solving.moments import DenseMoment, Moment
 
 # Jitter, relative to the mean diagonal of A: tried in this order on the members of a batch that have no factor without it. The last ones
@@ -105,23 +106,14 @@ def factorize(
     Members without a factor, and only they, are retried with growing jitter, which is reported by a `NumericalWarning` and returned.
     Raises `NotPositiveDefiniteError` (module, pivot, ridge tried), `ConfigError`.
     """
-    if (alpha is None) == (ridge is None):
-        raise ConfigError("give alpha (relative ridge) or ridge (absolute), and not both.")
     names = names or [f"module {i}" for i in range(len(moments))]
-    width = moments[0][0].width
-    for own, betas, name in zip(moments, task_weights, names, strict=True):
-        check_task_weights(betas, len(own), name)
-        for moment in own:
-            if moment.width != width:
-                raise ShapeMismatchError(f"{name}: Grams of width {moment.width} and {width} in one solve.")
+    width = _check_members(moments, task_weights, alpha, ridge, names)
     a = torch.empty(len(moments), width, width, dtype=torch.float64, device=device)
     ridges, scales = [], []
     for member, own, betas, name in zip(a, moments, task_weights, names, strict=True):
         assemble_moments(member, own, betas)
         trace = float(member.diagonal().sum())
-        lam = relative_ridge(alpha, trace, width) if alpha is not None else float(ridge or 0.0)
-        if not (lam >= 0 and math.isfinite(lam)):
-            raise ConfigError(f"{name}: the ridge must be finite and >= 0, not {lam}.")
+        lam = _ridge_of(alpha, ridge, trace, width, name)
         member.diagonal().add_(lam)
         ridges.append(lam)
         scales.append(trace / width + lam)
@@ -134,6 +126,58 @@ def factorize(
         again, jitter = _factor_with_jitter(assemble_again, ridges[i], scales[i], names[i])
         factors[i] = replace(factors[i], lower=again, jitter=jitter)
     return factors
+
+
+def inverses(
+    moments: Sequence[Sequence[Moment]],
+    task_weights: Sequence[Sequence[float]],
+    filter: Filter = PLAIN,
+    *,
+    alpha: float | None = None,
+    ridge: float | None = None,
+    names: Sequence[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> Sequence[Factor | SpectralFactor]:
+    """What stands for `A^{-1}` in each member's solve: Cholesky factors, as `factorize` makes and raises them, or, for any other filter than the
+    plain ridge, `Q diag(f(e) / e) Q^T` of `A_0 = sum_t beta_t G_t = Q diag(e) Q^T`, decomposed in float64."""
+    if filter.plain:
+        return factorize(moments, task_weights, alpha=alpha, ridge=ridge, names=names, device=device)
+    names = names or [f"module {i}" for i in range(len(moments))]
+    width = _check_members(moments, task_weights, alpha, ridge, names)
+    found = []
+    for own, betas, name in zip(moments, task_weights, names, strict=True):
+        a = assemble_moments(torch.empty(width, width, dtype=torch.float64, device=device), own, betas)
+        lam = _ridge_of(alpha, ridge, float(a.diagonal().sum()), width, name)
+        eigenvalues, eigenvectors = torch.linalg.eigh(a)
+        factors = filter.factors(eigenvalues, lam)
+        found.append(SpectralFactor(eigenvectors, factors, filter, lam, tuple(map(float, betas))))
+    return found
+
+
+def _check_members(
+    moments: Sequence[Sequence[Moment]],
+    task_weights: Sequence[Sequence[float]],
+    alpha: float | None,
+    ridge: float | None,
+    names: Sequence[str],
+) -> int:
+    """The width of all members; raises what `factorize` documents."""
+    if (alpha is None) == (ridge is None):
+        raise ConfigError("give alpha (relative ridge) or ridge (absolute), and not both.")
+    width = moments[0][0].width
+    for own, betas, name in zip(moments, task_weights, names, strict=True):
+        check_task_weights(betas, len(own), name)
+        for moment in own:
+            if moment.width != width:
+                raise ShapeMismatchError(f"{name}: Grams of width {moment.width} and {width} in one solve.")
+    return width
+
+
+def _ridge_of(alpha: float | None, ridge: float | None, trace: float, width: int, name: str) -> float:
+    lam = relative_ridge(alpha, trace, width) if alpha is not None else float(ridge or 0.0)
+    if not (lam >= 0 and math.isfinite(lam)):
+        raise ConfigError(f"{name}: the ridge must be finite and >= 0, not {lam}.")
+    return lam
 
 
 def residual_of(
@@ -158,7 +202,9 @@ def residual_of(
     return out
 
 
-def solve_with_factor(anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], factor: Factor) -> Tensor:
+def solve_with_factor(
+    anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], factor: Factor | SpectralFactor
+) -> Tensor:
     """`W* = W_a + R A^{-1}` (out, in) in the anchor's dtype, by blocks of rows: the rows of W are independent."""
     out = torch.empty_like(anchor)
     for start in range(0, anchor.shape[0], BLOCK_ROWS):
@@ -176,6 +222,8 @@ def solve_map(
     *,
     alpha: float | None = None,
     ridge: float | None = None,
+    filter: str = "ridge",
+    directions: int | float | str | None = None,
     task_weights: Sequence[float] | str | None = None,
     base: Tensor | None = None,
     name: str = "module",
@@ -186,14 +234,16 @@ def solve_map(
     Modules that share their input are solved as one, stacked along `out`. Any float dtype; computed in float64, rounded once.
     `alpha` relative ridge (`lam = alpha trace(A_0) / in`; inf gives the anchor; 0 is RegMean, Jin et al. 2023) or `ridge` absolute.
     `task_weights`: None (all 1), a number per task, or "energy" (`1 / tr(U_t G_t U_t^T)`, needs `base`).
+    `filter`, `directions`: how far each eigenvector of A_0 is followed, as in `bmm_engine.Filter`: `W_a + R Q diag(f(e) / e) Q^T`.
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
     """
+    chosen = Filter(filter, directions)
     problem = map_problem(anchor, experts, grams, task_weights=task_weights, base=base, name=name)
     if alpha == math.inf:
         count = len(problem.names)
         return MapSolution(anchor.clone(), [math.inf] * count, [0.0] * count, problem.task_weights)
-    factors = problem.factorize(alpha=alpha, ridge=ridge)
+    factors = problem.inverses(chosen, alpha=alpha, ridge=ridge)
     solved = [solve_with_factor(*args) for args in zip(*problem.members, factors, strict=True)]
     weight = torch.stack(solved) if anchor.dim() == 3 else solved[0]
     return MapSolution(weight, [f.ridge for f in factors], [f.jitter for f in factors], problem.task_weights)
@@ -212,6 +262,15 @@ class MapProblem:
     @property
     def members(self) -> tuple[list[Tensor], list[list[Tensor]], list[list[Moment]]]:
         return self.anchors, self.experts, self.moments
+
+    def inverses(
+        self, filter: Filter, *, alpha: float | None, ridge: float | None
+    ) -> Sequence[Factor | SpectralFactor]:
+        """One for each member; raises as the function does."""
+        device = self.anchors[0].device
+        return inverses(
+            self.moments, self.task_weights, filter, alpha=alpha, ridge=ridge, names=self.names, device=device
+        )
 
     def factorize(self, *, alpha: float | None, ridge: float | None) -> list[Factor]:
         """One factor for each member; raises as `factorize` does."""

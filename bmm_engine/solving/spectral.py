@@ -1,10 +1,10 @@
-"""Many ridges for one decomposition: the spectral path of a module's solution.
+"""Many ridges, and other filters, for one decomposition: the spectral path of a module's solution.
 
 With `A_0 = sum_t beta_t G_t = Q diag(e) Q^T` and `B = R Q`, once:
 
     W*(lam) = W_a + R (A_0 + lam I)^{-1} = W_a + B diag(1 / (e + lam)) Q^T
 
-for each trial: one scaled product, no factorisation, straight into a live weight.
+for each trial: one scaled product, no factorisation, straight into a live weight. So is any filter's `W_a + B diag(f(e) / e) Q^T` (`filters.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from bmm_engine.errors import ConfigError
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.spectral import apply_spectral
+from bmm_engine.solving.filters import Filter
 from bmm_engine.solving.moments import Moment
 from bmm_engine.solving.solve import (
     BLOCK_ROWS,
@@ -49,6 +50,8 @@ class SpectralPath:
         *,
         alpha: float | None = None,
         ridge: float | None = None,
+        filter: str = "ridge",
+        directions: int | float | str | None = None,
         base: Tensor | None = None,
         scale: float = 1.0,
         out: Tensor | None = None,
@@ -57,20 +60,23 @@ class SpectralPath:
     ) -> Tensor:
         """`W_0 + s (W*(lam) - W_0)` (out, in) for one ridge, in `out` (any floating dtype and strides) or a new tensor like the anchor.
 
-        Give `alpha` (relative ridge, `lam = alpha trace(A_0) / in`; inf is the anchor) or `ridge` (`lam` itself). `base` W_0 is needed where
-        `scale` is not 1. Raises `ConfigError`, `ShapeMismatchError`, `BackendError`.
+        Give `alpha` (relative ridge, `lam = alpha trace(A_0) / in`; inf is the anchor) or `ridge` (`lam` itself). `filter`, `directions`: how far
+        each eigenvector is followed, as in `bmm_engine.Filter`. `base` W_0 is needed where `scale` is not 1. Raises `ConfigError`,
+        `ShapeMismatchError`, `BackendError`.
         """
         if (alpha is None) == (ridge is None):
             raise ConfigError("give alpha (relative ridge) or ridge (absolute), and not both.")
         lam = relative_ridge(alpha, self.trace, self.anchor.shape[1]) if alpha is not None else float(ridge or 0.0)
         out = torch.empty_like(self.anchor) if out is None else out
+        chosen = Filter(filter, directions)
         return apply_spectral(
             out,
             self.anchor,
             self.projected,
             self.eigenvectors,
             self.eigenvalues,
-            lam,
+            lam if chosen.plain else None,
+            factors=None if chosen.plain else chosen.factors(self.eigenvalues, lam),
             base=base,
             scale=scale,
             precision=precision,

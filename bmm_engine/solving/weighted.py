@@ -10,6 +10,9 @@ S = sum_t beta_t S_t / sum_t beta_t. Its normal equations couple all outputs:
 (the sequential merge has other R_t: see `bmm_engine.sequential.solve`). Where all S_t are equal it is the solve without metrics. They are solved by
 conjugate gradients from that solution on, preconditioned by S Z (sum_t beta_t G_t + lam I), whose inverse is cheap. S_t comes as
 level_t I + V_t V_t^T: a step multiplies by one matrix for what all outputs have in common, and by each G_t for the few directions V_t alone.
+
+Of filters (`filters.py`), those that keep some directions Q_K are the same problem within them: Z = Y Q_K^T, with Q_K^T G_t Q_K and R_t Q_K in the
+places of G_t and R_t, and no ridge where the filter is `truncated`. Gradient descent (`exponential`) has no such form.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from bmm_engine.errors import NotPositiveDefiniteError, NumericalWarning
-from bmm_engine.solving.moments import Moment
+from bmm_engine.errors import ConfigError, NotPositiveDefiniteError, NumericalWarning
+from bmm_engine.solving.filters import Filter, SpectralFactor
+from bmm_engine.solving.moments import DenseMoment, Moment
 from bmm_engine.solving.output_metric import OutputMetric
 from bmm_engine.solving.solve import Factor, task_energy
 
@@ -36,7 +40,7 @@ def solve_weighted(
     anchor: Tensor,
     experts: Sequence[Tensor],
     moments: Sequence[Moment],
-    factor: Factor,
+    factor: Factor | SpectralFactor,
     metrics: Sequence[OutputMetric],
     name: str,
 ) -> Tensor:
@@ -51,15 +55,17 @@ def solve_weighted(
 def solve_toward(
     toward: Iterable[Tensor],
     moments: Sequence[Moment],
-    factor: Factor,
+    factor: Factor | SpectralFactor,
     metrics: Sequence[OutputMetric],
     dtype: torch.dtype,
     name: str,
 ) -> Tensor:
     """Z (out, in) for the tasks' R_t (out, in), float64, taken one by one. Computed in `dtype`.
 
-    Warns (`NumericalWarning`) where the tolerance is not reached. Raises `NotPositiveDefiniteError`.
+    Warns (`NumericalWarning`) where the tolerance is not reached. Raises `NotPositiveDefiniteError`, and `ConfigError` for an exponential filter.
     """
+    if isinstance(factor, SpectralFactor):
+        return _solve_within(toward, moments, factor, metrics, dtype, name)
     like = torch.empty((), dtype=dtype, device=factor.lower.device)
     system = _System(moments, factor, [metric.to(like) for metric in metrics], dtype, name)
     change, left = system.solve(*system.sides(toward))
@@ -71,6 +77,37 @@ def solve_toward(
             stacklevel=2,
         )
     return change
+
+
+def check_filter(filter: Filter) -> None:
+    """Raise `ConfigError` for a filter that weighted outputs have no form of."""
+    if not filter.restricts:
+        raise ConfigError(
+            f"filter {filter.kind!r} is for outputs that count alike: take 'ridge' or 'truncated', or leave out the sensitivities"
+            " (output_weights: none)."
+        )
+
+
+def _solve_within(
+    toward: Iterable[Tensor],
+    moments: Sequence[Moment],
+    factor: SpectralFactor,
+    metrics: Sequence[OutputMetric],
+    dtype: torch.dtype,
+    name: str,
+) -> Tensor:
+    """Z within the directions that a filter keeps: the problem of width K. Where it keeps none nothing moves."""
+    check_filter(factor.filter)
+    kept = factor.factors > 0
+    basis = factor.eigenvectors[:, kept]
+    if not basis.shape[1]:
+        return torch.zeros(metrics[0].outputs, len(kept), dtype=dtype, device=basis.device)
+    # A within them is diagonal: e, and the ridge.
+    lower = factor.factors[kept].rsqrt().diag()
+    inner = Factor(lower, 0.0 if factor.filter.kind == "truncated" else factor.ridge, 0.0, factor.task_weights)
+    reduced = [DenseMoment(moment.apply(basis.mT.contiguous()) @ basis, module=name) for moment in moments]
+    change = solve_toward((own @ basis for own in toward), reduced, inner, metrics, dtype, name)
+    return change @ basis.mT.to(dtype)
 
 
 def weighted_task_energy(moment: Moment, task_vector: Tensor, metric: OutputMetric) -> float:
