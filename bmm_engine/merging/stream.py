@@ -167,7 +167,7 @@ class MergeStream:
         elements = math.prod(spec.shape) if rows is None else math.prod(spec.shape[1:]) * (rows.stop - rows.start)
         if name in self.plan.from_base:
             return elements * spec.dtype.itemsize
-        if self._is_linear(name) or self.calibrator.takes_whole(name):
+        if self._is_linear(name) or name in self.calibrator.modules:
             return 8 * elements * (len(self.plan.alignment.experts) + 4)  # factorisations are float64
         return elements * (
             4

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from typing import get_args
 
 import pytest
 import torch
 
-from bmm_engine import merge, merge_sequential
+from bmm_engine import collect_grams, merge, merge_sequential
 from bmm_engine.anchors import DepthMap, Site
 from bmm_engine.anchors.calibration import AFTER
 from bmm_engine.anchors.calibration.larv import diagnose, layer_scales
@@ -19,7 +20,7 @@ from bmm_engine.merging.sources import Models
 from bmm_engine.merging.stream import MergeStream
 from bmm_engine.ops.lowrank import LowRank
 from bmm_engine.recipe.sections import SearchRecipe
-from bmm_engine.recipe.settings import MergeSettings
+from bmm_engine.recipe.settings import Algebra, MergeSettings
 from bmm_engine.searching.problem import FunctionTasks, Problem
 from bmm_engine.searching.session import prepare
 from bmm_engine.statistics.sets import Statistics
@@ -114,6 +115,23 @@ def test_a_solve_has_the_calibrated_merge_for_its_prior(models, rule, calibrate)
         moved = oriented(anchors[1][name], module) - oriented(anchors[0][name], module)
         wanted = oriented(solved[0][name], module) + moved @ ridge @ torch.linalg.inv(gram + ridge)
         torch.testing.assert_close(oriented(solved[1][name], module), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_every_choice_is_known():
+    (choices,) = (c for c in get_args(Algebra.model_fields["calibrate"].annotation) if c is not type(None))
+    assert set(get_args(choices)) == {*AFTER, "larv"}
+
+
+@pytest.mark.parametrize("calibrate", AFTER)
+def test_where_biases_are_solved_too_only_the_weights_of_the_anchor_are_calibrated(models, calibrate):
+    base, experts = models
+    batches = [make_batches(base.config.model_type, 5 + t, 2) for t in range(3)]
+    grams = [collect_grams(e, own) for e, own in zip(experts, batches, strict=True)]
+    options = {"anchor": "regmean", "grams": grams, "calibrate": calibrate}
+    alone = merge(base, experts, alpha=math.inf, **options).tensors
+    near = merge(base, experts, alpha=1e9, fit_bias=True, **options).tensors
+    for name, tensor in alone.items():
+        torch.testing.assert_close(near[name], tensor, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("calibrate", [*AFTER, "larv"])
