@@ -11,6 +11,7 @@ from bmm_engine.anchors import Site
 from bmm_engine.anchors.calibration import AFTER
 from bmm_engine.anchors.calibration.larv import Diagnosis, diagnose, layer_scales
 from bmm_engine.anchors.polar import low_rank_of, task_vectors
+from bmm_engine.errors import NonFiniteWeightError
 from bmm_engine.merging.inputs import Inputs
 from bmm_engine.solving.solve import check_finite
 
@@ -68,8 +69,14 @@ class Calibrator:
         if self._after is None or site.name not in self.modules:
             return merged
         turned = self.modules[site.name].transposed and not site.linear
-        for tensor in (site.base, *site.experts, merged):
+        for tensor in (site.base, *site.experts):
             check_finite(tensor, f"tensor {site.name!r}")
+        if count := int((~merged.isfinite()).sum()):
+            settings = self.inputs.settings
+            raise NonFiniteWeightError(
+                f"calibrate {settings.calibrate!r}: of tensor {site.name!r}, as anchor {settings.anchor!r} merges it, {count} of {merged.numel()}"
+                " values are NaN or infinite. Give the anchor smaller parameters."
+            )
         base, *others = ((t.mT if turned else t).double() for t in (site.base, merged, *site.experts))
         delta, *taus = task_vectors(base, others)
         found = base + self._after(delta, taus)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -117,6 +118,28 @@ def test_a_solve_has_the_calibrated_merge_for_its_prior(models, rule, calibrate)
         torch.testing.assert_close(oriented(solved[1][name], module), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_larv_asks_all_experts():
+    """Three layers, of which the first expert changed one in few directions, the second another."""
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, 8, 8, generator=generator)
+    base = {f"layers.{n}.w.weight": draw() for n in range(3)}
+    few = torch.outer(draw()[0], draw()[0])
+    changes = [[few, draw(), draw()], [draw(), 100 * few, draw()]]
+    experts = [{k: w + 0.01 * c for (k, w), c in zip(base.items(), own, strict=True)} for own in changes]
+    found = []
+    for chosen in (experts, experts[:1], experts[1:]):
+        options = {"modules": ["layers*"], "alpha": math.inf, "anchor": "average"}
+        plain, scaled = (merge(base, chosen, calibrate=c, **options).tensors for c in (None, "larv"))
+        scales = [float((scaled[n] - base[n]).norm() / (plain[n] - base[n]).norm()) for n in base]
+        own = {
+            ("layers.", n, 3): [diagnose(base[k], e[k].double() - base[k].double()) for e in chosen]
+            for n, k in enumerate(base)
+        }
+        assert scales == pytest.approx(list(layer_scales(own).values()), rel=1e-4)
+        found.append([round(scale, 2) for scale in scales])
+    assert found[0] != found[1] != found[2] != found[0]
+
+
 def test_every_choice_is_known():
     (choices,) = (c for c in get_args(Algebra.model_fields["calibrate"].annotation) if c is not type(None))
     assert set(get_args(choices)) == {*AFTER, "larv"}
@@ -188,3 +211,9 @@ def test_the_record_says_it_and_mistakes_are_named(tmp_path):
     for calibrate in ("svc", "larv"):
         with pytest.raises(NonFiniteWeightError, match=r"layer\.1\.output\.dense\.weight"):
             merge(base, experts, calibrate=calibrate, alpha=math.inf)
+    scaling = [{"filter": "layer.1.attention.self.query", "value": 1e39}, {"value": 1.0}]
+    far = {"anchor": "task_arithmetic", "anchor_parameters": {"scaling": scaling}, "alpha": math.inf}
+    with pytest.raises(
+        NonFiniteWeightError, match=r"calibrate 'svc': of tensor .*query.*, as anchor 'task_arithmetic' merges it"
+    ):
+        merge(base, [fine_tune(base, 1)], calibrate="svc", **far)
