@@ -55,12 +55,19 @@ class DepthMap:
                 stack = name[: found.start(1)]
                 self._layers[stack] = max(self._layers.get(stack, 0), int(found[1]) + 1)
 
-    def __call__(self, name: str) -> float:
+    def layer(self, name: str) -> tuple[str, int, int] | None:
+        """Which layer a tensor is in: the stack's name, the layer's number in it, and how many there are; None outside the layers."""
         found = self._LAYER.search(name)
         if found is None:
+            return None
+        stack = name[: found.start(1)]
+        return stack, int(found[1]), self._layers.get(stack, 1)
+
+    def __call__(self, name: str) -> float:
+        if (layer := self.layer(name)) is None:
             return 0.0
-        layers = self._layers.get(name[: found.start(1)], 1)
-        return int(found[1]) / (layers - 1) if layers > 1 else 1.0
+        _, index, layers = layer
+        return index / (layers - 1) if layers > 1 else 1.0
 
 
 @dataclass(frozen=True)

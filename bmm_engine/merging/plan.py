@@ -126,9 +126,9 @@ def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -
     check_configs(alignment, unchecked=settings.unchecked_configs, vocabulary=settings.vocabulary)
     check_architecture(alignment, settings)
     check_rows(alignment, settings)
-    # The anchor alone needs to know the modules only if it treats matrices in a way of their own.
+    # The anchor alone needs to know the modules only if it treats matrices in a way of their own, or they are calibrated.
     linear = {}
-    if settings.solves or settings.rule.linear:
+    if settings.solves or settings.rule.linear or settings.calibrate:
         linear = find_linear_modules(alignment, models.live, settings.modules, statistics.grams)
     if settings.solves and not linear and _has_linear_modules(alignment, models.live):
         raise ConfigError(

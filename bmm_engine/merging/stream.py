@@ -14,6 +14,7 @@ from torch import Tensor
 from bmm_engine.anchors import Site
 from bmm_engine.errors import NonFiniteWeightError
 from bmm_engine.memory import release_free_memory
+from bmm_engine.merging.calibrator import Calibrator
 from bmm_engine.merging.groups import OpenGroup
 from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan, ModuleGroup
@@ -102,6 +103,7 @@ class MergeStream:
         self.rule = plan.settings.rule
         self.records: list[ModuleRecord] = []
         self.state: Any = None
+        self.calibrator = Calibrator(self.inputs)
         self.workers = torch.get_num_threads()
         self._linear_by_weight = {m.weight: m for m in plan.linear.values()}
 
@@ -111,6 +113,9 @@ class MergeStream:
 
     def __iter__(self) -> Iterator[list[Piece]]:
         self.inputs.check_first()
+        if self.calibrator.looks_first:
+            names = self.calibrator.modules
+            self.calibrator.settle(self._at_once((self._bytes(n, None), self.calibrator.diagnosis(n)) for n in names))
         if self.rule.reduce is not None:
             with one_thread():
                 self.state = self.rule.reduce(self)
@@ -153,7 +158,8 @@ class MergeStream:
     def _at_once(self, tasks: Iterator[tuple[int, Callable[[], T]]]) -> Iterator[T]:
         """On a CPU as many at once as torch may use threads; on a GPU one, so that reading and writing overlap with it."""
         workers = self.workers if self.inputs.device.type == "cpu" else 1
-        return in_order(tasks, workers=workers, most_bytes=share_of_memory() if self.rule.linear else None)
+        matrices = self.rule.linear or self.calibrator.modules
+        return in_order(tasks, workers=workers, most_bytes=share_of_memory() if matrices else None)
 
     def _bytes(self, name: str, rows: slice | None) -> int:
         """About what the work on a tensor, or on some rows of it, holds at a time."""
@@ -161,7 +167,7 @@ class MergeStream:
         elements = math.prod(spec.shape) if rows is None else math.prod(spec.shape[1:]) * (rows.stop - rows.start)
         if name in self.plan.from_base:
             return elements * spec.dtype.itemsize
-        if self._is_linear(name):
+        if self._is_linear(name) or name in self.calibrator.modules:
             return 8 * elements * (len(self.plan.alignment.experts) + 4)  # factorisations are float64
         return elements * (
             4
@@ -174,7 +180,8 @@ class MergeStream:
 
     def _slabs(self, name: str) -> Iterator[slice | None]:
         whole = name in self.plan.from_anchor and not self._takes_parts(name)
-        return iter([None]) if whole or self._is_linear(name) else row_slabs(self.base.spec(name).shape)
+        whole = whole or self._is_linear(name) or self.calibrator.takes_whole(name)
+        return iter([None]) if whole else row_slabs(self.base.spec(name).shape)
 
     def _takes_parts(self, name: str) -> bool:
         return self.rule.scope == "module" or self.rule.takes_parts(self.inputs.at(name))
@@ -197,7 +204,8 @@ class MergeStream:
         shape = tuple(self.base.spec(name).shape)
         first = 0 if rows is None else rows.start * math.prod(shape[1:])
         fishers = self.inputs.fishers_at(name, rows)
-        return Site(name, base, experts, self.inputs.at(name), shape, first, fishers=fishers)
+        site = Site(name, base, experts, self.inputs.at(name), shape, first, fishers=fishers)
+        return self.calibrator.before(site)
 
     def _module_site(
         self, module: LinearModule, base: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment] = ()
@@ -207,7 +215,7 @@ class MergeStream:
         if self.rule.needs_grams and not moments and module.name not in self.plan.unmeasured:
             grams = OpenGroup(self.inputs, ModuleGroup((module,), module.in_features, math.inf)).moments
         fishers = self.inputs.fishers_at(module.weight)
-        return Site(
+        site = Site(
             module.weight,
             base,
             experts,
@@ -218,6 +226,7 @@ class MergeStream:
             fishers=[f.mT.contiguous() for f in fishers] if module.transposed else fishers,
             low_rank=[self.inputs.low_rank(e, module) for e in self.inputs.experts],
         )
+        return self.calibrator.before(site)
 
     # The anchor
 
@@ -235,6 +244,12 @@ class MergeStream:
         return work
 
     def _anchor(self, site: Site) -> Tensor:
+        """The rule's merge, calibrated where that is asked for."""
+        merged = self._by_rule(site)
+        with self._naming(site):
+            return self.calibrator.after(site, merged)
+
+    def _by_rule(self, site: Site) -> Tensor:
         if self.rule.scope == "module" and not (site.linear and (site.grams or not self.rule.needs_grams)):
             scaling = {"mean": 1.0, "scaled": site.parameters.get("scaling", 1.0), "base": 0.0}[self.rule.others]
             return scaled_mean(site.base, site.experts, scaling)
@@ -272,7 +287,8 @@ class MergeStream:
         """The site of a whole tensor that has been read, turned to how it is stored."""
         base, *experts = ((t.mT if transposed else t).contiguous() for t in (base, *experts))
         fishers = self.inputs.fishers_at(name)
-        return Site(name, base, experts, self.inputs.at(name), tuple(base.shape), fishers=fishers)
+        site = Site(name, base, experts, self.inputs.at(name), tuple(base.shape), fishers=fishers)
+        return self.calibrator.before(site)
 
     # The solve
 

@@ -88,6 +88,7 @@ def describe_plan(plan: MergePlan, gram_source: str, mode: str = "plain") -> dic
         "experts": [e.label for e in alignment.experts],
         "prefixes": {e.label: e.prefix for e in alignment.experts if e.prefix},
         "anchor": plan.settings.anchor,
+        "calibrate": plan.settings.calibrate,
         "gram_source": gram_source,
         "grams_to_collect": mode == "plain" and gram_source != plan.settings.gram_source,
         "solved_modules": plan.module_count,
@@ -136,13 +137,14 @@ def _plan_tables(d: dict[str, Any]) -> RenderableType:
     for group in d["groups"]:
         first, rest = group["modules"][0], len(group["modules"]) - 1
         groups.add_row(first + (f" + {rest} more" if rest else ""), str(group["in"]), str(group["out"]))
+    anchor = d["anchor"] + (f", calibrated: {d['calibrate']}" if d["calibrate"] else "")
     lines = [
         f"base: {d['base']}",
         *(
             f"expert: {label}" + (f" (names prefixed {d['prefixes'][label]})" if label in d["prefixes"] else "")
             for label in d["experts"]
         ),
-        f"from the anchor ({d['anchor']}): {len(d['from_anchor'])} tensors",
+        f"from the anchor ({anchor}): {len(d['from_anchor'])} tensors",
         f"from the base: {len(d['from_base'])} tensors",
     ]
     if d["mode"] == "sequential":

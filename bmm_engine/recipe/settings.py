@@ -131,6 +131,9 @@ class Algebra(Strict):
         None,
         description="of the inputs, that are followed at all: how many, a share, 'participation' or 'gavish_donoho'; null: all",
     )
+    calibrate: Literal["svc", "subspace_boost", "larv"] | None = Field(
+        None, description="what follows the anchor's rule, or for larv goes before it, on linear modules; null: nothing"
+    )
     scale: Scale = Field(1.0, description="assembly W_0 + scale (W* - W_0)")
     task_weights: TaskWeights | None = Field(
         None, description="none, energy, or a number for each expert; null: none, or energy in the mode sequential"

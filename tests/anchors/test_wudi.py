@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from bmm_engine.anchors import get_anchor
 from bmm_engine.anchors.adam import adam
+from bmm_engine.ops.lowrank import LowRank
 
 wudi = get_anchor("wudi")
 
@@ -96,3 +99,83 @@ def test_adam_does_not_write_its_start_and_keeps_its_dtype():
     assert torch.equal(start, torch.ones(3))
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, torch.full((3,), 0.5), rtol=0, atol=1e-2)
+
+
+def spectral(taus, power, filter_of):
+    """`M_0 + R Q diag(f(e) / e) Q^T`, direction by direction; `filter_of(e, rank)`, rank 0 the largest."""
+    start = sum(taus)
+    gram = sum(tau.T @ tau / tau.norm() ** power for tau in taus)
+    residual = sum((tau - start) @ tau.T @ tau / tau.norm() ** power for tau in taus)
+    values, vectors = torch.linalg.eigh(gram)
+    for rank, (e, q) in enumerate(zip(values.flip(0).tolist(), vectors.T.flip(0))):
+        if e > 1e-12:
+            start = start + filter_of(e, rank) / e * torch.outer(residual @ q, q)
+    return start
+
+
+def singular_values(taus, power):
+    values = torch.linalg.svdvals(torch.cat([tau / tau.norm() ** (power / 2) for tau in taus]))
+    return values[values > 1e-6]
+
+
+@pytest.mark.parametrize("norm", ["squared", "plain"])
+@pytest.mark.parametrize(
+    ("tasks", "out", "width"), [(3, 8, 12), (2, 3, 20), (4, 6, 6), (3, 30, 5), (1, 4, 9), (2, 1, 1), (5, 4, 30)]
+)
+def test_spectral_solver_is_its_filters(tasks, out, width, norm):
+    base, experts = family(tasks, out, width)
+    taus = [e - base for e in experts]
+    power = 2 if norm == "squared" else 1
+    s = singular_values(taus, power)
+    ratio = max(1, round(float(s.sum() ** 2 / s.square().sum())))
+    b = min(out, width) / max(out, width)
+    omega = 2.858 if b == 1 else 0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43
+    above = max(1, int((s > omega * s.quantile(0.5)).sum()))
+    for options, filter_of in [
+        ({}, lambda e, rank: (1 - math.exp(-300 * e)) * (rank < math.ceil(0.65 * width))),
+        ({"time": 4.0, "share": 0.2}, lambda e, rank: (1 - math.exp(-4 * e)) * (rank < math.ceil(0.2 * width))),
+        ({"filter": "participation"}, lambda e, rank: rank < ratio),
+        ({"filter": "gavish_donoho"}, lambda e, rank: rank < above),
+    ]:
+        got = wudi(base, experts, norm=norm, solver="spectral", **options) - base
+        truth = spectral(taus, power, filter_of)
+        torch.testing.assert_close(got, truth, rtol=1e-9, atol=1e-11)
+
+
+def test_a_share_is_of_all_directions_and_at_least_one():
+    base, experts = family(3, 8, 10)
+    taus = [e - base for e in experts]
+    for share, kept in ((0.7, 7), (0.71, 8), (1e-12, 1), (1.0, 10)):
+        got = wudi(base, experts, solver="spectral", share=share, time=1e9) - base
+        torch.testing.assert_close(got, spectral(taus, 2, lambda e, rank, k=kept: rank < k), rtol=1e-9, atol=1e-11)
+
+
+def test_spectral_solver_lies_between_the_sum_and_the_minimum():
+    base, experts = family(3, 8, 12)
+    start, least = base + sum(e - base for e in experts), wudi(base, experts, solver="closed_form")
+    late = wudi(base, experts, solver="spectral", time=1e9, share=1.0)
+    torch.testing.assert_close(late, least, rtol=0, atol=1e-10)
+    early = wudi(base, experts, solver="spectral", time=1e-9, share=1.0)
+    torch.testing.assert_close(early, start, rtol=0, atol=1e-9)
+    taus = [e - base for e in experts]
+    losses = [loss(wudi(base, experts, solver="spectral", time=t) - base, taus) for t in (0.1, 1.0, 10.0)]
+    assert loss(start - base, taus) > losses[0] > losses[1] > losses[2] > loss(least - base, taus)
+
+
+@pytest.mark.parametrize("filter", ["exponential", "participation", "gavish_donoho"])
+def test_spectral_solver_of_products_of_one_expert_and_of_zeros(filter):
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(9, 40, generator=generator, dtype=torch.float64)
+    products = [
+        LowRank(*(torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((9, r), (r, 40))))
+        for r in (2, 3)
+    ]
+    experts = [base + 0.1 * p.dense() for p in products]
+    options = {"solver": "spectral", "filter": filter, "time": 20.0}
+    dense = wudi(base, experts, **options)
+    factored = wudi(base, experts, low_rank=[p.scale(0.1) for p in products], **options)
+    torch.testing.assert_close(factored, dense, rtol=0, atol=1e-11)
+    assert float((dense - base - sum(e - base for e in experts)).norm()) > 1e-2
+    torch.testing.assert_close(wudi(base, [*experts, base], **options), dense, rtol=0, atol=1e-11)
+    torch.testing.assert_close(wudi(base, experts[:1], **options), experts[0], rtol=0, atol=1e-11)
+    assert torch.equal(wudi(base, [base, base], **options), base)

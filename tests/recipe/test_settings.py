@@ -24,6 +24,7 @@ OTHER = {
     "alpha": [{"filter": "mlp", "value": 2.0}],
     "filter": "exponential",
     "directions": 0.65,
+    "calibrate": "svc",
     "scale": 1.5,
     "task_weights": (1.0, 0.5),
     "sensitivity_share": 0.5,
