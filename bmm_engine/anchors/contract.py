@@ -169,7 +169,7 @@ class Anchor:
                 try:
                     return adapter.validate_python(value)
                 except ValidationError as error:
-                    raise ValueError(error.errors()[0]["msg"]) from None
+                    raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
             return check
 
@@ -358,6 +358,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(repr(choice) for choice in get_args(annotation))
     if hasattr(annotation, "__metadata__"):
         return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) is Mapping:
+        return "mapping"
     if args := [a for a in get_args(annotation) if a is not type(None)]:
         return " | ".join(_type_name(a) for a in args)
     return getattr(annotation, "__name__", str(annotation))
