@@ -111,7 +111,8 @@ def test_equal_experts_keep_the_leading_directions_in_tsv_m():
 
 
 @pytest.mark.parametrize(
-    "name", ["tsv_m", "iso_c", "iso_cts", "wudi", "knots", "doge_ta", "opcm", "dc_merge", "core_space", "ace"]
+    "name",
+    ["tsv_m", "iso_c", "iso_cts", "wudi", "knots", "doge_ta", "opcm", "dc_merge", "core_space", "ace", "ip_merging"],
 )
 class TestCorners:
     @pytest.mark.parametrize("shape", [(6, 9), (1, 5), (1, 1)])
