@@ -19,7 +19,7 @@ from bmm_engine.anchors.regmean import NormalEquations, solve
 _TINY = 1e-12
 
 
-@anchor(scope="module", others="scaled", paper="2026, arXiv 2603.02945")
+@anchor(scope="module", others="scaled", paper="Xu et al. 2026, arXiv 2603.02945")
 def ace(
     base: Tensor,
     experts: Sequence[Tensor],

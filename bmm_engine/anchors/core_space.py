@@ -55,14 +55,14 @@ def core_space(
     scaling: float = 1.0,
     weight: PerExpert[float] = each(1.0),
 ) -> Tensor:
-    """`tau_t = B_t A_t`, U the left singular vectors of `[B_1 ... B_T]`, V^T the right ones of the A_t stacked, `M_t = U^T tau_t V`,
-    `W = W_0 + scaling U M V^T`, M the M_t merged by another rule.
+    """`W = W_0 + scaling U M V^T`: M the small cores `U^T tau_t V` merged by another `rule`, U and V the bases that all `tau_t = B_t A_t` share.
 
-    An adapter's tau_t keeps its own factors, as in the authors' code; any other is split by its SVD, `B = U_t S^1/2`, which loses nothing either,
-    but is not small where its rank is not. `rule`: any by name that reads only weights and does not depend on the order of the experts; it gets
-    each module's cores as experts of a base of zeros, and a whole-model rule sees one module at a time. `rule_parameters`: its parameters, one
-    value each. `weight`: tau_t is multiplied by it first. A rule that does not depend on the basis (the average, `tsv_m` where no rank is
-    cut off) gives what it gives outside. Raises `ConfigError`.
+    U: the left singular vectors of `[B_1 ... B_T]`; V^T: the right ones of the A_t stacked. An adapter's tau_t keeps its own factors, as in the
+    authors' code; any other is split by its SVD, `B = U_t S^1/2`, which loses nothing either, but is not small where its rank is not. `rule`: any
+    by name that reads only weights and does not depend on the order of the experts; it gets each module's cores as experts of a base of zeros, and
+    a whole-model rule sees one module at a time. `rule_parameters`: its parameters, one value each. `weight`: tau_t is multiplied by it first.
+    A rule that does not depend on the basis (the average, `tsv_m` where no rank is cut off) gives what it gives outside.
+    Raises `ConfigError`.
     """
     factors = _factors(site)
     if not any(b.shape[1] for b, _ in factors):

@@ -14,7 +14,7 @@ from bmm_engine.anchors.domains import PositiveShare
 from bmm_engine.anchors.polar import polar_factor, task_triples
 
 
-@anchor(scope="module", others="scaled", paper="2026, arXiv 2603.06242")
+@anchor(scope="module", others="scaled", paper="Zhang et al. 2026, arXiv 2603.06242")
 def dc_merge(
     base: Tensor,
     experts: Sequence[Tensor],
