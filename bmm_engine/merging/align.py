@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -133,8 +134,13 @@ def align(
         base, notes = with_own_heads(base, experts, naming)
     names = base.names()
     originals = {n: (n, original(base, n)) for n in names}
+    spelled: dict[str, tuple[str, ...]] = dict(originals)
+    left_out: tuple[str, ...] = ()  # of a base, what its host may lack
+    if view is not None:
+        spelled = {n: (*both, view.names_of_base.get(both[1], n)) for n, both in originals.items()}
+        left_out = view.base.names()
     for pattern in patterns:
-        if not any(fnmatchcase(own, pattern) for both in originals.values() for own in both):
+        if not any(fnmatchcase(own, pattern) for own in (*chain.from_iterable(spelled.values()), *left_out)):
             raise ConfigError(
                 f"keep_base: the pattern {pattern!r} matches no tensor of {base.label}, which has {', '.join(names[:3])} and {len(names) - 3}"
                 " more. Patterns are shell patterns over tensor names, for example 'classifier.*'."
@@ -143,7 +149,7 @@ def align(
     kept_names = {
         n
         for n in names
-        if any(fnmatchcase(own, p) for p in patterns for own in originals[n])
+        if any(fnmatchcase(own, p) for p in patterns for own in spelled[n])
         or not base.spec(n).dtype.is_floating_point
         or n in buffers
         or (view is not None and originals[n][1] not in view.names_of_base)

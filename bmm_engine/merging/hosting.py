@@ -50,8 +50,8 @@ def hosted(
     """
     naming = known_naming(base, [host], live)
     names = [n for n in (*base.names(), *base.aliases) if base.spec(n).dtype.is_floating_point]
-    spared = {n for n in names if n in base.aliases or any(fnmatchcase(n, p) for p in patterns)}
-    spared |= all_buffers(base, names, naming)
+    optional = all_buffers(base, names, naming) | set(base.aliases)
+    spared = optional | {n for n in names if any(fnmatchcase(n, p) for p in patterns)}
     matcher = Matcher(host, naming, exchanged=True)
     mapping = matcher.match_merged(names, base)
     wanted = [n for n in names if n not in spared]
@@ -65,7 +65,7 @@ def hosted(
         ours, theirs = base.spec(name).shape, host.spec(own).shape
         if ours == theirs:
             found[own] = name
-        elif name in spared:
+        elif name in optional:
             continue
         elif ours[1:] == theirs[1:] and is_vocabulary_tensor(base, name) and is_vocabulary_tensor(host, own):
             uneven.append(own)

@@ -168,6 +168,25 @@ def test_a_host_that_is_none_is_refused(people):
         bmm.merge(people.base, [people.donors[0], people.donors[0]], **IP, host="donor-1")
 
 
+def test_what_is_kept_from_the_base_is_its_under_either_name(people):
+    held = state(people.base)
+    for pattern in ("model.embed_tokens.*", "language_model.model.embed_tokens.*"):
+        merged = bmm.merge(people.base, people.experts, **NOTHING, keep_base=pattern)
+        name = "language_model.model.embed_tokens.weight"
+        assert different(merged.tensors, people.files) == {name}
+        assert torch.equal(merged.tensors[name], held["model.embed_tokens.weight"].to(torch.bfloat16))
+        assert merged.summary()["tensors"][str(people.base)]["base"]["first"] == ["model.embed_tokens.weight"]
+
+
+def test_a_head_that_the_host_lacks_may_be_left_out(people):
+    """An error without a word; with one the output has none, as the host."""
+    bare = {n: t for n, t in people.files.items() if "lm_head" not in n}
+    experts, options = [bare, *map(state, people.donors)], {**NOTHING, "modules": ["*proj"]}
+    with pytest.raises(MissingTensorError, match=r"'lm_head\.weight'"):
+        bmm.merge(state(people.base), experts, **options)
+    assert different(bmm.merge(state(people.base), experts, **options, keep_base="lm_head.*").tensors, bare) == set()
+
+
 def test_a_host_of_another_network_is_not_walked(people):
     batches = [make_batches("llama", seed, 1) for seed in range(3)]
     with pytest.raises(ConfigError, match=r"host: is the host, and of another network.*mode: plain"):
