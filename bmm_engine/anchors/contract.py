@@ -10,7 +10,7 @@ A `PerExpert` one arrives as a tuple with a value for each expert. Two names are
 Scopes:
 * `tensor`: any float tensor by itself.
 * `module`: the (out, in) weight of a linear module; `others` says what every other tensor gets: the "mean" of the experts, "scaled" (the base
-  plus `scaling` times the mean task vector), or "base".
+  plus `scaling` times the mean task vector), "base", or "first" (the first expert's, whose checkpoint the output then is: the host).
 * `model`: `reduce(model) -> state` sees the whole model first, pass by pass (thresholds, norms); then the rule is applied to any tensor.
 
 An `elementwise` rule may get a run of whole rows at a time (`site.first` counts from the tensor's start; a vector comes whole); one that is so
@@ -37,7 +37,7 @@ from bmm_engine.anchors.settings import PER_EXPERT, DepthMap, Each, Setting
 from bmm_engine.errors import ConfigError, shown
 
 Scope = Literal["tensor", "module", "model"]
-Others = Literal["mean", "scaled", "base"]
+Others = Literal["mean", "scaled", "base", "first"]
 # What a rule reads beside the weights; sequential Grams are measured while the experts are merged (`bmm_engine.statistics.sequential_grams`).
 Needs = Literal["", "grams", "sequential_grams", "fishers"]
 T = TypeVar("T")
@@ -169,7 +169,7 @@ class Anchor:
                 try:
                     return adapter.validate_python(value)
                 except ValidationError as error:
-                    raise ValueError(error.errors()[0]["msg"]) from None
+                    raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
             return check
 
@@ -358,6 +358,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(repr(choice) for choice in get_args(annotation))
     if hasattr(annotation, "__metadata__"):
         return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) is Mapping:
+        return "mapping"
     if args := [a for a in get_args(annotation) if a is not type(None)]:
         return " | ".join(_type_name(a) for a in args)
     return getattr(annotation, "__name__", str(annotation))

@@ -151,6 +151,8 @@ class Setting:
         return _Constant(self._scalar(raw))
 
     def _mapping(self, raw: Mapping[str, Any]) -> Any:
+        if isinstance(self._default.value, Mapping):  # then one is a value
+            return _Constant(self._scalar(raw))
         if set(raw) == {"gradient"} and isinstance(raw["gradient"], (list, tuple)) and raw["gradient"]:
             return self._gradient(raw["gradient"])
         raise ConfigError(
@@ -177,4 +179,4 @@ class Setting:
             return self._check(raw)
         except ValueError as error:
             reason = str(error)
-        raise ConfigError(f"{self._where} = {shown(raw)}: {reason}.")
+        raise ConfigError(f"{self._where} = {shown(raw)}: {reason.rstrip('.')}{'' if reason.endswith('?') else '.'}")

@@ -52,6 +52,14 @@ fishers = [bmm.collect_fisher(expert, batches) for expert, batches in zip(expert
 bmm.merge(base, experts, anchor="fisher", fishers=fishers, alpha=math.inf)
 ```
 
+`ip_merging` has a host, the first expert unless `host` names another: the output is its checkpoint,
+with [all that only it has](../merging/README.md#a-host). `core_space` merges by any other rule, in
+small bases that adapters share:
+
+```yaml
+anchor: {name: core_space, rule: ties, rule_parameters: {density: 0.5}}
+```
+
 ## Parameters that vary
 
 Any parameter may vary over the model, and so may `alpha` and `scale`. A star in the table marks

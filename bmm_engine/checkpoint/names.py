@@ -8,10 +8,11 @@ from bmm_engine.models.names import MOST_PARTS, leading_parts
 
 
 def change_prefix(prefix: str, name: str) -> str:
-    """`name` with "+bert." put before it, with "-bert." taken away, or as it is for ""."""
+    """`name` with "+bert." put before it, with "-bert." taken away, with "-bert.+model." the one in the place of the other, or as it is for ""."""
     if prefix.startswith("+"):
         return prefix[1:] + name
-    return name.removeprefix(prefix[1:]) if prefix else name
+    gone, _, put = prefix[1:].partition("+")
+    return put + name.removeprefix(gone) if prefix and name.startswith(gone) else name
 
 
 def prefix_changes(wanted: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -23,3 +24,10 @@ def prefix_changes(wanted: Iterable[str], known: Iterable[str]) -> list[str]:
         changes += [f"+{part}" for part in more if part.count(".") == count]
         changes += [f"-{part}" for part in fewer if part.count(".") == count]
     return changes
+
+
+def prefix_exchanges(wanted: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The changes of one leading part (or two, three) for another, the shorter ones first."""
+    fewer, more = leading_parts(wanted), leading_parts(known)
+    pairs = [(gone, put) for gone in fewer for put in more if gone != put]
+    return [f"-{gone}+{put}" for gone, put in sorted(pairs, key=lambda pair: sum(one.count(".") for one in pair))]

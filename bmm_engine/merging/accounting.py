@@ -16,6 +16,7 @@ from bmm_engine.checkpoint.tokens import check_tokens
 from bmm_engine.checkpoint.vocabulary import is_vocabulary_tensor
 from bmm_engine.errors import CheckpointError, ConfigError
 from bmm_engine.merging.align import Alignment
+from bmm_engine.merging.hosting import comparable
 from bmm_engine.models.buffers import looks_constant
 from bmm_engine.models.building import UnknownArchitectureError
 from bmm_engine.models.loading import Loading, loading_of
@@ -51,8 +52,13 @@ def check_architecture(alignment: Alignment, settings: MergeSettings) -> None:
 def check_configs(alignment: Alignment, *, unchecked: bool, vocabulary: str = "error", accept: str = _ACCEPT) -> None:
     """Raise `ConfigError` where an expert's config makes another function of the same weights than the base's, or, where they are `unchecked`, have
     the log hear of it, as of other differences. `accept`: how to say so, for the message."""
-    for expert in alignment.experts:
-        differences = config_differences(alignment.base.config, expert.source.config)
+    whose = "base" if alignment.hosted is None else "host"
+    sources = [expert.source for expert in alignment.experts]
+    if alignment.hosted is not None:
+        sources.append(alignment.hosted.base)
+    for expert in sources:
+        configs = alignment.base.config, expert.config
+        differences = config_differences(*(configs if alignment.hosted is None else comparable(*configs)))
         harmless = [str(one) for one in differences if not one.matters]
         if harmless:
             logger.info(
@@ -60,22 +66,25 @@ def check_configs(alignment: Alignment, *, unchecked: bool, vocabulary: str = "e
                 expert.label,
                 "; ".join(harmless[:_TOLD]),
             )
-        resized = vocabulary != "error"  # then the output's config says how many rows it has
+        # Then the output's config says how many rows it has.
+        resized = vocabulary != "error" or alignment.hosted is not None
         telling = [str(one) for one in differences if one.matters and not (resized and one.key.endswith("vocab_size"))]
         if not telling:
             continue
         more = f" (and {len(telling) - _TOLD} more)" if len(telling) > _TOLD else ""
-        text = f"{expert.label}: its config.json is of another function of the weights than the base's: {'; '.join(telling[:_TOLD])}{more}."
+        text = f"{expert.label}: its config.json is of another function of the weights than the {whose}'s: {'; '.join(telling[:_TOLD])}{more}."
         if not unchecked:
             raise ConfigError(
-                f"{text} The merged model would run with the base's. Merge fine-tunes of one base; or, where the config is wrong and not the weights,"
-                f" correct it, or {accept}."
+                f"{text} The merged model would run with the {whose}'s. Merge fine-tunes of one base; or, where the config is wrong and not the"
+                f" weights, correct it, or {accept}."
             )
         logger.warning("%s", text)
 
 
 def check_rows(alignment: Alignment, settings: MergeSettings) -> None:
     """Raise `ConfigError` where embeddings that are merged as they are have different tokens in one row."""
+    if settings.rule.others == "first":  # the host's embeddings, whatever theirs are
+        return
     if settings.vocabulary == "error" and any(is_vocabulary_tensor(alignment.base, n) for n in alignment.merged):
         check_tokens(alignment.base, [e.source for e in alignment.experts], unchecked=settings.unchecked_configs)
 

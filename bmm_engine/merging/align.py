@@ -6,12 +6,14 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
 from bmm_engine.checkpoint import TensorSource, TensorSpec
 from bmm_engine.checkpoint.compose import root_checkpoint
+from bmm_engine.checkpoint.hosted import HostedSource
 from bmm_engine.checkpoint.names import change_prefix
 from bmm_engine.checkpoint.quantised import refuse_quantised
 from bmm_engine.checkpoint.renamed import RenamedSource
@@ -21,6 +23,7 @@ from bmm_engine.checkpoint.vocabulary import Reader, is_vocabulary_tensor
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.merging.advice import missing_tensors, other_shape
 from bmm_engine.merging.buffers import all_buffers, constant_buffers
+from bmm_engine.merging.hosting import has_own_place, hosted, kept_rows
 from bmm_engine.merging.matching import Matcher, in_layout_of, known_naming
 from bmm_engine.merging.untied_heads import with_own_heads
 from bmm_engine.models.naming import Naming
@@ -76,7 +79,8 @@ class AlignedExpert:
 class Alignment:
     """`merged`: the base's tensors that every expert has, in the base's order; `kept`: those taken from the base as they are (integers, buffers, and
     what `keep_base` names), `buffers` among them; `expert_only`: label -> tensors that only that expert has (task heads), left out of the merge;
-    `expert_buffers`: the same of what is no weight; `notes`: what whoever merges should know."""
+    `expert_buffers`: the same of what is no weight; `notes`: what whoever merges should know. `host`: the expert whose checkpoint the output is; then
+    the base is read as the view `hosted`, by its names. `live`: the base as a live model, where the tensors go by its names."""
 
     base: TensorSource
     experts: tuple[AlignedExpert, ...]
@@ -87,6 +91,9 @@ class Alignment:
     expert_buffers: dict[str, tuple[str, ...]] = field(default_factory=dict)
     naming: Naming | None = None
     notes: tuple[str, ...] = ()
+    host: int | None = None
+    hosted: HostedSource | None = None
+    live: nn.Module | None = None
 
 
 def align(
@@ -95,11 +102,13 @@ def align(
     keep_base: Iterable[str] = (),
     vocabulary: str = "error",
     live: nn.Module | None = None,
+    host: int | None = None,
 ) -> Alignment:
     """Match the experts' tensors to the base's names and check every shape, reading headers, and of what may be tied or a mask the values.
 
     `keep_base`: shell patterns of base tensors to copy from the base instead of merging. `vocabulary`: what to do where embeddings or output
     heads differ in rows: "error", "crop" or "pad" (see `checkpoint/unequal.py`). `live`: the base itself, where it was given as a live model.
+    `host`: the expert whose checkpoint the output is; what only it has is kept, and where its vocabulary is another, its rows are.
     Raises `MissingTensorError` (tensor, expert), `ShapeMismatchError` (tensor, both shapes), `CheckpointError` for quantised models, `ConfigError`
     for a pattern that matches nothing.
     """
@@ -108,15 +117,30 @@ def align(
     refuse_quantised(base)
     for source in experts:
         refuse_quantised(source, integers=False)
+    patterns = tuple(keep_base)
+    view, notes = None, tuple[str, ...]()
+    if host is not None:
+        if vocabulary != "error":
+            raise ConfigError(
+                f"vocabulary: {vocabulary} does not go with a host, whose own rows are kept where others have another number; leave it out."
+            )
+        base, notes = hosted(base, experts[host], patterns, live)
+        view = base
+        live = None if has_own_place(view) else live
     naming = known_naming(base, experts, live)
     base = _loadable(base, naming)
-    experts = [in_layout_of(base, source, naming) for source in experts]
-    base, notes = with_own_heads(base, experts, naming)
-    patterns = tuple(keep_base)
+    if view is None:
+        experts = [in_layout_of(base, source, naming) for source in experts]
+        base, notes = with_own_heads(base, experts, naming)
     names = base.names()
-    originals = {n: (n, _original(base, n)) for n in names}
+    originals = {n: (n, original(base, n)) for n in names}
+    spelled: dict[str, tuple[str, ...]] = dict(originals)
+    left_out: tuple[str, ...] = ()  # of a base, what its host may lack
+    if view is not None:
+        spelled = {n: (*both, view.names_of_base.get(both[1], n)) for n, both in originals.items()}
+        left_out = view.base.names()
     for pattern in patterns:
-        if not any(fnmatchcase(own, pattern) for both in originals.values() for own in both):
+        if not any(fnmatchcase(own, pattern) for own in (*chain.from_iterable(spelled.values()), *left_out)):
             raise ConfigError(
                 f"keep_base: the pattern {pattern!r} matches no tensor of {base.label}, which has {', '.join(names[:3])} and {len(names) - 3}"
                 " more. Patterns are shell patterns over tensor names, for example 'classifier.*'."
@@ -125,11 +149,12 @@ def align(
     kept_names = {
         n
         for n in names
-        if any(fnmatchcase(own, p) for p in patterns for own in originals[n])
+        if any(fnmatchcase(own, p) for p in patterns for own in spelled[n])
         or not base.spec(n).dtype.is_floating_point
         or n in buffers
+        or (view is not None and originals[n][1] not in view.names_of_base)
     }
-    matchers = [Matcher(source, naming) for source in experts]
+    matchers = [Matcher(source, naming, exchanged=view is not None) for source in experts]
     mappings = [matcher.match_merged([n for n in names if n not in kept_names], base) for matcher in matchers]
     # A buffer that is in one file and not in another is none of the weights.
     optional = all_buffers(base, names, naming) - kept_names
@@ -143,6 +168,13 @@ def align(
             raise missing_tensors(base, experts, t, merged, mappings, matcher)
     spellings = _spellings(names, naming)
     readers = [Reader(source, mapping) for source, mapping in zip(experts, mappings, strict=True)]
+    if view is not None:
+        apart = [[n for n in merged if _differ_in_vocabulary(base, reader, n)] for reader in readers]
+        notes += tuple(kept_rows(own, r.source, view.host) for own, r in zip(apart, readers, strict=True) if own)
+        uneven = {n for own in apart for n in own}
+        view.keep_own(originals[n][1] for n in uneven)
+        merged, kept = tuple(n for n in merged if n not in uneven), tuple(n for n in names if n in {*kept, *uneven})
+        mappings = [{n: own for n, own in mapping.items() if n not in uneven} for mapping in mappings]
     if vocabulary != "error":
         base, experts = _fit(base, readers, merged, kept, vocabulary)
     aligned, expert_only, expert_buffers = [], {}, {}
@@ -185,6 +217,9 @@ def align(
         expert_buffers,
         naming,
         notes,
+        host,
+        view,
+        live,
     )
 
 
@@ -210,7 +245,7 @@ def _spellings(names: Sequence[str], naming: Naming | None) -> dict[str, tuple[s
     return {name: (live, naming.saved.get(live, live)) for name, live in naming.known(names).items()}
 
 
-def _original(base: TensorSource, name: str) -> str:
+def original(base: TensorSource, name: str) -> str:
     """What the base's files call a tensor."""
     source: Any = base
     while not isinstance(source, RenamedSource) and isinstance(source, UntiedSource):

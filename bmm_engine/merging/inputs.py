@@ -43,6 +43,8 @@ class Inputs:
         """The experts' indices as the rule gets them: by their contents where it is symmetric, so that not a bit depends on their listing."""
         experts, names = self.plan.alignment.experts, self.plan.alignment.merged
         listed = tuple(range(len(experts)))
+        if self.rule.others == "first" and (host := self.plan.alignment.host):
+            return (host, *(t for t in listed if t != host))
         if not self.rule.symmetric or len(experts) == 1 or not names:
             return listed
         given = self.settings.task_weights

@@ -11,7 +11,7 @@ from torch import nn
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.checkpoint.converted import ConvertedSource
-from bmm_engine.checkpoint.names import change_prefix, prefix_changes
+from bmm_engine.checkpoint.names import change_prefix, prefix_changes, prefix_exchanges
 from bmm_engine.models.architecture import naming_of
 from bmm_engine.models.bounds import Held
 from bmm_engine.models.conversion import to_files, to_live
@@ -62,10 +62,10 @@ def in_layout_of(base: TensorSource, source: TensorSource, naming: Naming | None
 
 
 class Matcher:
-    """Finds the base's names in one expert."""
+    """Finds the base's names in one expert. `exchanged`: also with one prefix in the place of another, where one model holds the other."""
 
-    def __init__(self, source: TensorSource, naming: Naming | None):
-        self.source, self.naming = source, naming
+    def __init__(self, source: TensorSource, naming: Naming | None, *, exchanged: bool = False):
+        self.source, self.naming, self.exchanged = source, naming, exchanged
         self.prefix = self._prefix = ""  # "" | "+bert." (the expert has it, the base has not) | "-bert."
         self._own = (*source.names(), *source.aliases)
         self._modern = {modern_name(name): name for name in self._own}
@@ -92,7 +92,8 @@ class Matcher:
         what the architecture calls them."""
         found: dict[str, str] = {}
         self._prefix = ""
-        for prefix in prefix_changes(names, self._modern):
+        exchanges = prefix_exchanges(names, self._modern) if self.exchanged else []
+        for prefix in (*prefix_changes(names, self._modern), *exchanges):
             mapping = self.under(prefix, names)
             if prefix.count(".") > 1 and 2 * len(mapping) < len(names):  # of one tensor or two it would be chance
                 continue

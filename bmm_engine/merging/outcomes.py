@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from bmm_engine.errors import listed
-from bmm_engine.merging.align import AlignedExpert, Alignment
+from bmm_engine.merging.align import AlignedExpert, Alignment, original
+from bmm_engine.merging.buffers import all_buffers
 
-# In this order. "base": taken from the base as it is. "tied": another name of a tensor that is merged.
-REASONS = ("solved", "rule", "base", "tied", "buffer", "left out")
+# In this order. "base": taken from the base as it is; "host": from the host. "tied": another name of a tensor that is merged.
+REASONS = ("solved", "rule", "base", "host", "tied", "buffer", "left out")
 FIRST = 3
 MOST_UNSOLVED = 0.05
 _IN_LAYER = re.compile(r"\.\d+\.")
@@ -24,7 +25,11 @@ def outcomes(alignment: Alignment, solved: Collection[str]) -> Outcomes:
     solved."""
     reasons = {name: "solved" if name in solved else "rule" for name in alignment.merged}
     reasons |= {name: "buffer" if name in alignment.buffers else "base" for name in alignment.kept}
-    base = {**reasons, **dict.fromkeys(alignment.base.aliases, "tied")}
+    if alignment.hosted is not None:
+        reasons = _of_host(alignment, reasons)
+        base = _of_hosted_base(alignment, reasons)
+    else:
+        base = {**reasons, **dict.fromkeys(alignment.base.aliases, "tied")}
     found = {alignment.base.label: _by_reason(base)}
     for expert in alignment.experts:
         label = expert.label
@@ -32,6 +37,23 @@ def outcomes(alignment: Alignment, solved: Collection[str]) -> Outcomes:
             label += " (again)"
         found[label] = _by_reason(_of_expert(alignment, expert, reasons))
     return found
+
+
+def _of_host(alignment: Alignment, reasons: Mapping[str, str]) -> dict[str, str]:
+    """The reasons by the output's names, where what is kept may be the host's."""
+    assert alignment.hosted is not None
+    base = {name: original(alignment.base, name) in alignment.hosted.names_of_base for name in reasons}
+    return {name: "host" if reason == "base" and not base[name] else reason for name, reason in reasons.items()}
+
+
+def _of_hosted_base(alignment: Alignment, reasons: Mapping[str, str]) -> dict[str, str]:
+    """The base's own names -> what became of it under the host's."""
+    view = alignment.hosted
+    assert view is not None
+    taken = {view.names_of_base.get(original(alignment.base, name)): reason for name, reason in reasons.items()}
+    buffers = all_buffers(view.base, view.base.names(), alignment.naming)
+    found = {n: taken.get(n, "buffer" if n in buffers else "left out") for n in view.base.names()}
+    return found | dict.fromkeys(view.base.aliases, "tied")
 
 
 def _of_expert(alignment: Alignment, expert: AlignedExpert, reasons: Mapping[str, str]) -> dict[str, str]:

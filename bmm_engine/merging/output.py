@@ -113,7 +113,8 @@ def output_specs(alignment: Alignment, dtype: torch.dtype | str | None) -> dict[
 def inputs_of(plan: MergePlan) -> list[tuple[str, TensorSource]]:
     """(role, source) of all files that a merge reads."""
     alignment = plan.alignment
-    roles = [("base", alignment.base), *((f"expert {i + 1}", e.source) for i, e in enumerate(alignment.experts))]
+    base = alignment.base if alignment.hosted is None else alignment.hosted.base
+    roles = [("base", base), *((f"expert {i + 1}", e.source) for i, e in enumerate(alignment.experts))]
     return [(role, own) for role, source in roles for own in checkpoints_of(source)]
 
 
@@ -133,9 +134,9 @@ def write_sidecars(
     summary: Mapping[str, Any],
     destination: Destination,
 ) -> None:
-    """Config, tokenizer and generation files of the base, `bmm_merge.json` with the hashes of all inputs, and the model card."""
-    base = plan.alignment.base
-    config = base.config
+    """Config, tokenizer and generation files of the base, or of the host, `bmm_merge.json` with the hashes of all inputs, and the model card."""
+    alignment = plan.alignment
+    base, config = alignment.base, alignment.base.config
     if config is not None:
         writer.write_json("config.json", _with_dtype(config, parse_dtype(destination.dtype)))
     if (files := root_checkpoint(base)) is not None:
@@ -143,7 +144,7 @@ def write_sidecars(
             logger.warning("%s: has no tokenizer; that of %s is put beside the output", base.label, donor[0])
         writer.copy_sidecars(files, changed=_changed(plan, files, destination.chat_template))
     record = merge_record(recipe_of(plan) if destination.recipe is None else destination.recipe, inputs, summary)
-    write_record_and_card(writer, record, base)
+    write_record_and_card(writer, record, base if alignment.hosted is None else alignment.hosted.host)
 
 
 def _donor(plan: MergePlan) -> tuple[str, Path] | None:

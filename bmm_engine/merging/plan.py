@@ -22,6 +22,7 @@ from bmm_engine.merging.belonging import (
     measured_modules,
     resolve_module,
 )
+from bmm_engine.merging.hosting import host_of, refuse_other_network
 from bmm_engine.merging.outcomes import left_in_layers, unsolved
 from bmm_engine.merging.sources import Models
 from bmm_engine.merging.stacks import check_stacks
@@ -122,15 +123,18 @@ def make_plan(settings: MergeSettings, models: Models, statistics: Statistics) -
     """Line up the models, find their linear modules, and group them; from headers alone. Raises as `merge` does."""
     if not settings.unchecked_configs:
         check_stacks((models.base, *models.experts))
-    alignment = align(models.base, models.experts, settings.keep_base, settings.vocabulary, models.live)
+    host = host_of(settings, models.experts)
+    alignment = align(models.base, models.experts, settings.keep_base, settings.vocabulary, models.live, host)
+    if settings.mode == "sequential":
+        refuse_other_network(alignment.hosted, "mode sequential")
     check_configs(alignment, unchecked=settings.unchecked_configs, vocabulary=settings.vocabulary)
     check_architecture(alignment, settings)
     check_rows(alignment, settings)
     # The anchor alone needs to know the modules only if it treats matrices in a way of their own, or they are calibrated.
     linear = {}
     if settings.solves or settings.rule.linear or settings.calibrate:
-        linear = find_linear_modules(alignment, models.live, settings.modules, statistics.grams)
-    if settings.solves and not linear and _has_linear_modules(alignment, models.live):
+        linear = find_linear_modules(alignment, alignment.live, settings.modules, statistics.grams)
+    if settings.solves and not linear and _has_linear_modules(alignment, alignment.live):
         raise ConfigError(
             "nothing can be solved: the model has linear modules, but none of the tensors to be merged is known as the weight of one. Name them with"
             " `modules` (patterns of module names, as in the base's files), take fewer into `keep_base`, or say `alpha: inf` for the anchor's own"

@@ -251,6 +251,8 @@ class MergeStream:
 
     def _by_rule(self, site: Site) -> Tensor:
         if self.rule.scope == "module" and not (site.linear and (site.grams or not self.rule.needs_grams)):
+            if self.rule.others == "first":
+                return site.experts[0]
             scaling = {"mean": 1.0, "scaled": site.parameters.get("scaling", 1.0), "base": 0.0}[self.rule.others]
             return scaled_mean(site.base, site.experts, scaling)
         with self._naming(site):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bmm_engine.errors import CheckpointError
 from bmm_engine.evaluators.heads import EncoderWithHead
 from bmm_engine.merging.align import Alignment
+from bmm_engine.merging.hosting import refuse_other_network
 from bmm_engine.merging.live_names import live_names
 from bmm_engine.models.conversion import Conversion, to_live
 
@@ -55,6 +56,7 @@ def share_parameters(
     The tied tensors hold the first model's values until `load`.
     Raises `CheckpointError` for a merged tensor that a live model lacks, or has in another shape.
     """
+    refuse_other_network(alignment.hosted, "what is evaluated")
     live = LiveModels({})
     fused: dict[tuple[str, ...], Fused] = {}  # by the names of what is fused
     for task, expert, make in models:

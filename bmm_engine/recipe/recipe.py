@@ -192,6 +192,8 @@ class Recipe(Algebra, Named):
         """The part that decides the algebra. Raises `ConfigError`."""
         walk = SequentialOptions(walk_dtype=self.calibration.dtype, **dict(self.sequential))
         algebra = {key: getattr(self, key) for key in Algebra.model_fields}
+        called = [i for i, e in enumerate(self.experts) if self.host in (e.name, e.label, e.model)]
+        algebra["host"] = called[0] if len(called) == 1 else self.host
         return MergeSettings(
             **algebra,
             mode=self.mode,

@@ -99,6 +99,7 @@ Directions = Annotated[int | float | str | None, PlainValidator(_directions)]
 TaskWeights = Annotated[Literal["none", "energy"] | tuple[float, ...], PlainValidator(_task_weights)]
 Patterns = Annotated[list[str], BeforeValidator(_patterns)]
 Device = Annotated[str, BeforeValidator(_device)]
+Host = Annotated[int, Field(strict=True, ge=0)] | str
 
 
 class Checked(BaseModel):
@@ -149,6 +150,11 @@ class Algebra(Strict):
         None, description="shell patterns of the linear modules to solve; null: all but heads"
     )
     keep_base: Patterns = Field([], description="shell patterns of tensors to copy from the base")
+    host: Host | None = Field(
+        None,
+        description="expert, by name or by place from 0, whose checkpoint the output is, with all that only it has; null: none, or the first where"
+        " the anchor's rule has a host",
+    )
     vocabulary: Literal["error", "crop", "pad"] = Field(
         "error", description="where embeddings differ in rows: an error, cropped to the fewest, or padded to the most"
     )

@@ -17,6 +17,7 @@ from bmm_engine.errors import ConfigError, shown
 from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.function import FunctionEvaluator
 from bmm_engine.evaluators.scores import Score
+from bmm_engine.merging.hosting import refuse_other_network
 from bmm_engine.merging.merge import merge_models
 from bmm_engine.merging.output import Destination
 from bmm_engine.merging.plan import MergePlan, make_plan
@@ -78,6 +79,7 @@ class Problem:
         if self.walk is not None:
             finite, statistics = finite.but(gram_source="task_vectors"), replace(statistics, grams=())
         plan = make_plan(finite, self.models, statistics)
+        refuse_other_network(plan.alignment.hosted, "a search")
         if not plan.groups:
             raise ConfigError("a search needs linear modules to solve, and the recipe leaves none. See `bmm inspect`.")
         return plan

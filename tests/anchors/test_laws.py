@@ -25,6 +25,7 @@ SETTINGS = {
     "doge_ta": {"steps": 5},
     "nearswap": {"t": 0.01},
     "wudi": {"steps": 20},
+    "dc_merge": {"density": 0.3},
 }
 # One expert, or equal experts, is that expert (at a scaling of 1 where there is one).
 RETURNS_THE_EXPERT = {
@@ -49,7 +50,12 @@ RETURNS_THE_EXPERT = {
     "breadcrumbs_ties": {"density": 1.0, "scaling": 1.0},
     "dare_linear": {"density": 1.0},
     "dare_ties": {"density": 1.0, "trim": 1.0},
+    "dc_merge": {"density": 1.0},
+    "ace": {"center": False, "collective": False},
+    "core_space": {},
 }
+# What experts agree on is summed, or cut to the directions that there are for each.
+SUM = ("wudi", "tsv_m", "opcm", "task_arithmetic", "dare_linear", "breadcrumbs", "dc_merge", "core_space")
 
 
 def count(name, wanted=3):
@@ -127,7 +133,9 @@ def test_bits_depend_on_nothing_but_the_inputs(name, models, monkeypatch):
 
 
 # Wide enough for LAPACK, BLAS and torch's sums to use several threads, which must not show.
-@pytest.mark.parametrize("name", ["average", "karcher", "model_stock", "sce", "iso_c", "iso_cts", "tsv_m", "opcm"])
+@pytest.mark.parametrize(
+    "name", ["average", "karcher", "model_stock", "sce", "iso_c", "iso_cts", "tsv_m", "opcm", "dc_merge", "core_space"]
+)
 def test_bits_of_large_tensors_do_not_depend_on_threads_either(name):
     generator = torch.Generator().manual_seed(0)
     shapes = {"layers.0.w.weight": (320, 640), "layers.1.w.weight": (640, 320), "embed.weight": (3000, 128)}
@@ -166,8 +174,8 @@ def test_equal_experts_and_one_expert_are_that_expert(name, models):
             needed["grams"] = models.sequential([expert] * number, name, {})
         if rule.needs == "fishers":
             needed["fishers"] = [models.fishers[0]] * number
-        if number > 1 and name in ("wudi", "tsv_m", "opcm", "task_arithmetic", "dare_linear", "breadcrumbs"):
-            continue  # these sum what the experts agree on
+        if number > 1 and name in SUM:
+            continue
         merged = merge(
             models.base,
             [expert] * number,

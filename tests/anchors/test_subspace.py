@@ -110,7 +110,10 @@ def test_equal_experts_keep_the_leading_directions_in_tsv_m():
     torch.testing.assert_close(merged, base + (u[:, :4] * s[:4]) @ vh[:4], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "wudi", "knots", "doge_ta", "opcm"])
+@pytest.mark.parametrize(
+    "name",
+    ["tsv_m", "iso_c", "iso_cts", "wudi", "knots", "doge_ta", "opcm", "dc_merge", "core_space", "ace", "ip_merging"],
+)
 class TestCorners:
     @pytest.mark.parametrize("shape", [(6, 9), (1, 5), (1, 1)])
     def test_zero_task_vectors_give_the_base(self, name, shape):

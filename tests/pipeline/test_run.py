@@ -165,7 +165,7 @@ def write_adapter(folder, base, seed):
     return added
 
 
-@pytest.mark.parametrize("anchor", ["average", "tsv_m", "knots", "ties"])
+@pytest.mark.parametrize("anchor", ["average", "tsv_m", "knots", "ties", "dc_merge", "core_space"])
 def test_adapters_as_experts_equal_full_models(anchor, tmp_path):
     # In float64: in float32 a full model's task vector has no exact rank, and TSV-M keeps the directions of its rounding errors.
     base = make_base("bert").double()

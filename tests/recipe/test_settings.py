@@ -31,6 +31,7 @@ OTHER = {
     "fit_bias": True,
     "modules": ["*mlp*"],
     "keep_base": ["head*"],
+    "host": 1,
     "vocabulary": "pad",
     "unchecked_statistics": True,
     "unchecked_configs": True,
