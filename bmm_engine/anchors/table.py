@@ -95,13 +95,21 @@ def halfway(base, experts, *, share: float = 0.5):
 """
 
 
+_NEEDS = {
+    "grams": "Grams",
+    "sequential_grams": "sequential Grams",
+    "fishers": "Fisher information",
+    "sensitivities": "sensitivities",
+}
+
+
 def rows() -> list[dict[str, Any]]:
-    """One plain value for each rule: name, scope, what it needs beside the weights, parameters, summary, paper."""
+    """One plain value for each rule: name, scope, what it needs beside the weights at its defaults, parameters, summary, paper."""
     return [
         {
             "name": rule.name,
             "scope": rule.scope,
-            "needs": rule.needs,
+            "needs": " ".join(sorted(rule.needs_of())),
             "experts": list(rule.experts),
             "parameters": rule.schema,
             "summary": rule.summary,
@@ -137,12 +145,9 @@ def document() -> str:
 
 
 def summary_cell(rule: Anchor) -> str:
-    needs = {
-        "grams": " Needs Grams.",
-        "sequential_grams": " Needs sequential Grams.",
-        "fishers": " Needs Fisher information.",
-    }.get(rule.needs, "")
-    return (rule.summary.rstrip() + needs).replace("|", "\\|")
+    needs = " and ".join(_NEEDS[need] for need in sorted(rule.needs_of()))
+    default = " at its defaults" if callable(rule.needs) else ""
+    return (rule.summary.rstrip() + (f" Needs {needs}{default}." if needs else "")).replace("|", "\\|")
 
 
 def parameters_cell(rule: Anchor) -> str:

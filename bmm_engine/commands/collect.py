@@ -113,9 +113,7 @@ def collect(
             elif sensitivity:
                 sets = sensitivity_sets(loaded, open_models(loaded, offline), report=report, progress=progress)
             else:
-                from bmm_engine.anchors import get_anchor
-
-                walk = get_anchor(loaded.anchor.name).needs == "sequential_grams"
+                walk = "sequential_grams" in loaded.settings.anchor_needs
                 if (workers > 1 or ray is not None) and not walk:
                     _spread(loaded, Path(source), workers, ray, offline, report)
                 sets = gram_sets(
