@@ -100,7 +100,7 @@ def test_what_contradicts_itself_is_refused(registry):
     with pytest.raises(ConfigError, match="'share' has no default"):
         anchor(scope="tensor", paper="none")(lacking)
     with pytest.raises(ConfigError, match="what it needs, 'gram', is not one of grams, sequential_grams"):
-        anchor(scope="tensor", paper="none", needs="gram")(average)
+        anchor(scope="tensor", paper="none", needs="gram")(lacking)
 
 
 def test_number_of_experts():
