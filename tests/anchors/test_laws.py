@@ -24,6 +24,7 @@ SETTINGS = {
     "dare_ties": {"density": 0.6},
     "sce": {"select_topk": 0.5},
     "doge_ta": {"steps": 5},
+    "epimer": {"metric": "kfac", "coordinates": "exact"},
     "nearswap": {"t": 0.01},
     "wudi": {"steps": 20},
 }
@@ -43,6 +44,7 @@ RETURNS_THE_EXPERT = {
     "regmean_plusplus": {},
     "fisher": {},
     "tsv_m": {},
+    "epimer": {"metric": "identity", "rank": 1000},
     "wudi": {"solver": "closed_form"},
     "opcm": {},
     "localize_and_stitch": {"density": 1.0},
@@ -167,7 +169,7 @@ def test_equal_experts_and_one_expert_are_that_expert(name, models):
         if "sequential_grams" in needs:
             needed["grams"] = models.sequential([expert] * number, name, {})
         needed |= {need: [getattr(models, need)[0]] * number for need in needs - {"sequential_grams"}}
-        if number > 1 and name in ("wudi", "tsv_m", "opcm", "task_arithmetic", "dare_linear", "breadcrumbs"):
+        if number > 1 and name in ("wudi", "tsv_m", "epimer", "opcm", "task_arithmetic", "dare_linear", "breadcrumbs"):
             continue  # these sum what the experts agree on
         merged = merge(
             models.base,
