@@ -43,9 +43,9 @@ merged = bmm.get_anchor("ties")(base, [w1, w2], density=0.3)  # tensors of any f
 bmm.merge(base, experts, anchor="ties", anchor_parameters={"density": 0.3}, alpha=math.inf)
 ```
 
-Some rules read more than weights. `regmean` and `mats` need Grams, `regmean_plusplus` Grams that
-are measured while merging, and `fisher` needs Fisher information. A recipe measures them where
-experts have `calibration`; from Python they are given:
+Some rules read more than weights. `regmean`, `mats` and `esm` need Grams, `regmean_plusplus` Grams
+that are measured while merging, `fisher` Fisher information, and `epimer` what its `metric` says. A
+recipe measures them where experts have `calibration`; from Python they are given:
 
 ```python
 fishers = [bmm.collect_fisher(expert, batches) for expert, batches in zip(experts, calibration)]
@@ -84,6 +84,8 @@ def halfway(base, experts, *, share: float = 0.5):
 
 * `scope` is `tensor`, `module` (the (out, in) weight of a linear module) or `model` (a first pass
   sees the whole model). [contract.py](contract.py) says what each gets and must keep.
+* `needs` names what it reads beside the weights: `grams`, `sequential_grams`, `fishers` or
+  `sensitivities`, several of them, or a function of its parameters that says which.
 * A package registers its own by an entry point in the group `bmm_engine.anchors`.
 * A rule of this folder is one file and one float64 oracle in `tests/anchors/`;
   [CONTRIBUTING.md](../../CONTRIBUTING.md#a-new-rule) has the steps.

@@ -58,7 +58,9 @@ def collect(
         typer.Option(help="For --sensitivity of a bare encoder: its linear head (.safetensors).", show_default=False),
     ] = None,
     pooling: Annotated[str, typer.Option(help="What `--head` reads: mean or cls.")] = "mean",
-    labels: Annotated[str, typer.Option(help="For --fisher: expected, or sampled (language models).")] = "expected",
+    labels: Annotated[
+        str, typer.Option(help="For --fisher: expected, sampled (language models), or data (the file's own).")
+    ] = "expected",
     base: Annotated[
         str | None, typer.Option(help="The base of a LoRA adapter that is to be measured.", show_default=False)
     ] = None,
