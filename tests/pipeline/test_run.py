@@ -138,7 +138,7 @@ def test_fisher_in_a_recipe(tmp_path):
         merge(base, experts, anchor="fisher", alpha=float("inf"))
 
 
-def test_fisher_information_of_the_datas_own_labels(tmp_path):
+def test_fisher_information_by_the_labels_of_the_data(tmp_path):
     """Of files that hold `labels`; a text says no class."""
     _, experts, _, _ = family("bert", tmp_path)
     names, batches = save_inputs("bert", tmp_path)
