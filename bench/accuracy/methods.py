@@ -57,8 +57,9 @@ class Merger:
         """Cheap ones first."""
         rules = {name: rule for name, rule in bmm.registered_anchors().items() if self._takes_all(rule)}
         for name, rule in rules.items():
-            yield Method("anchor", name, lambda name=name: Merge(self.anchor(name)), rule.needs)
-            yield Method("anchor, scale searched", name, lambda name=name: self._scaled(name), rule.needs)
+            needs = " ".join(sorted(rule.needs_of()))
+            yield Method("anchor", name, lambda name=name: Merge(self.anchor(name)), needs)
+            yield Method("anchor, scale searched", name, lambda name=name: self._scaled(name), needs)
         for name in PRIORS:
             yield Method("data-free", name, lambda name=name: self._merge(anchor=name))
             yield Method("data", name, lambda name=name: self._merge(anchor=name, grams=self.grams), "grams")
@@ -134,12 +135,8 @@ class Merger:
         return self._last_anchor[1]
 
     def _anchor(self, rule: str) -> Mapping[str, Tensor]:
-        needs = bmm.get_anchor(rule).needs
-        given: dict[str, Any] = {}
-        if needs == "fishers":
-            given = {"fishers": self.fishers}
-        elif needs:
-            given = {"grams": getattr(self, needs)}
+        needs = bmm.get_anchor(rule).needs_of()
+        given = {"grams" if "grams" in need else need: getattr(self, need) for need in needs}
         return self._merge(anchor=rule, alpha=math.inf, **given).tensors
 
     def _takes_all(self, rule: Any) -> bool:

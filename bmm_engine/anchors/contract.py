@@ -14,7 +14,8 @@ Scopes:
 * `model`: `reduce(model) -> state` sees the whole model first, pass by pass (thresholds, norms); then the rule is applied to any tensor.
 
 An `elementwise` rule may get a run of whole rows at a time (`site.first` counts from the tensor's start; a vector comes whole); one that is so
-only for some of its options says which by a function of its parameters. Tensors come widened to float32 (float64 if
+only for some of its options says which by a function of its parameters; so does one whose options decide what it reads beside the weights
+(`needs`). Tensors come widened to float32 (float64 if
 the model has any), or, for a `stored` rule, as they are stored, in any mix of float dtypes: it must compute in float32 or better. A rule must
 not write into what it gets, nor depend on any other state: it runs on several threads.
 """
@@ -25,9 +26,10 @@ import difflib
 import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin
 
 import torch
@@ -38,8 +40,10 @@ from bmm_engine.errors import ConfigError, shown
 
 Scope = Literal["tensor", "module", "model"]
 Others = Literal["mean", "scaled", "base", "first"]
-# What a rule reads beside the weights; sequential Grams are measured while the experts are merged (`bmm_engine.statistics.sequential_grams`).
-Needs = Literal["", "grams", "sequential_grams", "fishers"]
+# What a rule may read beside the weights; sequential Grams are measured while the experts are merged (`bmm_engine.statistics.sequential_grams`).
+Need = Literal["grams", "sequential_grams", "fishers", "sensitivities"]
+Needs = frozenset[Need]
+GRAMS: Needs = frozenset(("grams", "sequential_grams"))
 T = TypeVar("T")
 _RESERVED = ("site", "state")
 
@@ -52,8 +56,9 @@ class Site:
 
     `shape`: of the whole tensor; `first`: where the given part starts in it, counted in elements. `linear`: it is the weight of a linear module,
     given as (out, in). `parameters`: the rule's, resolved for this tensor. `grams`: the mean second moments of its inputs (in, in), one for each
-    expert, for rules that need them; `fishers`: diagonal Fisher information of the experts, of the tensor's own shape. `low_rank`: the task
-    vectors that are known as products (LoRA), else None.
+    expert, for rules that need them; `fishers`: diagonal Fisher information of the experts, of the tensor's own shape; `sensitivities`: the mean
+    of J^T J (out, out), J the derivative of an expert's logits by the module's output. `low_rank`: the task vectors that are known as products
+    (LoRA), else None. `diagnostics`: a rule that gets its tensors whole may put numbers there, by name, for the merge's record.
     """
 
     name: str
@@ -65,7 +70,9 @@ class Site:
     linear: bool = False
     grams: Sequence[Any] = ()
     fishers: Sequence[Tensor] = ()
+    sensitivities: Sequence[Tensor] = ()
     low_rank: Sequence[Any] = ()
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
     def seed(self, seed: int, expert: int) -> int:
         """A 64-bit seed of its own for each (seed, tensor, expert), whatever the order in which tensors are done."""
@@ -110,6 +117,14 @@ class Parameters:
                 )
         return first
 
+    def choices(self) -> Iterator[dict[str, Any]]:
+        """Every combination of words and switches that may hold for a tensor; of numbers the first, which choose nothing."""
+        found = {}
+        for key, setting in self.settings.items():
+            values = setting.values()
+            found[key] = list(dict.fromkeys(values)) if any(isinstance(v, (str, bool)) for v in values) else values[:1]
+        return (dict(zip(found, chosen, strict=True)) for chosen in product(*found.values()))
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -123,7 +138,7 @@ class Anchor:
     stored: bool = False
     symmetric: bool = True
     others: Others = "mean"
-    needs: Needs = ""
+    needs: Needs | Callable[[Mapping[str, Any]], Iterable[Need]] = frozenset()
     experts: tuple[int, int | None] = (1, None)
     reduce: Callable[[Model], Any] | None = None
     linear: bool = False
@@ -134,9 +149,12 @@ class Anchor:
         keywords = {p.name: p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
         object.__setattr__(self, "_keywords", keywords)
 
-    @property
-    def needs_grams(self) -> bool:
-        return self.needs in ("grams", "sequential_grams")
+    def needs_of(self, parameters: Parameters | Mapping[str, Any] | None = None) -> Needs:
+        """What the rule reads beside the weights, somewhere in the model, with these parameters (those not given at their defaults)."""
+        if not callable(self.needs):
+            return self.needs
+        resolved = parameters if isinstance(parameters, Parameters) else self.parameters(parameters)
+        return frozenset(need for chosen in resolved.choices() for need in self.needs(chosen))
 
     @property
     def summary(self) -> str:
@@ -234,6 +252,7 @@ class Anchor:
         *,
         grams: Sequence[Any] = (),
         fishers: Sequence[Tensor] = (),
+        sensitivities: Sequence[Tensor] = (),
         low_rank: Sequence[Any] = (),
         name: str = "tensor",
         linear: bool | None = None,
@@ -247,7 +266,8 @@ class Anchor:
             base, experts = base.to(wide), [e.to(wide) for e in experts]
         resolved = self.parameters(parameters).at(name, 0.0, len(experts))
         linear = base.dim() == 2 if linear is None else linear
-        site = Site(name, base, experts, resolved, tuple(base.shape), 0, linear, grams, fishers, low_rank)
+        measured = (grams, fishers, sensitivities, low_rank)
+        site = Site(name, base, experts, resolved, tuple(base.shape), 0, linear, *measured)
         state = self.reduce(_OneTensor(site)) if self.reduce is not None else None
         return self.apply(site, state)
 
@@ -279,7 +299,7 @@ def anchor(
     stored: bool = False,
     symmetric: bool = True,
     others: Others = "mean",
-    needs: Needs = "",
+    needs: Need | Iterable[Need] | Callable[[Mapping[str, Any]], Iterable[Need]] = (),
     experts: tuple[int, int | None] = (1, None),
     reduce: Callable[[Model], Any] | None = None,
     linear: bool = False,
@@ -287,8 +307,9 @@ def anchor(
     """Register the decorated function as the rule of its name.
 
     `symmetric`: the order of the experts does not matter (they are then handed over in an order of their contents, so that it does not matter
-    to the last bit). `needs`: what it reads beside the weights. `experts`: how many it takes, least and most. `linear`: it treats the weights of
-    linear modules apart, and gets them whole, as (out, in), with `site.linear` set (a rule of module scope always does).
+    to the last bit). `needs`: what it reads beside the weights, one name or several, or a function of its parameters that gives them. `experts`:
+    how many it takes, least and most. `linear`: it treats the weights of linear modules apart, and gets them whole, as (out, in), with
+    `site.linear` set (a rule of module scope always does).
     Raises `ConfigError` for a rule that contradicts itself or whose name is taken by another function.
     """
 
@@ -305,7 +326,12 @@ def anchor(
                 f"anchor {shown(name)} is already registered by {known.rule.__module__}; choose another name."
             )
         apart = linear or scope == "module"
-        made = Anchor(name, rule, scope, paper, elementwise, stored, symmetric, others, needs, experts, reduce, apart)
+        needed = needs if callable(needs) else frozenset((needs,) if isinstance(needs, str) else needs)
+        if not callable(needed) and (unknown := sorted(needed - set(get_args(Need)))):
+            raise ConfigError(
+                f"anchor {shown(name)}: what it needs, {shown(unknown[0])}, is not one of {', '.join(get_args(Need))}."
+            )
+        made = Anchor(name, rule, scope, paper, elementwise, stored, symmetric, others, needed, experts, reduce, apart)
         lacking = [key for key, (_, _, default) in made._fields.items() if default is inspect.Parameter.empty]
         if lacking:
             raise ConfigError(f"anchor {shown(name)}: its parameter {shown(lacking[0])} has no default; give one.")

@@ -21,7 +21,7 @@ def _known(name: str) -> str:
     """The name of a rule that fits. Raises `ValueError`."""
     rule = get_anchor(name)
     unfit = (
-        f"needs {rule.needs.replace('_', ' ')}, which are not those of the cores"
+        "may need what is measured on data, which is not of the cores"
         if rule.needs
         else "depends on the order of the experts, which the core does not keep"
         if not rule.symmetric

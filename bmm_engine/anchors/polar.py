@@ -85,6 +85,17 @@ def task_triples(site: Site, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     return found
 
 
+def task_subspace(site: Site, rank: int) -> tuple[Tensor, list[Tensor], Tensor]:
+    """TSV-M's: the top `rank` triples of all task vectors stacked and orthogonalised, U (out, p), each task's singular values, V^T (p, in).
+
+    A task vector of lower rank has fewer; directions that tasks share exactly come out shorter than 1, so that they count once in their sum.
+    """
+    left, strength, right = zip(*task_triples(site, rank), strict=True)
+    u, _ = polar_factor(torch.cat(left, 1), complete=False)
+    vh, _ = polar_factor(torch.cat(right, 0), complete=False)
+    return u, list(strength), vh
+
+
 def low_rank_of(site: Site) -> Sequence[Any]:
     """One entry for each expert: its task vector as a product, or None."""
     return site.low_rank if site.low_rank else [None] * len(site.experts)

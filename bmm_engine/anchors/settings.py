@@ -77,6 +77,9 @@ class _Constant:
     def at(self, name: str, depth: float) -> Any:
         return self.value
 
+    def all(self) -> list[Any]:
+        return [self.value]
+
 
 @dataclass(frozen=True)
 class _Gradient:
@@ -90,6 +93,9 @@ class _Gradient:
             return self.values[low]
         return (1 - share) * self.values[low] + share * self.values[low + 1]
 
+    def all(self) -> list[Any]:
+        return list(self.values)
+
 
 @dataclass(frozen=True)
 class _Filters:
@@ -102,6 +108,11 @@ class _Filters:
                 return value.at(name, depth)
         return self.default.at(name, depth)
 
+    def all(self) -> list[Any]:
+        """The default too, unless a case takes every name."""
+        found = [value for _, case in self.cases for value in case.all()]
+        return found if any(pattern is None for pattern, _ in self.cases) else [*found, *self.default.all()]
+
 
 @dataclass(frozen=True)
 class _Experts:
@@ -109,6 +120,9 @@ class _Experts:
 
     def at(self, name: str, depth: float) -> Any:
         return tuple(item.at(name, depth) for item in self.items)
+
+    def all(self) -> list[Any]:
+        return [value for item in self.items for value in item.all()]
 
 
 class Setting:
@@ -134,6 +148,11 @@ class Setting:
                 " written {gradient: [...]} here.)"
             )
         return value
+
+    def values(self) -> list[Any]:
+        """Every value that is written for some tensor or expert, or the default that holds where none is."""
+        found: list[Any] = self._root.all()
+        return found
 
     def _parse(self, raw: Any, per_expert: bool) -> Any:
         if isinstance(raw, Each):

@@ -43,9 +43,9 @@ merged = bmm.get_anchor("ties")(base, [w1, w2], density=0.3)  # tensors of any f
 bmm.merge(base, experts, anchor="ties", anchor_parameters={"density": 0.3}, alpha=math.inf)
 ```
 
-Some rules read more than weights. `regmean` and `mats` need Grams, `regmean_plusplus` Grams that
-are measured while merging, and `fisher` needs Fisher information. A recipe measures them where
-experts have `calibration`; from Python they are given:
+Some rules read more than weights. `regmean`, `mats` and `esm` need Grams, `regmean_plusplus` Grams
+that are measured while merging, `fisher` Fisher information, and `epimer` what its `metric` says. A
+recipe measures them where experts have `calibration`; from Python they are given:
 
 ```python
 fishers = [bmm.collect_fisher(expert, batches) for expert, batches in zip(experts, calibration)]
@@ -92,6 +92,8 @@ def halfway(base, experts, *, share: float = 0.5):
 
 * `scope` is `tensor`, `module` (the (out, in) weight of a linear module) or `model` (a first pass
   sees the whole model). [contract.py](contract.py) says what each gets and must keep.
+* `needs` names what it reads beside the weights: `grams`, `sequential_grams`, `fishers` or
+  `sensitivities`, several of them, or a function of its parameters that says which.
 * A package registers its own by an entry point in the group `bmm_engine.anchors`.
 * A rule of this folder is one file and one float64 oracle in `tests/anchors/`;
   [CONTRIBUTING.md](../../CONTRIBUTING.md#a-new-rule) has the steps.
@@ -103,13 +105,21 @@ def halfway(base, experts, *, share: float = 0.5):
 """
 
 
+_NEEDS = {
+    "grams": "Grams",
+    "sequential_grams": "sequential Grams",
+    "fishers": "Fisher information",
+    "sensitivities": "sensitivities",
+}
+
+
 def rows() -> list[dict[str, Any]]:
-    """One plain value for each rule: name, scope, what it needs beside the weights, parameters, summary, paper."""
+    """One plain value for each rule: name, scope, what it needs beside the weights at its defaults, parameters, summary, paper."""
     return [
         {
             "name": rule.name,
             "scope": rule.scope,
-            "needs": rule.needs,
+            "needs": " ".join(sorted(rule.needs_of())),
             "experts": list(rule.experts),
             "parameters": rule.schema,
             "summary": rule.summary,
@@ -145,12 +155,9 @@ def document() -> str:
 
 
 def summary_cell(rule: Anchor) -> str:
-    needs = {
-        "grams": " Needs Grams.",
-        "sequential_grams": " Needs sequential Grams.",
-        "fishers": " Needs Fisher information.",
-    }.get(rule.needs, "")
-    return (rule.summary.rstrip() + needs).replace("|", "\\|")
+    needs = " and ".join(_NEEDS[need] for need in sorted(rule.needs_of()))
+    default = " at its defaults" if callable(rule.needs) else ""
+    return (rule.summary.rstrip() + (f" Needs {needs}{default}." if needs else "")).replace("|", "\\|")
 
 
 def parameters_cell(rule: Anchor) -> str:

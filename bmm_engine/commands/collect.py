@@ -58,7 +58,9 @@ def collect(
         typer.Option(help="For --sensitivity of a bare encoder: its linear head (.safetensors).", show_default=False),
     ] = None,
     pooling: Annotated[str, typer.Option(help="What `--head` reads: mean or cls.")] = "mean",
-    labels: Annotated[str, typer.Option(help="For --fisher: expected, or sampled (language models).")] = "expected",
+    labels: Annotated[
+        str, typer.Option(help="For --fisher: expected, sampled (language models), or data (the file's own).")
+    ] = "expected",
     base: Annotated[
         str | None, typer.Option(help="The base of a LoRA adapter that is to be measured.", show_default=False)
     ] = None,
@@ -113,9 +115,7 @@ def collect(
             elif sensitivity:
                 sets = sensitivity_sets(loaded, open_models(loaded, offline), report=report, progress=progress)
             else:
-                from bmm_engine.anchors import get_anchor
-
-                walk = get_anchor(loaded.anchor.name).needs == "sequential_grams"
+                walk = "sequential_grams" in loaded.settings.anchor_needs
                 if (workers > 1 or ray is not None) and not walk:
                     _spread(loaded, Path(source), workers, ray, offline, report)
                 sets = gram_sets(

@@ -69,7 +69,13 @@ class Inputs:
 
     @cached_property
     def sensitivities(self) -> tuple[SensitivitySet, ...]:
+        """Those that errors of outputs are weighed by."""
         return self.ordered(self.plan.statistics.sensitivities)
+
+    @cached_property
+    def anchor_sensitivities(self) -> tuple[SensitivitySet, ...]:
+        """Those that the anchor's rule needs, if it does."""
+        return self.ordered(self.plan.statistics.of_anchor) if "sensitivities" in self.settings.anchor_needs else ()
 
     def ordered(self, values: Sequence[T]) -> tuple[T, ...]:
         """From the order in which the experts were given to that of the inputs."""
@@ -126,14 +132,22 @@ class Inputs:
         `GramMismatchError`, `ShapeMismatchError`."""
         found = []
         for own, expert in zip(self.sensitivities, self.experts, strict=True):
-            tensors = []
-            for module in modules:
-                known = sensitivity_name(own, expert, module)
-                own.check(known, expert.load(module.weight), expert.label, self._others(expert, module.weight))
-                tensor = own.get(known)
-                tensors.append(tensor.to(self.device))
+            tensors = [self._sensitivity(own, expert, module) for module in modules]
             found.append(output_metrics(tensors, self.settings.sensitivity_share, modules[0].name))
         return [list(own) for own in zip(*found, strict=True)]
+
+    def sensitivities_at(self, module: LinearModule) -> list[Tensor]:
+        """For the anchor's rule, the experts' (out, out) of a module. Raises as `output_metrics`."""
+        experts = self.experts if self.anchor_sensitivities else ()
+        return [
+            self._sensitivity(own, expert, module)
+            for own, expert in zip(self.anchor_sensitivities, experts, strict=True)
+        ]
+
+    def _sensitivity(self, own: SensitivitySet, expert: Any, module: LinearModule) -> Tensor:
+        known = sensitivity_name(own, expert, module)
+        own.check(known, expert.load(module.weight), expert.label, self._others(expert, module.weight))
+        return own.get(known).to(self.device)
 
     def check_first(self) -> None:
         """What was measured on another model shows at its first module: find out before hours of work. Raises `GramMismatchError`."""

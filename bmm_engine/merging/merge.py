@@ -34,6 +34,7 @@ class MergeResult:
     """`tensors` (name -> tensor) for a merge in memory, else `path` of the written checkpoint; what was done to each module; the plan.
 
     `posterior`: which draw from the posterior it is; None for the MAP. `inputs`: of a sequential merge, what was found at each input.
+    `diagnostics`: tensor -> what the anchor's rule found out there (of the rules that do, as `epimer`).
     """
 
     plan: MergePlan
@@ -42,6 +43,7 @@ class MergeResult:
     path: Path | None = None
     posterior: Posterior | None = None
     inputs: list[InputRecord] = field(default_factory=list)
+    diagnostics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Plain values for JSON: counts, what was left out, and a record for each module."""
@@ -57,6 +59,7 @@ class MergeResult:
             "posterior": None if self.posterior is None else asdict(self.posterior),
             "modules": [asdict(record) for record in self.modules],
             "inputs": [asdict(record) for record in self.inputs],
+            "diagnostics": self.diagnostics,
         }
 
 
@@ -109,7 +112,8 @@ def merge(
     `grams`: one GramSet or path per expert (data), or "task_vectors" (data-free). `hybrid`: share g in [0, 1] of the task-vector Gram beside
     the data's (recipes take 0.5, which is better than either on all that was measured). `fishers`: one FisherSet or path per expert, for the
     rules that need them. `sensitivities`: one SensitivitySet or path per expert (`collect_sensitivity`): an error of a module's outputs then
-    counts by how much the expert's predictions depend on it (`bmm_engine.solving.weighted`); not with `posterior`.
+    counts by how much the expert's predictions depend on it (`bmm_engine.solving.weighted`), and rules that need them have them; not with
+    `posterior`.
     `posterior`: a draw from the posterior instead of its mean, the MAP: `W* + tau Z L^{-1}` in every solved module, before `scale`; what comes
     from the anchor (all modules at `alpha=math.inf`) has no posterior and stays as it is. Noise below half a unit in the last place of the
     output's dtype is lost in it.
@@ -162,10 +166,11 @@ def merge_models(
     stream = MergeStream(plan, target.finish, posterior)
     if writer is None:
         run_stream(stream, target, progress)
-        return MergeResult(plan, stream.records, tensors=tensors_of(target, plan), posterior=posterior)
+        tensors = tensors_of(target, plan)
+        return MergeResult(plan, stream.records, tensors, posterior=posterior, diagnostics=stream.diagnostics)
     with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
         run_stream(stream, target, progress)
-        result = MergeResult(plan, stream.records, posterior=posterior)
+        result = MergeResult(plan, stream.records, posterior=posterior, diagnostics=stream.diagnostics)
         write_sidecars(writer, plan, inputs.result(), result.summary(), destination)
         path = writer.commit()
     return replace(result, path=path)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from bmm_engine.anchors import DepthMap
+from bmm_engine.anchors.contract import GRAMS
 from bmm_engine.checkpoint.compose import root_checkpoint
 from bmm_engine.errors import CheckpointError, ConfigError, GramMismatchError, listed
 from bmm_engine.merging.accounting import check_architecture, check_configs, check_rows
@@ -95,18 +96,23 @@ class MergePlan:
     def check_statistics(self) -> None:
         """Raise `ConfigError` or `GramMismatchError` unless what the anchor needs beside the weights is there, and is of its kind."""
         settings, rule, count = self.settings, self.settings.rule, len(self.alignment.experts)
-        fishers, gram_sets = self.statistics.fishers, self.statistics.grams
-        if rule.needs == "fishers" and len(fishers) != count:
+        fishers, gram_sets, needs = self.statistics.fishers, self.statistics.grams, self.settings.anchor_needs
+        if "fishers" in needs and len(fishers) != count:
             raise ConfigError(
                 f"anchor {rule.name!r} needs the Fisher information of every expert: {len(fishers)} given for {count} experts. Measure it"
                 " (`bmm collect --fisher`, or `collect_fisher`) and list one file for each, in the same order."
             )
-        if rule.needs_grams and settings.gram_source == "task_vectors":
+        if "sensitivities" in needs and len(self.statistics.of_anchor) != count:
+            raise ConfigError(
+                f"anchor {rule.name!r} needs the sensitivities of every expert: {len(self.statistics.of_anchor)} given for {count} experts. Measure"
+                " them (`bmm collect --sensitivity`, or `collect_sensitivity`) and list one file for each, in the same order."
+            )
+        if needs & GRAMS and settings.gram_source == "task_vectors":
             raise ConfigError(
                 f"anchor {rule.name!r} needs measured Grams: give `calibration` or `grams` for every expert. (What it would be without data is"
                 " the anchor 'wudi'.)"
             )
-        if rule.needs == "sequential_grams":
+        if "sequential_grams" in needs:
             check_sequential(gram_sets, rule.name, settings.anchor_parameters)
         elif sequential := [g for g in gram_sets if g.kind != "expert"]:
             raise GramMismatchError(
@@ -227,12 +233,14 @@ def _build_plan(
     depth = DepthMap(alignment.base.names())
     alphas = {name: settings.alpha_setting.at(m.weight, depth(m.weight), len(experts)) for name, m in measured.items()}
     solved = {name: m for name, m in measured.items() if alphas[name] != math.inf}
-    if settings.rule.needs == "fishers" and len(statistics.fishers) == len(experts):
+    if "fishers" in settings.anchor_needs and len(statistics.fishers) == len(experts):
         check_fishers(alignment.merged, experts, statistics.fishers, settings)
     if sensitivities:
         if solved:
             check_filter(settings.spectral_filter)
         check_sensitivities(solved.values(), experts, sensitivities, settings)
+    if "sensitivities" in settings.anchor_needs and len(statistics.of_anchor) == len(experts):
+        check_sensitivities(measured.values(), experts, statistics.of_anchor, settings)
     groups = _groups(solved, alphas, settings, gram_sets, experts, set(alignment.merged))
     taken = {t for g in groups for t in g.tensors}
     from_anchor = tuple(n for n in alignment.merged if n not in taken)

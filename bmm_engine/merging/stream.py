@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.anchors import Site
+from bmm_engine.anchors.contract import GRAMS
 from bmm_engine.errors import NonFiniteWeightError
 from bmm_engine.memory import release_free_memory
 from bmm_engine.merging.calibrator import Calibrator
@@ -82,7 +83,7 @@ class InputRecord:
 
 
 class MergeStream:
-    """Iterate to get every tensor of the merged model, in pieces; `records` fills as modules are solved.
+    """Iterate to get every tensor of the merged model, in pieces; `records` fills as modules are solved, `diagnostics` as the anchor is made.
 
     `finish`: what is done to each piece as soon as it is there (the cast to its final dtype), by the thread that made it. It is the `Model`
     that the rule's reduction sees. `posterior`: solved modules get a draw instead of the MAP.
@@ -101,15 +102,22 @@ class MergeStream:
         self.settings = plan.settings
         self.base = plan.alignment.base
         self.rule = plan.settings.rule
+        self.needs_grams = bool(plan.settings.anchor_needs & GRAMS)
         self.records: list[ModuleRecord] = []
         self.state: Any = None
         self.calibrator = Calibrator(self.inputs)
+        self._diagnostics: dict[str, dict[str, float]] = {}
         self.workers = torch.get_num_threads()
         self._linear_by_weight = {m.weight: m for m in plan.linear.values()}
 
     def __len__(self) -> int:
         """Steps for a progress bar: modules, and slabs of the other tensors."""
         return self.plan.module_count + sum(1 for name in self._others() for _ in self._slabs(name))
+
+    @property
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """Tensor -> what the anchor's rule found out there, in the model's order."""
+        return {name: self._diagnostics[name] for name in self.plan.alignment.merged if name in self._diagnostics}
 
     def __iter__(self) -> Iterator[list[Piece]]:
         self.inputs.check_first()
@@ -212,7 +220,8 @@ class MergeStream:
     ) -> Site:
         """The site of a module's weight (out, in), already read."""
         grams = moments
-        if self.rule.needs_grams and not moments and module.name not in self.plan.unmeasured:
+        measured = module.name not in self.plan.unmeasured
+        if self.needs_grams and not moments and measured:
             grams = OpenGroup(self.inputs, ModuleGroup((module,), module.in_features, math.inf)).moments
         fishers = self.inputs.fishers_at(module.weight)
         site = Site(
@@ -222,8 +231,9 @@ class MergeStream:
             self.inputs.at(module.weight),
             tuple(base.shape),
             linear=True,
-            grams=grams if self.rule.needs_grams else (),
+            grams=grams if self.needs_grams else (),
             fishers=[f.mT.contiguous() for f in fishers] if module.transposed else fishers,
+            sensitivities=self.inputs.sensitivities_at(module) if measured else (),
             low_rank=[self.inputs.low_rank(e, module) for e in self.inputs.experts],
         )
         return self.calibrator.before(site)
@@ -250,13 +260,16 @@ class MergeStream:
             return self.calibrator.after(site, merged)
 
     def _by_rule(self, site: Site) -> Tensor:
-        if self.rule.scope == "module" and not (site.linear and (site.grams or not self.rule.needs_grams)):
+        if self.rule.scope == "module" and not (site.linear and (site.grams or not self.needs_grams)):
             if self.rule.others == "first":
                 return site.experts[0]
             scaling = {"mean": 1.0, "scaled": site.parameters.get("scaling", 1.0), "base": 0.0}[self.rule.others]
             return scaled_mean(site.base, site.experts, scaling)
         with self._naming(site):
-            return self.rule.apply(site, self.state)
+            merged = self.rule.apply(site, self.state)
+        if site.diagnostics:
+            self._diagnostics[site.name] = dict(site.diagnostics)
+        return merged
 
     @contextmanager
     def _naming(self, site: Site) -> Iterator[None]:

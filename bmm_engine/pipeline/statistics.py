@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bmm_engine.anchors.contract import GRAMS
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.errors import ConfigError
 from bmm_engine.merging.belonging import check_fishers, check_sensitivities, measured_modules
@@ -28,6 +29,7 @@ from bmm_engine.pipeline.models import held_by, live_model, model_folder, prepar
 from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe
+from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.statistics.calibration import CalibrationData, read_calibration
 from bmm_engine.statistics.fisher import FisherSet
 from bmm_engine.statistics.grams import GramSet
@@ -47,24 +49,32 @@ def measure(
     Where it is kept is checked before anything is measured. Raises `ConfigError`, and what measuring raises.
     """
     settings = recipe.settings
-    sequential, rule = recipe.mode == "sequential", settings.rule
-    wants_grams = rule.needs_grams if sequential else settings.needs_grams
+    sequential, needs = recipe.mode == "sequential", settings.anchor_needs
+    wants_grams = _wants_grams(recipe, settings)
     weighted = recipe.output_weights == "sensitivity" and settings.solves
-    together = rule.needs == "sequential_grams"
-    wants_grams = wants_grams and settings.gram_source != "task_vectors"
+    together = "sequential_grams" in needs
     if wants_grams:
         check_gram_places(recipe, together)
-    if rule.needs == "fishers":
+    if "fishers" in needs:
         recipe.check_writable("fisher")
-    if weighted:
+    if weighted or "sensitivities" in needs:
         recipe.check_writable("sensitivity")
     grams: list[GramSet] = []
     if wants_grams:
         grams = gram_sets(recipe, models, report=report, sequential=together, progress=progress)
-    fishers = fisher_sets(recipe, models, report=report, progress=progress) if rule.needs == "fishers" else []
-    sensitivities = sensitivity_sets(recipe, models, report=report, progress=progress) if weighted else []
+    fishers = fisher_sets(recipe, models, report=report, progress=progress) if "fishers" in needs else []
+    sensitivities: list[SensitivitySet] = []
+    if weighted or "sensitivities" in needs:
+        sensitivities = sensitivity_sets(recipe, models, report=report, progress=progress)
     batches = calibration_batches(recipe, models, report) if sequential else []
-    return Statistics(tuple(grams), tuple(fishers), tuple(sensitivities), tuple(batches))
+    weighing, of_anchor = (tuple(sensitivities), ()) if weighted else ((), tuple(sensitivities))
+    return Statistics(tuple(grams), tuple(fishers), weighing, tuple(batches), of_anchor)
+
+
+def _wants_grams(recipe: Recipe, settings: MergeSettings) -> bool:
+    """Does the merge need measured Grams? In the mode sequential, which measures its own inputs, only for an anchor that does."""
+    needed = bool(settings.anchor_needs & GRAMS) if recipe.mode == "sequential" else settings.needs_grams
+    return needed and settings.gram_source != "task_vectors"
 
 
 def check_files(recipe: Recipe, plan: MergePlan) -> None:
@@ -76,14 +86,16 @@ def check_files(recipe: Recipe, plan: MergePlan) -> None:
         named = ((plan.alignment.base.config or {}).get("architectures") or ["the model"])[0]
         raise ConfigError(f"{plan.alignment.base.label}: {nothing_to_solve(named)}")
     for aligned, expert in zip(plan.alignment.experts, recipe.experts, strict=True):
-        wants_grams = settings.rule.needs_grams if recipe.mode == "sequential" else settings.needs_grams
-        if wants_grams and settings.gram_source != "task_vectors" and _exists(expert.grams):
+        if _wants_grams(recipe, settings) and _exists(expert.grams):
             measured_modules(plan.linear, [aligned], [GramSet.load(str(expert.grams))], settings)
-        if settings.rule.needs == "fishers" and _exists(expert.fisher):
+        if "fishers" in settings.anchor_needs and _exists(expert.fisher):
             check_fishers(plan.alignment.merged, [aligned], [FisherSet.load(str(expert.fisher))], settings)
         if recipe.output_weights == "sensitivity" and settings.solves and _exists(expert.sensitivity):
             solved = [module for group in plan.groups for module in group.members]
             check_sensitivities(solved, [aligned], [SensitivitySet.load(str(expert.sensitivity))], settings)
+        if "sensitivities" in settings.anchor_needs and _exists(expert.sensitivity):
+            measured = [module for name, module in plan.linear.items() if name not in plan.unmeasured]
+            check_sensitivities(measured, [aligned], [SensitivitySet.load(str(expert.sensitivity))], settings)
 
 
 def _exists(file: str | None) -> bool:

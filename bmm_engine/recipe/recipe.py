@@ -168,12 +168,15 @@ class Recipe(Algebra, Named):
     def _check_anchor(self) -> Recipe:
         rule = get_anchor(self.anchor.name)
         rule.check_experts(len(self.experts))
-        rule.parameters(self.anchor_parameters).at("", 0.0, len(self.experts))
-        lacking = [e.label for e in self.experts if e.fisher is None and e.calibration is None]
-        if lacking and rule.needs == "fishers":
-            raise ConfigError(
-                f"expert {shown(lacking[0])} has no `fisher`, which anchor {rule.name!r} needs; give every expert its file, or `calibration`."
-            )
+        parameters = rule.parameters(self.anchor_parameters)
+        parameters.at("", 0.0, len(self.experts))
+        needs = rule.needs_of(parameters)
+        for need, key in (("fishers", "fisher"), ("sensitivities", "sensitivity")):
+            lacking = [e.label for e in self.experts if getattr(e, key) is None and e.calibration is None]
+            if lacking and need in needs:
+                raise ConfigError(
+                    f"expert {shown(lacking[0])} has no `{key}`, which anchor {rule.name!r} needs; give every expert its file, or `calibration`."
+                )
         return self
 
     @model_validator(mode="after")

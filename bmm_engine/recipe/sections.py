@@ -51,9 +51,9 @@ class CalibrationRecipe(Strict):
         None, description="of an encoder with a decoder: the column of what it is to make of the texts; null: the texts"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    fisher_labels: Literal["expected", "sampled"] = Field(
+    fisher_labels: Literal["expected", "sampled", "data"] = Field(
         "expected",
-        description="labels for Fisher information: the exact expectation, or drawn from the model (language models)",
+        description="labels for Fisher information: the exact expectation, drawn from the model (language models), or the data's own",
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, field_validator
 
 from bmm_engine.anchors import Anchor, Setting, get_anchor
+from bmm_engine.anchors.contract import GRAMS, Needs
 from bmm_engine.checkpoint import parse_size
 from bmm_engine.checkpoint.dtypes import parse_dtype
 from bmm_engine.errors import ConfigError
@@ -275,9 +276,14 @@ class MergeSettings(Algebra, Checked):
         """False where every module comes from the anchor: `alpha` is inf."""
         return self.alpha != math.inf
 
+    @cached_property
+    def anchor_needs(self) -> Needs:
+        """What the anchor's rule reads beside the weights, with its parameters."""
+        return self.rule.needs_of(self.anchor_parameters)
+
     @property
     def needs_grams(self) -> bool:
-        return self.solves or self.rule.needs_grams
+        return self.solves or bool(self.anchor_needs & GRAMS)
 
 
 def plain_values(value: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.anchors import DepthMap, get_anchor
+from bmm_engine.anchors.contract import GRAMS
 from bmm_engine.errors import ConfigError, shown
 from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.function import FunctionEvaluator
@@ -56,8 +57,8 @@ class Tasks(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that a search needs to know of the models. `statistics`: Grams and Fisher information, where they are measured. `anchors`: label ->
-    (rule, parameters), the default first.
+    """Everything that a search needs to know of the models. `statistics`: Grams, Fisher information, and sensitivities for anchors, where they
+    are measured. `anchors`: label -> (rule, parameters), the default first.
 
     `walk`: in the mode sequential, what a walk needs beside: calibration batches, and sensitivities unless all outputs count alike. It is called
     where a trial runs.
@@ -146,7 +147,8 @@ class Problem:
     def anchor_tensors(self, label: str) -> dict[str, Tensor]:
         """The anchor's own merge, by the base's names, float tensors in float32."""
         rule, parameters = self.anchors[label]
-        source = "data" if get_anchor(rule).needs_grams and self.statistics.grams else "task_vectors"
+        needs_grams = bool(get_anchor(rule).needs_of(parameters) & GRAMS)
+        source = "data" if needs_grams and self.statistics.grams else "task_vectors"
         found = merge_models(
             self.settings.but(anchor=rule, anchor_parameters=parameters).anchor_alone(source),
             self.models,
@@ -161,7 +163,10 @@ class Problem:
         settings = self.settings.but(**self.settings_of(candidate))
         if self.walk is None:
             return merge_models(settings, self.models, self.statistics, progress=False).tensors or {}
-        walked = replace(self.walk(), grams=self.statistics.grams, fishers=self.statistics.fishers)
+        own = self.statistics
+        walked = replace(
+            self.walk(), grams=own.grams, fishers=own.fishers, anchor_sensitivities=own.anchor_sensitivities
+        )
         return walk_models(settings, self.models, walked, progress=False).tensors or {}
 
     def settings_of(self, candidate: Candidate) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bmm_engine.anchors import get_anchor
 from bmm_engine.checkpoint import RECORD_FILENAME, merge_record
 from bmm_engine.checkpoint.identity import values_digest
 from bmm_engine.checkpoint.ownership import record_digest
@@ -164,18 +165,16 @@ def search(
     `base`: a live model; `experts`: live models (or state dicts or paths, with `expert_scores`). `evaluate(model, task)` returns a number, higher is
     better, or a `Score`; it gets a live copy of the base with a candidate's weights. `tasks`: names, by default one for each expert, and task i
     is then expert i's. `batches`: each expert's calibration data, for the mode sequential, in which every trial walks through the network (see
-    `merge_sequential`; `sequential`: its `fit_bias`, `target`, `mean_weight`, `norms`, `sweeps`, `blocks`, ...; `sensitivities` as there). The
-    objective is over score / expert's score. `anchors`: rules to choose from. `options`: settings of `merge` (anchor, alpha, scale, task_weights,
-    modules, keep_base, device, ...), and of the recipe's section `search` (trials, minutes, seed, optimizer, groups, depth_bins, ...). `study`: a
-    folder to keep and resume the trials in.
+    `merge_sequential`; `sequential`: its `fit_bias`, `target`, `mean_weight`, `norms`, `sweeps`, `blocks`, ...; `sensitivities` as there). Anchors
+    that need `sensitivities` have them in either mode. The objective is over score / expert's score. `anchors`: rules to choose from. `options`:
+    settings of `merge` (anchor, alpha, scale, task_weights, modules, keep_base, device, ...), and of the recipe's section `search` (trials, minutes,
+    seed, optimizer, groups, depth_bins, ...). `study`: a folder to keep and resume the trials in.
     Raises `ConfigError`, `SearchError`, and what `merge` raises.
     """
     if not isinstance(base, nn.Module):
         raise ConfigError(
             "search needs the base as a live model to evaluate; for checkpoints write a recipe and call search_recipe."
         )
-    if sensitivities and batches is None:
-        raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
     names = tuple(tasks) if tasks is not None else tuple(f"task {i}" for i in range(len(experts)))
     function = get_objective(objective)
     known = keywords_of("plain")
@@ -186,24 +185,28 @@ def search(
     section = parse_section(SearchRecipe, {"anchors": list(anchors), "objective": "mean", **raw}, "search")
     check_optimizer(section.optimizer)
     algebra = {"task_weights": None, **{key: value for key, value in options.items() if key in known}}
-    statistics = Statistics.open(grams, fishers)
+    statistics = Statistics.open(grams, fishers, anchor_sensitivities=sensitivities)
     if batches is None:
         source = "data" if statistics.grams else "task_vectors"
         settings, walk = settings_of("plain", algebra, gram_source=source), None
     else:
-        measured = Statistics.open(None, (), sensitivities, batches)
+        measured = Statistics.open(None, (), statistics.anchor_sensitivities, batches)
         settings, walk = settings_of("sequential", {**algebra, **(sequential or {})}), lambda: measured
         if sensitivities:
             check_filter(settings.spectral_filter)
     check_device(settings.device)
     parameters = {settings.anchor: settings.anchor_parameters}
+    choices = {name: (name, parameters.get(name, {})) for name in (anchors or [settings.anchor])}
+    of_anchors = any("sensitivities" in get_anchor(rule).needs_of(own) for rule, own in choices.values())
+    if sensitivities and batches is None and not of_anchors:
+        raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
     problem = Problem(
         Models.open(base, experts),
         settings,
         statistics,
         FunctionTasks(base, [e if isinstance(e, nn.Module) else None for e in experts], names, evaluate, expert_scores),
         section,
-        {name: (name, parameters.get(name, {})) for name in (anchors or [settings.anchor])},
+        choices,
         function,
         walk,
     )

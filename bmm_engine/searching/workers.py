@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.anchors import get_anchor
+from bmm_engine.anchors.contract import GRAMS, Needs
 from bmm_engine.errors import ConfigError
 from bmm_engine.evaluators.contract import Evaluator
 from bmm_engine.evaluators.scores import Score
@@ -52,6 +53,9 @@ class RecipeProblem:
             statistics=Statistics.open(
                 [str(e.grams) for e in recipe.experts] if wants_grams(recipe) else None,
                 [e.fisher for e in recipe.experts if e.fisher is not None],
+                anchor_sensitivities=[e.sensitivity for e in recipe.experts if e.sensitivity is not None]
+                if "sensitivities" in anchor_needs(recipe)
+                else (),
             ),
             tasks=RecipeTasks(recipe, models),
             search=recipe.search,
@@ -74,7 +78,13 @@ def wants_grams(recipe: Recipe) -> bool:
     """Does a search need measured Grams? In the mode sequential only for anchors that do."""
     if recipe.mode == "plain":
         return recipe.gram_source != "task_vectors"
-    return any(get_anchor(rule).needs_grams for rule, _ in anchor_choices(recipe).values())
+    return bool(anchor_needs(recipe) & GRAMS)
+
+
+def anchor_needs(recipe: Recipe) -> Needs:
+    """What the anchors that a search chooses from read beside the weights."""
+    choices = anchor_choices(recipe).values()
+    return frozenset(need for rule, parameters in choices for need in get_anchor(rule).needs_of(parameters))
 
 
 # The search factors each group once for all its trials; with metrics every solve is iterative, and has no such factor.

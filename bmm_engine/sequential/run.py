@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +38,7 @@ from bmm_engine.recipe.keywords import settings_of, takes_settings
 from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.sequential.skeleton import Skeleton
 from bmm_engine.sequential.state import (
+    DIAGNOSTICS,
     LOCK,
     Merged,
     Sweep,
@@ -87,7 +89,7 @@ def merge_sequential(
     `blocks` (a name or shell pattern); without any the model is walked as a whole. The model's own blocks are called; of each model one block at a
     time is held, read from its files.
     `grams`, `fishers`: for anchors that need them, as in `merge`. `sensitivities`: one SensitivitySet or path for each expert
-    (`collect_sensitivity`, `bmm collect --sensitivity`): errors then count by how much the expert's predictions depend on them,
+    (`collect_sensitivity`, `bmm collect --sensitivity`), for such anchors too: errors then count by how much the expert's predictions depend on them,
     `|| (X~_t W^T - X_t W_t^T) S_t^{1/2} ||`, in the energy weights (`1 / ||X_t U_t^T||^2` per input) too.
     `output` and what follows: as in `merge`. What is finished is kept in `output` + ".walk", block by block: called again after it was killed,
     the merge goes on from there, to the same bits.
@@ -129,7 +131,8 @@ def walk_models(
     # A walk measures its own inputs, so modules are planned one by one; Grams are for anchors that need them.
     plan = make_plan(settings.but(gram_source="task_vectors"), models, replace(statistics, grams=()))
     prior = settings.anchor_alone("data" if statistics.grams else "task_vectors")
-    anchor_plan = make_plan(prior, models, replace(statistics, sensitivities=()))
+    of_anchor = statistics.of_anchor if "sensitivities" in settings.anchor_needs else ()
+    anchor_plan = make_plan(prior, models, replace(statistics, sensitivities=(), anchor_sensitivities=of_anchor))
     anchor_plan.check_statistics()
     log_notes(plan)
     skeleton = Skeleton.of(models, plan)
@@ -142,13 +145,13 @@ def walk_models(
         if destination.path is not None:
             identity = _identity(plan, anchor_plan, skeleton)
             folder = stack.enter_context(_taken(walk_folder(destination.path), identity, destination.overwrite))
-        prior_source = _anchor(anchor_plan, folder, progress)
+        prior_source, diagnostics = _anchor(anchor_plan, folder, progress)
         walks = [
             SequentialWalk(plan, skeleton, calibration, Sweep(folder and folder / f"sweep-{n + 1}"), report)
             for n in range(settings.sequential.sweeps)
         ]
         source = walk_all(walks, prior_source, stack, progress)
-        result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs)
+        result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs, diagnostics=diagnostics)
         if writer is None or folder is None:
             return replace(result, tensors=tensors_of(_written(source, Target(specs, None, buffers), progress), plan))
         with writer, InputRecords(inputs_of(plan), torch.get_num_threads()) as inputs:
@@ -228,22 +231,27 @@ def _locked(folder: Path) -> LockFile:
         lock.close()  # its merge was finished, and the folder removed, between the two
 
 
-def _anchor(plan: MergePlan, folder: Path | None, progress: bool | None) -> TensorSource:
-    """The anchor's own merge, in float32 or wider: in memory, or in `folder`, where it may be already."""
+def _anchor(
+    plan: MergePlan, folder: Path | None, progress: bool | None
+) -> tuple[TensorSource, dict[str, dict[str, float]]]:
+    """The anchor's own merge, in float32 or wider, and what its rule found out: in memory, or in `folder`, where they may be already."""
     wide = float_dtype(plan.alignment.base.spec(n).dtype for n in plan.alignment.merged)
     specs = output_specs(plan.alignment, wide)
     label = f"anchor {plan.settings.anchor!r}"
     if folder is None:
         target = Target(specs, None, plan.alignment.buffers)
-        run_stream(MergeStream(plan, target.finish), target, progress, "anchor")
-        return StateDictSource(target.tensors, label)
+        stream = MergeStream(plan, target.finish)
+        run_stream(stream, target, progress, "anchor")
+        return StateDictSource(target.tensors, label), stream.diagnostics
     path = folder / "anchor"
     if not path.exists():
         with CheckpointWriter(path, list(specs.values())) as writer:
             target = Target(specs, writer, plan.alignment.buffers)
-            run_stream(MergeStream(plan, target.finish), target, progress, "anchor")
+            stream = MergeStream(plan, target.finish)
+            run_stream(stream, target, progress, "anchor")
+            writer.write_json(DIAGNOSTICS, stream.diagnostics)
             writer.commit()
-    return Checkpoint.open(path, label=label)
+    return Checkpoint.open(path, label=label), json.loads((path / DIAGNOSTICS).read_text())
 
 
 def _written(source: TensorSource, target: Target, progress: bool | None) -> Target:
@@ -270,6 +278,7 @@ def _identity(plan: MergePlan, anchor_plan: MergePlan, skeleton: Skeleton) -> di
             "calibration": [values_digest(own) for own in statistics.batches],
             "grams": [g.fingerprints and sorted(g.fingerprints.items()) for g in anchor_plan.statistics.grams],
             "sensitivities": [own.digest() for own in statistics.sensitivities],
+            "anchor_sensitivities": [own.digest() for own in anchor_plan.statistics.of_anchor],
             **algebra,
             **walked,
             "modules": {m.name: m.stored_shape for g in plan.groups for m in g.members},

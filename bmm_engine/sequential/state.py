@@ -1,7 +1,7 @@
 """Where a sequential merge keeps what is finished: solved tensors and hidden states, stage by stage, so that a killed one goes on.
 
     FOLDER/identity.json           what is merged, and how
-    FOLDER/anchor/                 the anchor's merge, a checkpoint
+    FOLDER/anchor/                 the anchor's merge, a checkpoint, and what its rule found out
     FOLDER/sweep-1/stage-003/      solved.safetensors, record.json, and the hidden states that the next stage starts from (the last stage's only)
 
 A stage's folder is written under another name and renamed when it is whole. The folder is ours by its identity; what else lies in it is kept, and
@@ -40,12 +40,14 @@ from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError, 
 from bmm_engine.progress import Report
 
 SOLVED, RECORD = "solved.safetensors", "record.json"
+DIAGNOSTICS = "diagnostics.json"  # beside the anchor's weights
 IDENTITY, LOCK, FORMAT = "identity.json", "lock", "bmm-walk"
 _HIDDEN = r"(expert|merged)-\d+\.bin"
 _STAGE_FILES = rf"solved\.safetensors|record\.json|{_HIDDEN}"
+_ANCHOR_FILES = rf"{WEIGHTS}|diagnostics\.json"
 _is_stage_file = matches(_STAGE_FILES)
 is_walk_entry = matches(
-    rf"identity\.json|\.identity\.json|lock|anchor/({WEIGHTS})?|\.anchor\.{STAGE}/({STAGE_ENTRIES % WEIGHTS})?"
+    rf"identity\.json|\.identity\.json|lock|anchor/({_ANCHOR_FILES})?|\.anchor\.{STAGE}/({STAGE_ENTRIES % _ANCHOR_FILES})?"
     rf"|sweep-\d+/(\.?stage-\d+/({_STAGE_FILES})?)?"
 )
 

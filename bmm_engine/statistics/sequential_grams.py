@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bmm_engine.anchors import Anchor, DepthMap, Parameters, Site, get_anchor
+from bmm_engine.anchors.contract import GRAMS
 from bmm_engine.anchors.settings import Each
 from bmm_engine.errors import (
     CollectionError,
@@ -76,7 +77,8 @@ def collect_sequential(
     `ShapeMismatchError`, `MissingTensorError` for models that do not fit together.
     """
     rule = get_anchor(anchor)
-    if rule.scope != "module" or not rule.needs_grams:
+    resolved = rule.parameters(parameters)
+    if rule.scope != "module" or rule.needs_of(resolved) not in [{need} for need in GRAMS]:
         raise ConfigError(
             f"anchor {anchor!r} does not merge linear modules by Grams, so there is nothing to measure for it."
         )
@@ -86,7 +88,7 @@ def collect_sequential(
         raise ConfigError(
             f"{len(experts)} experts, {len(batches)} calibration sets and {len(labels)} descriptions of them; give one of each for each expert."
         )
-    walk = _SequentialMerge(base, experts, rule, rule.parameters(parameters), modules, blocks, backend)
+    walk = _SequentialMerge(base, experts, rule, resolved, modules, blocks, backend)
     sets = walk.run([list(own) for own in batches], mask, labels, progress)
     digests = [_digest(own) for own in sets]
     for own in sets:

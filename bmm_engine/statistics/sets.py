@@ -19,12 +19,19 @@ Sensitivities = Sequence[SensitivitySet | str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class Statistics:
-    """By expert, in the experts' order; what was not measured is empty. `batches`: calibration data itself, for a walk."""
+    """By expert, in the experts' order; what was not measured is empty. `sensitivities`: errors of outputs are weighed by them, and an anchor
+    that needs some has them too; `anchor_sensitivities`: those that are the anchor's alone. `batches`: calibration data itself, for a walk."""
 
     grams: tuple[GramSet, ...] = ()
     fishers: tuple[FisherSet, ...] = ()
     sensitivities: tuple[SensitivitySet, ...] = ()
     batches: tuple[list[Any], ...] = ()
+    anchor_sensitivities: tuple[SensitivitySet, ...] = ()
+
+    @property
+    def of_anchor(self) -> tuple[SensitivitySet, ...]:
+        """The sensitivities that there are for the anchor's rule."""
+        return self.anchor_sensitivities or self.sensitivities
 
     @classmethod
     def open(
@@ -33,6 +40,7 @@ class Statistics:
         fishers: Fishers = (),
         sensitivities: Sensitivities = (),
         batches: Iterable[Iterable[Any]] = (),
+        anchor_sensitivities: Sensitivities = (),
     ) -> Statistics:
         """From sets and paths of files. `grams`: "task_vectors" or None where they are not measured.
 
@@ -47,6 +55,11 @@ class Statistics:
         return cls(
             tuple(g if isinstance(g, GramSet) else GramSet.load(g) for g in listed),
             tuple(f if isinstance(f, FisherSet) else FisherSet.load(f) for f in fishers),
-            tuple(s if isinstance(s, SensitivitySet) else SensitivitySet.load(s) for s in sensitivities),
+            cls._sensitivities(sensitivities),
             tuple(list(own) for own in batches),
+            cls._sensitivities(anchor_sensitivities),
         )
+
+    @staticmethod
+    def _sensitivities(given: Sensitivities) -> tuple[SensitivitySet, ...]:
+        return tuple(s if isinstance(s, SensitivitySet) else SensitivitySet.load(s) for s in given)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -62,6 +62,28 @@ def test_a_rule_is_told_where_it_is_and_what_its_reduction_found(registry):
     assert get_anchor("curious")(torch.zeros(2, 3), [torch.zeros(2, 3)], power=3, name="w").tolist() == [6, 3, 1, 1]
 
 
+def test_what_a_rule_needs_may_depend_on_its_parameters(registry):
+    def wanted(parameters):
+        return {"plain": (), "sharp": ("fishers",), "both": ("grams", "sensitivities")}[parameters["by"]]
+
+    @anchor(scope="module", paper="none", needs=wanted)
+    def weighed(base, experts, *, site, by: Literal["plain", "sharp", "both"] = "sharp", size: float = 1.0):
+        """Its own sums."""
+        return base * len(site.sensitivities)
+
+    assert weighed.needs_of() == {"fishers"}
+    assert weighed.needs_of({"by": "plain", "size": [0.0, 1.0]}) == set()
+    assert weighed.needs_of({"by": "both"}) == {"grams", "sensitivities"}
+    # Over the model all that it reads anywhere; where no filter matches, the default holds.
+    assert weighed.needs_of({"by": [{"filter": "mlp", "value": "both"}]}) == {"grams", "sensitivities", "fishers"}
+    mixed = {"by": [{"filter": "mlp", "value": "both"}, {"value": "plain"}]}
+    assert weighed.needs_of(weighed.parameters(mixed)) == {"grams", "sensitivities"}
+    assert weighed.needs_of({"by": ["plain", "sharp"]}) == {"fishers"}  # over depth
+    assert weighed(torch.ones(1, 2), [torch.ones(1, 2)] * 2, sensitivities=[torch.eye(1)] * 2).tolist() == [[2.0, 2.0]]
+    assert "| `weighed` | Its own sums. Needs Fisher information at its defaults. |" in table.markdown()
+    assert next(row["needs"] for row in table.rows() if row["name"] == "weighed") == "fishers"
+
+
 def test_what_contradicts_itself_is_refused(registry):
     with pytest.raises(ConfigError, match=r"a rule has a `reduce` exactly if"):
         anchor(scope="model", paper="none")(lambda base, experts: base)
@@ -77,6 +99,8 @@ def test_what_contradicts_itself_is_refused(registry):
 
     with pytest.raises(ConfigError, match="'share' has no default"):
         anchor(scope="tensor", paper="none")(lacking)
+    with pytest.raises(ConfigError, match="what it needs, 'gram', is not one of grams, sequential_grams"):
+        anchor(scope="tensor", paper="none", needs="gram")(lacking)
 
 
 def test_number_of_experts():

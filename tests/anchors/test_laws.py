@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from bmm_engine import collect_fisher, collect_grams, collect_sequential, merge
+from bmm_engine import collect_fisher, collect_grams, collect_sensitivity, collect_sequential, merge
 from bmm_engine.anchors import get_anchor, registered_anchors
+from bmm_engine.anchors.contract import GRAMS
 from tests.numerics import relative_error
 from tests.tiny import family, fine_tune, make_base, make_batches, save
 
@@ -23,6 +24,7 @@ SETTINGS = {
     "dare_ties": {"density": 0.6},
     "sce": {"select_topk": 0.5},
     "doge_ta": {"steps": 5},
+    "epimer": {"metric": "kfac", "coordinates": "exact"},
     "nearswap": {"t": 0.01},
     "wudi": {"steps": 20},
     "dc_merge": {"density": 0.3},
@@ -43,6 +45,7 @@ RETURNS_THE_EXPERT = {
     "regmean_plusplus": {},
     "fisher": {},
     "tsv_m": {},
+    "epimer": {"metric": "identity", "rank": 1000},
     "wudi": {"solver": "closed_form"},
     "opcm": {},
     "localize_and_stitch": {"density": 1.0},
@@ -55,7 +58,7 @@ RETURNS_THE_EXPERT = {
     "core_space": {},
 }
 # What experts agree on is summed, or cut to the directions that there are for each.
-SUM = ("wudi", "tsv_m", "opcm", "task_arithmetic", "dare_linear", "breadcrumbs", "dc_merge", "core_space")
+SUM = ("wudi", "tsv_m", "opcm", "task_arithmetic", "dare_linear", "breadcrumbs", "dc_merge", "core_space", "epimer")
 
 
 def count(name, wanted=3):
@@ -72,6 +75,9 @@ class Family:
         self.experts = [fine_tune(self.base, seed) for seed in (1, 2, 3)]
         self.grams = [collect_grams(e, make_batches(architecture, t, 6)) for t, e in enumerate(self.experts)]
         self.fishers = [self.fisher(e, t) for t, e in enumerate(self.experts)]
+        self.sensitivities = [
+            collect_sensitivity(e, make_batches(architecture, t, 2)) for t, e in enumerate(self.experts)
+        ]
 
     def sequential(self, experts, name, parameters):
         batches = [make_batches(self.architecture, t, 6) for t in range(len(experts))]
@@ -84,12 +90,11 @@ class Family:
         rule = get_anchor(name)
         order = order[: count(name)]
         options = {"anchor_parameters": SETTINGS.get(name, {}), "alpha": math.inf, **options}
-        if rule.needs == "grams":
-            options["grams"] = [self.grams[t] for t in order]
-        if rule.needs == "sequential_grams":
+        needs = rule.needs_of(options["anchor_parameters"])
+        if "sequential_grams" in needs:
             options["grams"] = self.sequential([self.experts[t] for t in order], name, options["anchor_parameters"])
-        if rule.needs == "fishers":
-            options["fishers"] = [self.fishers[t] for t in order]
+        for need in needs - {"sequential_grams"}:
+            options[need] = [getattr(self, need)[t] for t in order]
         return merge(self.base, [self.experts[t] for t in order], anchor=name, **options).tensors
 
 
@@ -167,13 +172,11 @@ def test_equal_experts_and_one_expert_are_that_expert(name, models):
     expert = models.experts[0]
     rule = get_anchor(name)
     needed = {}
+    needs = rule.needs_of(RETURNS_THE_EXPERT[name])
     for number in {max(1, rule.experts[0]), count(name)}:
-        if rule.needs == "grams":
-            needed["grams"] = [models.grams[0]] * number
-        if rule.needs == "sequential_grams":
+        if "sequential_grams" in needs:
             needed["grams"] = models.sequential([expert] * number, name, {})
-        if rule.needs == "fishers":
-            needed["fishers"] = [models.fishers[0]] * number
+        needed |= {need: [getattr(models, need)[0]] * number for need in needs - {"sequential_grams"}}
         if number > 1 and name in SUM:
             continue
         merged = merge(
@@ -193,13 +196,15 @@ def test_equal_experts_and_one_expert_are_that_expert(name, models):
 def test_experts_that_are_the_base_change_nothing(name, models):
     rule = get_anchor(name)
     number = count(name)
-    needed = {}
-    if rule.needs == "sequential_grams":
+    needs, needed = rule.needs_of(SETTINGS.get(name)), {}
+    if "sequential_grams" in needs:
         needed["grams"] = models.sequential([models.base] * number, name, {})
-    if rule.needs == "grams":
+    if "grams" in needs:
         needed["grams"] = [collect_grams(models.base, make_batches(models.architecture, 1, 6))] * number
-    if rule.needs == "fishers":
+    if "fishers" in needs:
         needed["fishers"] = [models.fisher(models.base, 1)] * number
+    if "sensitivities" in needs:
+        needed["sensitivities"] = [collect_sensitivity(models.base, make_batches(models.architecture, 1, 2))] * number
     merged = merge(
         models.base,
         [models.base] * number,
@@ -230,7 +235,8 @@ def test_tensors_of_awkward_shapes(name, shape, dtype):
     rule = get_anchor(name)
     if rule.scope == "module" and (len(shape) != 2 or 0 in shape):
         pytest.skip("a rule for matrices gets no other tensors")
-    if rule.needs == "fishers" and 0 in shape:
+    needs = rule.needs_of(SETTINGS.get(name))
+    if "fishers" in needs and 0 in shape:
         pytest.skip("a whole model has Fisher information somewhere")
     if dtype == torch.bfloat16 and not rule.stored:
         pytest.skip("it gets tensors widened")
@@ -239,9 +245,11 @@ def test_tensors_of_awkward_shapes(name, shape, dtype):
     experts = [(base + 0.1 * torch.randn(shape, generator=generator).to(dtype)) for _ in range(count(name))]
     copies = [t.clone() for t in (base, *experts)]
     extra = {}
-    if rule.needs_grams:
+    if needs & GRAMS and len(shape) == 2:
         extra["grams"] = [torch.eye(shape[1], dtype=torch.float64) * (t + 1) for t in range(len(experts))]
-    if rule.needs == "fishers":
+    if "sensitivities" in needs:
+        extra["sensitivities"] = [torch.eye(shape[0]) * (t + 1) for t in range(len(experts))]
+    if "fishers" in needs:
         extra["fishers"] = [torch.rand(shape, generator=generator).to(dtype) for _ in experts]
     merged = rule(base, experts, **SETTINGS.get(name, {}), **extra)
     assert merged.shape == base.shape
@@ -253,7 +261,7 @@ def test_tensors_of_awkward_shapes(name, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", RULES)
 def test_16_bit_models_are_computed_in_float32_and_rounded_once(name, dtype, models):
-    if get_anchor(name).needs:
+    if get_anchor(name).needs_of(SETTINGS.get(name)):
         pytest.skip("statistics are of the 16-bit model itself")
     import copy
 

@@ -138,6 +138,32 @@ def test_fisher_in_a_recipe(tmp_path):
         merge(base, experts, anchor="fisher", alpha=float("inf"))
 
 
+def test_fisher_information_by_the_labels_of_the_data(tmp_path):
+    """Of files that hold `labels`; a text says no class."""
+    _, experts, _, _ = family("bert", tmp_path)
+    names, batches = save_inputs("bert", tmp_path)
+    labelled = [[{**b, "labels": (b["input_ids"][:, 0] + t) % 3} for b in own] for t, own in enumerate(batches)]
+    for name, own in zip(names, labelled):
+        save_file({key: torch.cat([b[key] for b in own]) for key in own[0]}, tmp_path / name)
+    calibration = {"batch_size": 4, "fisher_labels": "data"}
+    own = {"calibration": names, "fisher": ["f0.safetensors", "f1.safetensors"]}
+    run_recipe(make_recipe(tmp_path, own, anchor="epimer", alpha=math.inf, calibration=calibration), tmp_path / "out")
+    for t, (expert, given) in enumerate(zip(experts, labelled)):
+        found, truth = FisherSet.load(tmp_path / f"f{t}.safetensors"), collect_fisher(expert, given, labels="data")
+        name = next(n for n in truth.tensors if "dense.weight" in n)
+        assert found.labels == "data"
+        assert relative_error(found.get(name), truth.get(name).double()) < 1e-5
+    bare = make_recipe(
+        tmp_path,
+        {"calibration": save_inputs("bert", tmp_path)[0]},
+        anchor="fisher",
+        alpha=math.inf,
+        calibration=calibration,
+    )
+    with pytest.raises(ConfigError, match="needs `labels` in each batch"):
+        run_recipe(bare, tmp_path / "bare")
+
+
 def test_rules_on_grams_need_measured_ones(tmp_path):
     base, experts, _, _ = family("bert", tmp_path)
     with pytest.raises(ConfigError, match="anchor 'regmean' needs measured Grams: give `calibration`"):
