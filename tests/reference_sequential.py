@@ -76,6 +76,7 @@ def reference_sequential(
     energy=True,
     fit_bias=True,
     target="stream",
+    drift=1.0,
     mean_weight=0.0,
     task_vector_samples=100.0,
     norms=False,
@@ -112,7 +113,9 @@ def reference_sequential(
             drifted = [trace(merged, b, names[:1])[names[0]][0] for b in batches]
             own = [trace(e, b, names[:1])[names[0]] for e, b in zip(experts, batches)]
             if names[0] in norm_names:
-                _fit_norm(names[0], merged, origin_model, anchor, drifted, own, alpha, energy, scale)
+                given = [e.get_submodule(names[0])(y).detach() for e, y in zip(experts, drifted)]
+                aims = [drift * y + (1 - drift) * there for (_, y), there in zip(own, given)]
+                _fit_norm(names[0], merged, origin_model, anchor, drifted, own, aims, alpha, energy, scale)
                 continue
             shifts = [None] * len(experts)  # what the residual stream has drifted before
             if target == "stream" and len(names) == 1:
@@ -145,6 +148,8 @@ def reference_sequential(
                 * _along(s, origin, names, transposed, len(y.T))
                 for count, y, s in zip(counts, drifted, states)
             ]
+            seen_as = [drift * x + (1 - drift) * y for x, y in zip(own, drifted)]
+            shifts = [None if shift is None else drift * shift for shift in shifts]
             parts = [b * (y.T @ m @ y / len(y) + along) for b, y, m, along in zip(betas, drifted, weights, pseudo)]
             lam = alpha * sum(parts).trace() / len(parts[0])
             ridge = lam * torch.eye(len(parts[0]), dtype=parts[0].dtype)
@@ -152,7 +157,7 @@ def reference_sequential(
                 aims = [
                     b
                     * ((x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y / len(y) + weight(s, n) @ along)
-                    for b, s, x, y, shift, m, along in zip(betas, states, own, drifted, shifts, weights, pseudo)
+                    for b, s, x, y, shift, m, along in zip(betas, states, seen_as, drifted, shifts, weights, pseudo)
                 ]
                 if sensitivities is None:
                     right = lam * weight(anchor, n) + sum(aims)
@@ -195,7 +200,7 @@ def _energy(change, metric):
     return float((change.pow(2) if metric is None else change * (change @ metric)).sum())
 
 
-def _fit_norm(name, merged, origin_model, anchor, drifted, own, alpha, energy, scale):
+def _fit_norm(name, merged, origin_model, anchor, drifted, own, aims, alpha, energy, scale):
     """Each feature by itself, by a general solve."""
     module, norm0 = merged.get_submodule(name), origin_model.get_submodule(name)
     energies = [float((y - norm0(x).detach()).pow(2).sum()) / len(x) for x, y in own]
@@ -211,9 +216,7 @@ def _fit_norm(name, merged, origin_model, anchor, drifted, own, alpha, energy, s
     a = sum(b * torch.einsum("nfi,nfj->fij", d, d) / len(d) for b, d in zip(betas, designs))
     prior = torch.stack([anchor[f"{name}.{k}"] for k in (("weight", "bias") if has_bias else ("weight",))], -1)
     lam = alpha * float(a.diagonal(dim1=1, dim2=2).sum(1).mean()) / a.shape[-1]
-    right = (
-        sum(b * torch.einsum("nfi,nf->fi", d, y) / len(d) for b, d, (_, y) in zip(betas, designs, own)) + lam * prior
-    )
+    right = sum(b * torch.einsum("nfi,nf->fi", d, y) / len(d) for b, d, y in zip(betas, designs, aims)) + lam * prior
     solved = torch.linalg.solve(a + lam * torch.eye(a.shape[-1], dtype=a.dtype), right)
     state = merged.state_dict()
     for i, key in enumerate(("weight", "bias") if has_bias else ("weight",)):

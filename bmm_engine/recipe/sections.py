@@ -68,6 +68,14 @@ class SequentialRecipe(Strict):
         description="what a module that writes to the residual stream aims at: what the expert's stream holds after it, so that it makes up for what"
         " the stream has drifted before, or what the expert's module gives",
     )
+    drift: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of the drift that is corrected, of inputs and of the residual stream: 1 aims at what the expert gives on its own inputs,"
+        " 0 at what its weights give on the merged network's (RegMean++)",
+    )
     mean_weight: float = Field(
         0.0,
         ge=0,

@@ -159,6 +159,7 @@ class ModuleSolver:
             )
         betas = drift_task_weights(inputs.task_weights, energies, len(moments), name)
         mean_weight = self.settings.sequential.mean_weight
+        moments = [own.toward(self.settings.sequential.drift) for own in moments]
         moments = [self._hybrid(t, part, own) for t, own in enumerate(moments)]
         factor = drift_factor(moments, betas, alpha=part.alpha, mean_weight=mean_weight, name=name)
         assert factor is not None, "no part is at an infinite ridge"

@@ -16,6 +16,9 @@ the last two for the record and for the task weights. There are two ways to come
 The cross-moment is taken of the drift, not of X_t: what does not drift adds exactly nothing, so that without drift this is plain BMM, and small
 drifts keep their digits in float32.
 
+Of the drift a share a may be corrected (`toward`; FeatCal, arXiv 2605.13030): the target is then `((1 - a) X~_t + a X_t) W_t^T`, so that a D_t takes
+the place of D_t (and a times that of the stream the place of its drift) in Q_t, in ||D_t W_t^T||^2 and in misfits; what fine-tuning changed stays.
+
 Few rows leave most directions of G~_t to the anchor. `with_task_vector` lets the task vector fill them, as the hybrid of plain BMM does: rows along
 it that do not drift.
 """
@@ -50,6 +53,7 @@ class TaskMoments(ABC):
     name: str
     with_bias: bool
     hybrid: Tensor | None  # (in, in), what a solve takes in the place of `gram`: see `with_task_vector`
+    drift_share: float  # of the drift, how much is corrected: see `toward`
 
     @property
     def width(self) -> int:
@@ -68,6 +72,10 @@ class TaskMoments(ABC):
         """What a solve takes for the Gram (in, in)."""
         return self.gram if self.hybrid is None else self.hybrid
 
+    def toward(self: M, drift_share: float) -> M:
+        """With the target `((1 - a) X~ + a X) W_t^T`, a = `drift_share` in [0, 1], of the share of the drift that is corrected."""
+        return replace(self, drift_share=drift_share)  # type: ignore[type-var]
+
     def with_task_vector(self: M, task_vector: Tensor, share: float) -> M:
         """With the hybrid `(1 - g) G~ / tr G~ + g U^T U / ||U||_F^2`, g = `share` in [0, 1), scaled so that G~ counts as before.
 
@@ -85,7 +93,7 @@ class TaskMoments(ABC):
 
     @abstractmethod
     def drifted_total(self, expert: Tensor) -> Tensor:
-        """The sum of the rows of `D W_t^T` (out,), float64."""
+        """The sum of the rows of `a D W_t^T` (out,), float64."""
 
     @abstractmethod
     def of(self, outputs: slice) -> TaskMoments:
@@ -93,14 +101,14 @@ class TaskMoments(ABC):
 
     @abstractmethod
     def drifted(self, expert: Tensor) -> Tensor:
-        """`Q = W_t D^T X~` (out, in), float64, for the expert's weight W_t (out, in)."""
+        """`Q = a W_t D^T X~` (out, in), float64, for the expert's weight W_t (out, in)."""
 
     @abstractmethod
     def target_drift(self, expert: Tensor) -> float:
-        """`||D W_t^T||_F^2`."""
+        """`||a D W_t^T||_F^2`."""
 
     def misfit(self, weight: Tensor, expert: Tensor) -> float:
-        """`||X~ W^T - X W_t^T||_F^2 = tr(E G~ E^T) + 2 tr(E Q^T) + ||D W_t^T||^2` with E = W - W_t, by blocks of rows."""
+        """`||X~ W^T - X W_t^T||_F^2 = tr(E G~ E^T) + 2 tr(E Q^T) + ||a D W_t^T||^2` with E = W - W_t (and X~ - a D for X), by blocks of rows."""
         total = 0.0
         for start in range(0, weight.shape[0], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
@@ -130,18 +138,19 @@ class DriftMoments(TaskMoments):
     name: str = "module"
     with_bias: bool = False
     hybrid: Tensor | None = None
+    drift_share: float = 1.0
 
     def of(self, outputs: slice) -> DriftMoments:
         return self
 
     def drifted(self, expert: Tensor) -> Tensor:
-        return expert.double() @ self.cross.double()
+        return (expert.double() @ self.cross.double()).mul_(self.drift_share)
 
     def drifted_total(self, expert: Tensor) -> Tensor:
-        return expert.double() @ self.drift_total
+        return (expert.double() @ self.drift_total).mul_(self.drift_share)
 
     def target_drift(self, expert: Tensor) -> float:
-        return squared(expert, self.drift)
+        return self.drift_share**2 * squared(expert, self.drift)
 
     def energy(self, task_vectors: Iterable[Tensor]) -> float:
         own = self._own()
@@ -173,6 +182,7 @@ class ProjectedMoments(TaskMoments):
     name: str = "module"
     with_bias: bool = False
     hybrid: Tensor | None = None
+    drift_share: float = 1.0
 
     def of(self, outputs: slice) -> ProjectedMoments:
         return replace(
@@ -184,13 +194,13 @@ class ProjectedMoments(TaskMoments):
         )
 
     def drifted(self, expert: Tensor) -> Tensor:
-        return self.product.double()
+        return self.drift_share * self.product.double()
 
     def drifted_total(self, expert: Tensor) -> Tensor:
-        return self.product_total
+        return self.drift_share * self.product_total
 
     def target_drift(self, expert: Tensor) -> float:
-        return float(self.drift.sum())
+        return self.drift_share**2 * float(self.drift.sum())
 
     def energy(self, task_vectors: Iterable[Tensor]) -> float:
         norms = self.change.diagonal() if self.change.dim() == 2 else self.change

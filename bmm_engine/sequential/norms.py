@@ -4,6 +4,8 @@ A normalisation gives `o + g h (+ b)` for a feature, with h the normalised input
 network's inputs and y_t what expert t's normalisation gives on its own,
 
     g*, b* = argmin  sum_t beta_t / n_t sum_rows (o~ + g h~ + b - y_t)^2 + lam ((g - g_a)^2 + (b - b_a)^2).
+
+Where only a share a of the drift is corrected, y_t is a times that and (1 - a) times what the expert's gives on the merged network's inputs.
 """
 
 from __future__ import annotations
@@ -67,8 +69,11 @@ def find_norms(model: nn.Module, names: Mapping[str, str], plan: MergePlan) -> d
 class NormAccumulator:
     """One task's sums over rows, for each feature, in float64."""
 
-    def __init__(self, norm: Norm, expert: Sequence[Tensor | None], base: Sequence[Tensor | None]):
-        """`expert`, `base`: weight and bias (in,), in the dtype of the rows."""
+    def __init__(
+        self, norm: Norm, expert: Sequence[Tensor | None], base: Sequence[Tensor | None], drift_share: float = 1.0
+    ):
+        """`expert`, `base`: weight and bias (in,), in the dtype of the rows. `drift_share`: of the drift, how much is corrected."""
+        self.drift_share = drift_share
         self.norm, self.name, self.width = norm, norm.name, int(norm.module.get_parameter("weight").shape[0])
         self.rows = 0
         self.change = 0.0
@@ -87,7 +92,11 @@ class NormAccumulator:
         target, before = run(expert, *self._expert).double(), run(expert, *self._base).double()
         offset = run(merged, *self._zero).double()
         h = run(merged, *self._one).double() - offset
-        z = target - offset
+        aim = target
+        if self.drift_share != 1:
+            there = run(merged, *self._expert).double()
+            aim = there + self.drift_share * (target - there)
+        z = aim - offset
         if not (bool(torch.isfinite(h.sum())) and bool(torch.isfinite(z.sum()))):
             count = int((~torch.isfinite(expert).all(-1)).sum() + (~torch.isfinite(merged).all(-1)).sum())
             raise NonFiniteGramError(
@@ -126,7 +135,7 @@ class NormSolver:
             [None if name is None else self.inputs.load(source, name).to(dtype) for name in (norm.weight, norm.bias)]
             for source in (self.inputs.experts[t], self.inputs.base)
         )
-        return NormAccumulator(norm, expert, base)
+        return NormAccumulator(norm, expert, base, self.settings.sequential.drift)
 
     def solve(self, stage: str, norm: Norm, measured: Sequence[NormAccumulator], out: Solved) -> None:
         """Raises `EmptyCalibrationError`, `ConfigError`."""

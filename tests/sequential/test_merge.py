@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from bmm_engine import collect_grams, merge, merge_sequential
+from bmm_engine import collect_grams, collect_sequential, merge, merge_sequential
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError, NonFiniteGramError
 from tests.numerics import relative_error
 from tests.reference_merge import linear_names
@@ -50,12 +50,25 @@ def assert_close(found, truth, tolerance):
         {"fit_bias": False, "energy": False, "alpha": 0.01},
         {"scale": 0.7, "alpha": 1.0},
         {"target": "module"},
+        {"drift": 0.3, "norms": True},
+        {"drift": 0.0, "target": "module", "fit_bias": False},
         {"mean_weight": 10.0},
         {"task_vector_samples": 0.0},
         {"sweeps": 2},
         {"norms": True},
     ],
-    ids=["defaults", "plain", "scaled", "section 7", "means", "measured alone", "sweeps", "norms"],
+    ids=[
+        "defaults",
+        "plain",
+        "scaled",
+        "section 7",
+        "a share of drift",
+        "no drift",
+        "means",
+        "measured alone",
+        "sweeps",
+        "norms",
+    ],
 )
 def test_it_is_the_formula_walked_through_the_network(architecture, options):
     base, experts, batches = problem(architecture)
@@ -125,6 +138,24 @@ def test_without_drift_it_is_plain_bmm(architecture, fit_bias):
     later = [n for r in walked.inputs[at + 1 :] for n in r.modules if f".{last}." in n]
     differ = [relative_error(walked.tensors[f"{n}.weight"], plain.tensors[f"{n}.weight"].double()) for n in later]
     assert max(differ) > 1e-4
+
+
+def test_a_share_of_zero_is_the_target_of_regmean_plusplus():
+    """Where the experts' blocks still read what the merged one reads: at the first input of the first block, which has drifted since embeddings are
+    merged."""
+    base, experts, batches = problem("bert")
+    wide, own = [copy.deepcopy(m).double() for m in (base, *experts)], [double(b) for b in batches]
+    rule = {"shrink": 1.0, "ridge": 0.03}
+    grams = collect_sequential(wide[0], wide[1:], own, **rule)
+    truth = merge(wide[0], wide[1:], anchor="regmean_plusplus", anchor_parameters=rule, grams=grams, alpha=math.inf)
+    options = {"task_weights": None, "fit_bias": False, "task_vector_samples": 0, "alpha": 0.03}
+    none, all_of_it = (merge_sequential(wide[0], wide[1:], own, drift=a, **options) for a in (0.0, 1.0))
+    names = none.inputs[0].modules
+    assert len(names) == 3
+    for name in names:
+        key = f"{name}.weight"
+        assert relative_error(none.tensors[key], truth.tensors[key]) < 1e-9
+        assert relative_error(all_of_it.tensors[key], truth.tensors[key]) > 1e-3
 
 
 def test_an_infinite_ridge_is_the_anchor_and_any_anchor_will_do():
@@ -293,6 +324,7 @@ def test_bad_inputs_are_refused(tmp_path):
         ("expert 1: its calibration set is empty", EmptyCalibrationError, {"batches": [batches[0], []]}),
         ("sweeps = 0: .*greater than or equal to 1", ConfigError, {"sweeps": 0}),
         ("norms = 'all': .*'anchor' or 'fit'", ConfigError, {"norms": "all"}),
+        (r"drift = 1\.5: .*less than or equal to 1", ConfigError, {"drift": 1.5}),
         ("mean_weight = -1.0: .*greater than or equal to 0", ConfigError, {"mean_weight": -1.0}),
         ("task_vector_samples = inf: .*finite", ConfigError, {"task_vector_samples": math.inf}),
         ("target = 'sum': .*'stream' or 'module'", ConfigError, {"target": "sum"}),
