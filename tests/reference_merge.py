@@ -49,6 +49,7 @@ def reference_merge(
     batches,
     *,
     alpha,
+    prior=1.0,
     gram_source="data",
     share=0.5,
     scale=1.0,
@@ -85,6 +86,7 @@ def reference_merge(
         if alpha == math.inf:
             solved = anchor
         else:
+            anchor = prior * anchor + (1 - prior) * w0
             lam = alpha * a0.trace() / a0.shape[0]
             ridge = lam * torch.eye(a0.shape[0], dtype=torch.float64)
             aims = [beta * w @ g for beta, w, g in zip(betas, weights, grams)]

@@ -72,6 +72,7 @@ def reference_sequential(
     batches,
     *,
     alpha=0.03,
+    prior=1.0,
     scale=1.0,
     energy=True,
     fit_bias=True,
@@ -99,8 +100,10 @@ def reference_sequential(
     transposed = {name: flipped for name, flipped in linear_names(base).items() if name not in heads}
     norm_names = [n for n, m in base.named_modules() if "Norm" in type(m).__name__] if norms else []
     every = [*transposed, *norm_names]
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
         anchor = {k: v.clone() for k, v in merged.state_dict().items()}
+        if sweep == 0:  # what was solved is not overshot again
+            anchor = {k: prior * v + (1 - prior) * origin[k] if v.is_floating_point() else v for k, v in anchor.items()}
         written = [0.0] * len(experts)  # what fine-tuning changed in the residual stream so far
         groups, seen = [], trace(merged, batches[0], every)
         for name, (x, _) in seen.items():

@@ -115,6 +115,11 @@ class Algebra(Strict):
         "trace", description="of task vectors' Grams: trace 1, or as they are"
     )
     alpha: Ridge = Field(0.03, description="ridge relative to the mean diagonal of the Gram; inf is the anchor itself")
+    prior: float = Field(
+        1.0,
+        allow_inf_nan=False,
+        description="what the ridge pulls towards, W_0 + prior (W_a - W_0): the anchor at 1, beyond it above; what is the anchor's alone stays",
+    )
     scale: Scale = Field(1.0, description="assembly W_0 + scale (W* - W_0)")
     task_weights: TaskWeights | None = Field(
         None, description="none, energy, or a number for each expert; null: none, or energy in the mode sequential"

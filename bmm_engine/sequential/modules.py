@@ -27,6 +27,7 @@ from bmm_engine.sequential.solve import (
     solve_weighted_module,
 )
 from bmm_engine.solving.output_metric import OutputMetric
+from bmm_engine.solving.solve import overshot
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,10 @@ class ModuleSolver:
         inputs: Inputs,
         anchor: TensorSource,
         samples: Sequence[int],
+        prior: float = 1.0,
     ):
-        """`samples`: of each expert's calibration, in the inputs' order."""
-        self.settings, self.inputs, self.anchor = plan.settings, inputs, anchor
+        """`samples`: of each expert's calibration, in the inputs' order. `prior`: how far the ridge pulls, W_0 + prior (W_a - W_0)."""
+        self.settings, self.inputs, self.anchor, self.prior = plan.settings, inputs, anchor, prior
         self._shares = [self.settings.sequential.hybrid_share(own) for own in samples]
         self._merged = set(plan.alignment.merged)
 
@@ -170,7 +172,7 @@ class ModuleSolver:
             base = self._base(module, with_bias)
             experts = [self._expert(t, module, with_bias) for t in range(len(moments))]
             own_moments = [own.of(outputs) for own in moments]
-            given = (anchor, experts, own_moments)
+            given = (overshot(anchor, base, self.prior), experts, own_moments)
             if metrics is None:
                 solved, *misfits = solve_module(*given, betas, factor, mean_weight)
             else:

@@ -28,7 +28,7 @@ from bmm_engine.merging.stream import InputRecord
 from bmm_engine.models.architecture import is_head
 from bmm_engine.sequential.modules import Solved
 from bmm_engine.sequential.solve import drift_task_weights, relative_residuals
-from bmm_engine.solving.solve import relative_ridge
+from bmm_engine.solving.solve import overshot, relative_ridge
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -127,8 +127,9 @@ class NormAccumulator:
 class NormSolver:
     """Fits gains and biases against an anchor's tensors."""
 
-    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource):
-        self.settings, self.inputs, self.anchor = plan.settings, inputs, anchor
+    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource, prior: float = 1.0):
+        """`prior`: how far the ridge pulls, as of modules."""
+        self.settings, self.inputs, self.anchor, self.prior = plan.settings, inputs, anchor, prior
 
     def accumulator(self, norm: Norm, t: int, dtype: torch.dtype) -> NormAccumulator:
         expert, base = (
@@ -150,8 +151,8 @@ class NormSolver:
         scale = self.settings.scale_setting.at(norm.weight, depth, tasks)
         energies = [own.change / own.rows for own in measured]
         betas = drift_task_weights(inputs.task_weights, energies, tasks, norm.name)
-        gain = inputs.load(self.anchor, norm.weight).double()
-        bias = torch.zeros_like(gain) if norm.bias is None else inputs.load(self.anchor, norm.bias).double()
+        gain = self._prior(norm.weight, alpha)
+        bias = torch.zeros_like(gain) if norm.bias is None else self._prior(norm.bias, alpha)
         fitted_gain, fitted_bias, ridge = fit_norm(gain, bias, measured, betas, alpha, norm.bias is not None)
         before, after = (
             inputs.listed(relative_residuals([_misfit(own, *pair) for own in measured], energies))
@@ -165,6 +166,13 @@ class NormSolver:
                 base = inputs.load(inputs.base, name)
                 merged = fitted.to(base.dtype)
                 out.tensors[name] = merged if scale == 1 or ridge == math.inf else base + scale * (merged - base)
+
+    def _prior(self, name: str, alpha: float) -> Tensor:
+        """What the ridge pulls towards; at an infinite one the anchor."""
+        anchor = self.inputs.load(self.anchor, name).double()
+        if alpha == math.inf or self.prior == 1:
+            return anchor
+        return overshot(anchor, self.inputs.load(self.inputs.base, name).double(), self.prior)
 
 
 def fit_norm(

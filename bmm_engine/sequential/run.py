@@ -161,9 +161,9 @@ def walk_models(
 def walk_all(walks: Sequence[SequentialWalk], anchor: TensorSource, stack: ExitStack, progress: bool | None) -> Merged:
     """Carry out sweeps, each with the result of the one before as its anchor; the result, which lasts as long as `stack`."""
     source: TensorSource = anchor
-    for walk in walks:
+    for n, walk in enumerate(walks):
         stack.callback(walk.sweep.close)
-        walk.run(source, progress)
+        walk.run(source, progress, first=n == 0)
         source = Merged(source, walk.sweep)
     assert isinstance(source, Merged)
     return source

@@ -105,15 +105,17 @@ class SequentialWalk:
     def modules(self) -> list[ModuleRecord]:
         return [_as_record(ModuleRecord, raw) for stage in self.sweep.records for raw in stage["modules"]]
 
-    def run(self, anchor: TensorSource, progress: bool | None = None) -> None:
-        """Solve everything against the tensors of `anchor` (float32 or wider, by the base's names).
+    def run(self, anchor: TensorSource, progress: bool | None = None, *, first: bool = True) -> None:
+        """Solve everything against the tensors of `anchor` (float32 or wider, by the base's names). Only the `first` sweep overshoots it, by the
+        settings' `prior`: later ones start from what was solved.
 
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
         samples = [sum(map(samples_of, passage.batches)) for passage in self.both.experts]
+        prior = self.plan.settings.prior if first else 1.0
         self.stage.against(
-            ModuleSolver(self.plan, self.expert_inputs, anchor, samples),
-            NormSolver(self.plan, self.expert_inputs, anchor),
+            ModuleSolver(self.plan, self.expert_inputs, anchor, samples, prior),
+            NormSolver(self.plan, self.expert_inputs, anchor, prior),
         )
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))

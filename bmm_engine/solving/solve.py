@@ -158,6 +158,11 @@ def residual_of(
     return out
 
 
+def overshot(anchor: Tensor, base: Tensor, prior: float) -> Tensor:
+    """What a ridge pulls towards, `prior W_a + (1 - prior) W_0` (out, in): the anchor itself at 1, beyond it above (FeatCal, arXiv 2605.13030)."""
+    return anchor if prior == 1 else base + prior * (anchor - base)
+
+
 def solve_with_factor(anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], factor: Factor) -> Tensor:
     """`W* = W_a + R A^{-1}` (out, in) in the anchor's dtype, by blocks of rows: the rows of W are independent."""
     out = torch.empty_like(anchor)

@@ -31,12 +31,13 @@ def outputs(model, architecture):
     [
         {},
         {"alpha": 1e-3, "scale": 1.3},
+        {"alpha": 1.0, "prior": 2.2},
         {"task_weights": "energy"},
         {"gram_source": "task_vectors"},
         {"gram_source": "hybrid", "hybrid": 0.3},
-        {"alpha": math.inf},
+        {"alpha": math.inf, "prior": 2.0},
     ],
-    ids=["data", "scaled", "energy", "data-free", "hybrid", "anchor"],
+    ids=["data", "scaled", "overshot", "energy", "data-free", "hybrid", "anchor"],
 )
 def test_checkpoint_merge_equals_the_reference(architecture, options, tmp_path):
     base, experts, base_path, paths = family(architecture, tmp_path)

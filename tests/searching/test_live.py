@@ -29,11 +29,11 @@ from tests.tiny import fine_tune, make_base, make_batches
 ARCHITECTURES = ["bert", "gpt2", "vit", "llama"]
 
 
-def problem_of(architecture, *, data=True, anchors=("average", "ties"), fit_bias=False, **search):
+def problem_of(architecture, *, data=True, anchors=("average", "ties"), fit_bias=False, prior=1.0, **search):
     base = make_base(architecture)
     experts = [fine_tune(base, seed) for seed in (1, 2)]
     grams = [collect_grams(e, make_batches(architecture, 5 + i)) for i, e in enumerate(experts)] if data else []
-    settings = MergeSettings(gram_source="data" if data else "task_vectors", fit_bias=fit_bias)
+    settings = MergeSettings(gram_source="data" if data else "task_vectors", fit_bias=fit_bias, prior=prior)
     tasks = FunctionTasks(base, experts, ("a", "b"), lambda model, task: 1.0)
     section = SearchRecipe(**search)
     chosen = {name: (name, {}) for name in anchors}
@@ -60,7 +60,7 @@ def check(problem, live, writer, candidate):
     tasks, grams = problem.tasks, problem.statistics.grams or "task_vectors"
     merged = merge(
         tasks.base, tasks.experts, grams=grams, dtype="float32", fit_bias=problem.settings.fit_bias, progress=False,
-        **problem.settings_of(candidate),
+        prior=problem.settings.prior, **problem.settings_of(candidate),
     ).tensors  # fmt: skip
     for name, tensor in live.parameters.items():
         # A spectral factor in float32 against a Cholesky in float64, relative to the largest entry of the tensor.
@@ -80,8 +80,9 @@ def test_a_written_candidate_is_the_merge_it_stands_for(architecture, data):
         check(problem, live, writer, candidate)
 
 
-def test_biases_that_are_solved_with_the_weights():
-    problem = problem_of("bert", fit_bias=True, groups="role")
+@pytest.mark.parametrize("options", [{}, {"prior": 2.0, "scales": "fixed"}], ids=["at the anchor", "overshot"])
+def test_biases_that_are_solved_with_the_weights(options):
+    problem = problem_of("bert", fit_bias=True, groups="role", **options)
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")
@@ -90,9 +91,9 @@ def test_biases_that_are_solved_with_the_weights():
         check(problem, live, writer, candidate)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_free_task_weights(architecture):
-    problem = problem_of(architecture, groups="role", scales="group", weightings="free")
+@pytest.mark.parametrize(("architecture", "prior"), [("bert", 1.0), ("gpt2", 1.5)])
+def test_free_task_weights(architecture, prior):
+    problem = problem_of(architecture, prior=prior, groups="role", scales="group", weightings="free")
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")
