@@ -54,6 +54,7 @@ def reference_merge(
     share=0.5,
     scale=1.0,
     energy=False,
+    frobenius=False,
     fit_bias=False,
     sensitivities=None,
     sensitivity_share=0.75,
@@ -82,6 +83,9 @@ def reference_merge(
         weights = [_matrix(s, name, transposed, fit_bias) for s in states]
         grams = [_gram(inputs[t][name], weights[t] - w0, gram_source, share, fit_bias) for t in range(len(experts))]
         betas = betas_of.get(name, [1.0] * len(experts))
+        if frobenius:
+            norms = [1 / float(g.norm()) for g in grams]
+            betas = [n * len(norms) / sum(norms) for n in norms]
         a0 = sum(b * g for b, g in zip(betas, grams))
         if alpha == math.inf:
             solved = anchor

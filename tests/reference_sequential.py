@@ -87,8 +87,9 @@ def reference_sequential(
     share=0.75,
     heads=(),
 ):
-    """The merged model in float64. `anchor`: a state dict, by default the experts' average; `batches[t]`: expert t's calibration.
-    `sensitivities[t]`: module name -> (out, out). `heads`: names of modules that are not solved."""
+    """The merged model in float64. `energy`: True, False or "frobenius". `anchor`: a state dict, by default the
+    experts' average; `batches[t]`: expert t's calibration. `sensitivities[t]`: module name -> (out, out). `heads`:
+    names of modules that are not solved."""
     experts = [copy.deepcopy(e).double() for e in experts]
     origin_model = copy.deepcopy(base).double()
     origin, states = origin_model.state_dict(), [e.state_dict() for e in experts]
@@ -141,7 +142,8 @@ def reference_sequential(
             ]
             if shifts[0] is not None:
                 energies = written = [e + w for e, w in zip(energies, written)]
-            betas = _betas(energies, energy)
+            sizes = [float((y.T @ y / len(y)).norm()) for y in drifted]
+            betas = _betas(sizes if energy == "frobenius" else energies, energy)
             weights = [torch.eye(len(y), dtype=y.dtype) + mean_weight / len(y) for y in drifted]  # of pairs of rows
             pseudo = [
                 task_vector_samples
@@ -207,7 +209,6 @@ def _fit_norm(name, merged, origin_model, anchor, drifted, own, aims, alpha, ene
     """Each feature by itself, by a general solve."""
     module, norm0 = merged.get_submodule(name), origin_model.get_submodule(name)
     energies = [float((y - norm0(x).detach()).pow(2).sum()) / len(x) for x, y in own]
-    betas = _betas(energies, energy)
     has_bias = getattr(module, "bias", None) is not None
     plain = copy.deepcopy(module)
     with torch.no_grad():
@@ -216,7 +217,9 @@ def _fit_norm(name, merged, origin_model, anchor, drifted, own, aims, alpha, ene
             plain.bias.zero_()
         hats = [plain(x) for x in drifted]
     designs = [torch.stack([h, torch.ones_like(h)] if has_bias else [h], -1) for h in hats]  # (rows, features, 1 or 2)
-    a = sum(b * torch.einsum("nfi,nfj->fij", d, d) / len(d) for b, d in zip(betas, designs))
+    grams = [torch.einsum("nfi,nfj->fij", d, d) / len(d) for d in designs]
+    betas = _betas([float(g.norm()) for g in grams] if energy == "frobenius" else energies, energy)
+    a = sum(b * g for b, g in zip(betas, grams))
     prior = torch.stack([anchor[f"{name}.{k}"] for k in (("weight", "bias") if has_bias else ("weight",))], -1)
     lam = alpha * float(a.diagonal(dim1=1, dim2=2).sum(1).mean()) / a.shape[-1]
     right = sum(b * torch.einsum("nfi,nf->fi", d, y) / len(d) for b, d, y in zip(betas, designs, aims)) + lam * prior

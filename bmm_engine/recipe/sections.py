@@ -152,7 +152,8 @@ class SearchRecipe(Strict):
     `groups`: modules that share a ridge: "role_depth" (attention in and out, MLP in and out, times `depth_bins` bins of the layers), "role", "depth",
     "all" (one group), "module" (one for each), or {name: [shell patterns]}. `alpha_range`: the upper end stands for the anchor itself.
     `scales`: "fixed" (the recipe's), "global" (one for all), or "group". `anchors`: names (or mappings with parameters) to choose from; none: the
-    recipe's. `weightings`: task weights to choose from ("none", "energy"), or "free": one weight for each task, which makes a trial factor anew.
+    recipe's. `weightings`: task weights to choose from ("none", "energy", "frobenius"), or "free": one weight for each task, which makes a trial
+    factor anew.
     `lead`: the best of many trials looks better than it is; it is chosen if its objective is higher than the best anchor's or default's by so many
     of its standard errors, as the validation data's size makes them (known of classification and of texts); else that anchor or default is.
     """
@@ -168,7 +169,9 @@ class SearchRecipe(Strict):
     scales: Literal["fixed", "global", "group"] = "global"
     scale_range: tuple[float, float] = (0.5, 1.5)
     anchors: list[Any] = []
-    weightings: list[Literal["none", "energy"]] | Literal["free"] = Field([], description="empty: the recipe's own")
+    weightings: list[Literal["none", "energy", "frobenius"]] | Literal["free"] = Field(
+        [], description="empty: the recipe's own"
+    )
     schedule: Literal["asynchronous", "synchronous"] = Field(
         "asynchronous", description="synchronous: ask as many as there are workers, wait for all, tell them in order"
     )

@@ -52,14 +52,14 @@ def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], 
 
 
 def _task_weights(value: Any) -> str | tuple[float, ...] | None:
-    if value is None or (isinstance(value, str) and value in ("none", "energy")):
+    if value is None or (isinstance(value, str) and value in ("none", "energy", "frobenius")):
         return value
     try:
         if isinstance(value, (str, Mapping)):
             raise TypeError
         weights = tuple(float(weight) for weight in value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError("it must be 'none', 'energy' or one number per expert") from None
+        raise ValueError("it must be 'none', 'energy', 'frobenius' or one number per expert") from None
     if not all(0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
         raise ValueError("task weights must be finite, >= 0 and not all 0")
     return weights
@@ -88,7 +88,7 @@ Ridge = Annotated[
 Scale = Annotated[
     Varying, PlainValidator(_over_the_model("scale", lambda v: "" if math.isfinite(v) else "it must be finite"))
 ]
-TaskWeights = Annotated[Literal["none", "energy"] | tuple[float, ...], PlainValidator(_task_weights)]
+TaskWeights = Annotated[Literal["none", "energy", "frobenius"] | tuple[float, ...], PlainValidator(_task_weights)]
 Patterns = Annotated[list[str], BeforeValidator(_patterns)]
 Device = Annotated[str, BeforeValidator(_device)]
 
@@ -122,7 +122,8 @@ class Algebra(Strict):
     )
     scale: Scale = Field(1.0, description="assembly W_0 + scale (W* - W_0)")
     task_weights: TaskWeights | None = Field(
-        None, description="none, energy, or a number for each expert; null: none, or energy in the mode sequential"
+        None,
+        description="none, energy, frobenius (1 / ||G_t||), or a number for each expert; null: none, or energy in the mode sequential",
     )
     sensitivity_share: float = Field(
         0.75,

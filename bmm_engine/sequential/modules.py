@@ -159,7 +159,7 @@ class ModuleSolver:
                 [own + before for own, before in zip(now, inputs.ordered(earlier), strict=True)]
                 for now, earlier in ((change, written.change), (energy, written.energy))
             )
-        betas = drift_task_weights(inputs.task_weights, energies, len(moments), name)
+        betas = drift_task_weights(inputs.task_weights, energies, (own.norm for own in moments), len(moments), name)
         mean_weight = self.settings.sequential.mean_weight
         moments = [own.toward(self.settings.sequential.drift) for own in moments]
         moments = [self._hybrid(t, part, own) for t, own in enumerate(moments)]

@@ -39,7 +39,7 @@ from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
 from bmm_engine.solving.moments import DenseMoment, Moment, SumMoment, TaskVectorMoment
 from bmm_engine.solving.output_metric import OutputMetric
-from bmm_engine.solving.solve import BLOCK_ROWS
+from bmm_engine.solving.solve import BLOCK_ROWS, matrix_norm
 
 M = TypeVar("M", bound="TaskMoments")
 
@@ -58,6 +58,11 @@ class TaskMoments(ABC):
     @property
     def width(self) -> int:
         return self.gram.shape[0]
+
+    @property
+    def norm(self) -> float:
+        """`||X~^T X~||_F / n`."""
+        return matrix_norm(self.gram) / self.rows
 
     def merged(self, mean_weight: float = 0.0) -> Moment:
         """`X~^T X~ / n`, of what the merged network reads (or its hybrid), and `mean_weight` times the outer product of its mean."""

@@ -115,6 +115,14 @@ class NormAccumulator:
         self.change += float((target - before).square().sum())
         self.rows += h.shape[0]
 
+    @property
+    def size(self) -> float:
+        """The Frobenius norm of the mean second moments of h (and the bias's 1), of all features together."""
+        squares = float((self.hh / self.rows).square().sum())
+        if self.norm.bias is not None:
+            squares += float((1 + 2 * (self.h / self.rows).square()).sum())
+        return math.sqrt(squares)
+
     def _check(self, rows: Tensor, h: Tensor, offset: Tensor) -> None:
         weight, bias = self._one
         twice = self.norm.run(rows, 2 * weight, bias).double()
@@ -150,7 +158,7 @@ class NormSolver:
         alpha = self.settings.alpha_setting.at(norm.weight, depth, tasks)
         scale = self.settings.scale_setting.at(norm.weight, depth, tasks)
         energies = [own.change / own.rows for own in measured]
-        betas = drift_task_weights(inputs.task_weights, energies, tasks, norm.name)
+        betas = drift_task_weights(inputs.task_weights, energies, (own.size for own in measured), tasks, norm.name)
         gain = self._prior(norm.weight, alpha)
         bias = torch.zeros_like(gain) if norm.bias is None else self._prior(norm.bias, alpha)
         fitted_gain, fitted_bias, ridge = fit_norm(gain, bias, measured, betas, alpha, norm.bias is not None)

@@ -22,7 +22,7 @@ more: `+ gamma sum_t beta_t || mean(X~_t W^T - X_t W_t^T) ||^2`, which adds a ra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,11 +68,11 @@ def solve_drift(
 ) -> DriftSolution:
     """The sequential MAP weight of one linear module (see the module's text), or of several that share their input, stacked along `out`.
 
-    `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`:
-    `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge,
-    `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
-    needs `base`). `drift`: a above; `mean_weight`: gamma above; `hybrid`: g above, of each task or of all (needs `base`; a bias in it does not
-    count). Computed in float64, rounded once.
+    `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`: `DriftAccumulator.moments()`, or
+    `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge, `lam = alpha trace(A_0) / in`; inf gives the anchor.
+    `task_weights`: None (all 1), a number per task, "energy" (`1 / ||X_t U_t^T||^2`, needs `base`) or "frobenius" (`1 / ||X~_t^T X~_t / n_t||_F`).
+    `drift`: a above; `mean_weight`: gamma above; `hybrid`: g above, of each task or of all (needs `base`; a bias in it does not count). Computed in
+    float64, rounded once.
     `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`bmm_engine.solving.weighted`; `output_metrics` makes one
     of a sensitivity); then "energy" is `1 / ||X_t U_t^T S_t^{1/2}||^2`, and the solve is iterative, in the moments' dtype.
 
@@ -101,7 +101,7 @@ def solve_drift(
         energy = tuple(
             m.weighted_energy(e - base, s) / m.rows for m, e, s in zip(moments, experts, weighing, strict=True)
         )
-    betas = drift_task_weights(task_weights, energy, len(experts), name)
+    betas = drift_task_weights(task_weights, energy, (own.norm for own in moments), len(experts), name)
     check_mean_weight(mean_weight)
     check_drift(drift)
     moments = [own.toward(drift) for own in moments]
@@ -116,17 +116,25 @@ def solve_drift(
 
 
 def drift_task_weights(
-    given: str | Sequence[float] | None, energies: Sequence[float] | None, tasks: int, name: str
+    given: str | Sequence[float] | None,
+    energies: Sequence[float] | None,
+    norms: Iterable[float],
+    tasks: int,
+    name: str,
 ) -> tuple[float, ...]:
-    """Task weights by name or number; "energy" from the tasks' `energies`. Raises `ConfigError`."""
+    """Task weights by name or number; "energy" from the tasks' `energies`, "frobenius" from the `norms` of their Grams. Raises `ConfigError`."""
     if given is None or given == "none":
         return (1.0,) * tasks
     if given == "energy":
         if energies is None:
             raise ConfigError(f"{name}: task_weights='energy' needs `base`, to form the task vectors.")
         return energy_weights(energies)
+    if given == "frobenius":
+        return energy_weights(list(norms))
     if isinstance(given, str):
-        raise ConfigError(f"{name}: task_weights must be None, 'none', 'energy' or one number per task, not {given!r}.")
+        raise ConfigError(
+            f"{name}: task_weights must be None, 'none', 'energy', 'frobenius' or one number per task, not {given!r}."
+        )
     weights = tuple(float(w) for w in given)
     check_task_weights(weights, tasks, name)
     return weights

@@ -91,7 +91,10 @@ def test_what_a_mode_leaves_open():
         ({"alpha": True}, "alpha = True: it must not be true or false"),
         ({"prior": math.inf}, "prior = inf: .*finite"),
         ({"scale": math.nan}, "scale = nan: it must be finite"),
-        ({"task_weights": "some"}, "task_weights = 'some': it must be 'none', 'energy' or one number per expert"),
+        (
+            {"task_weights": "some"},
+            "task_weights = 'some': it must be 'none', 'energy', 'frobenius' or one number per expert",
+        ),
         ({"sensitivity_share": 1.0}, r"sensitivity_share = 1\.0: .*less than 1"),
         ({"vocabulary": "trim"}, "vocabulary = 'trim': .*'error', 'crop' or 'pad'"),
         ({"normalization": 3}, "normalization = 3"),

@@ -70,7 +70,7 @@ def check(problem, live, writer, candidate):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("data", [True, False], ids=["data", "data-free"])
 def test_a_written_candidate_is_the_merge_it_stands_for(architecture, data):
-    problem = problem_of(architecture, data=data, depth_bins=2, scales="group", weightings=["none", "energy"])
+    problem = problem_of(architecture, data=data, depth_bins=2, scales="group", weightings=["none", "frobenius"])
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")

@@ -49,6 +49,7 @@ def assert_close(found, truth, tolerance):
         {},
         {"fit_bias": False, "energy": False, "alpha": 0.01},
         {"scale": 0.7, "alpha": 1.0},
+        {"energy": "frobenius", "norms": True},
         {"target": "module"},
         {"drift": 0.3, "norms": True},
         {"drift": 0.0, "target": "module", "fit_bias": False},
@@ -62,6 +63,7 @@ def assert_close(found, truth, tolerance):
         "defaults",
         "plain",
         "scaled",
+        "frobenius",
         "section 7",
         "a share of drift",
         "no drift",
@@ -76,7 +78,7 @@ def test_it_is_the_formula_walked_through_the_network(architecture, options):
     base, experts, batches = problem(architecture)
     truth = reference_sequential(base, experts, [double(b) for b in batches], **options)
     given = {k: v for k, v in options.items() if k not in ("energy", "norms")}
-    given["task_weights"] = "energy" if options.get("energy", True) else None
+    given["task_weights"] = {True: "energy", False: None}.get(options.get("energy", True), "frobenius")
     given["norms"] = "fit" if options.get("norms") else "anchor"
     wide = [copy.deepcopy(m).double() for m in (base, *experts)]
     assert_close(merge_sequential(wide[0], wide[1:], [double(b) for b in batches], **given).tensors, truth, 1e-9)
