@@ -78,6 +78,7 @@ def reference_sequential(
     fit_bias=True,
     target="stream",
     drift=1.0,
+    tokens=None,
     mean_weight=0.0,
     task_vector_samples=100.0,
     norms=False,
@@ -113,6 +114,8 @@ def reference_sequential(
             ]
             same = next((g for g in alike if x.shape == seen[g[0]][0].shape and torch.equal(x, seen[g[0]][0])), None)
             groups.append([name]) if same is None else same.append(name)
+        if tokens:
+            groups = [part for group in groups for part in by_keys(group, tokens["modules"]) if part]
         for names in (part for group in groups for part in by_bias(group, origin)):
             drifted = [trace(merged, b, names[:1])[names[0]][0] for b in batches]
             own = [trace(e, b, names[:1])[names[0]] for e, b in zip(experts, batches)]
@@ -128,6 +131,9 @@ def reference_sequential(
                     for ms in ([merged] * len(experts), experts)
                 )
                 shifts = [None if s is None else s - r for s, r in zip(after, before)]
+            counts_of = [torch.ones(len(y), dtype=y.dtype) for y in drifted]
+            if tokens and any(re.search(tokens["modules"], n) for n in names):
+                counts_of = [token_weights(b, y, **tokens["rows"]) for b, y in zip(batches, drifted)]
             bias = fit_bias and f"{names[0]}.bias" in origin
             drifted = [_with_one(y, bias) for y in drifted]
             own = [_with_one(x, bias) for x, _ in own]
@@ -137,31 +143,29 @@ def reference_sequential(
 
             metrics = metrics_of(sensitivities, names, share, len(experts))
             energies = [
-                sum(_energy(x @ (weight(s, n) - weight(origin, n)).T, m and m[n]) / len(x) for n in names)
-                for s, x, m in zip(states, own, metrics)
+                sum(_energy(c.sqrt()[:, None] * x @ (weight(s, n) - weight(origin, n)).T, m and m[n]) for n in names)
+                / c.sum()
+                for s, x, m, c in zip(states, own, metrics, counts_of)
             ]
             if shifts[0] is not None:
                 energies = written = [e + w for e, w in zip(energies, written)]
-            sizes = [float((y.T @ y / len(y)).norm()) for y in drifted]
+            weighed = [y.T @ (c[:, None] * y) / c.sum() for y, c in zip(drifted, counts_of)]
+            sizes = [float(g.norm()) for g in weighed]
             betas = _betas(sizes if energy == "frobenius" else energies, energy)
-            weights = [torch.eye(len(y), dtype=y.dtype) + mean_weight / len(y) for y in drifted]  # of pairs of rows
+            # Of pairs of rows.
+            weights = [(torch.diag(c) + mean_weight / c.sum() * torch.outer(c, c)) / c.sum() for c in counts_of]
             pseudo = [
-                task_vector_samples
-                / count
-                * (y.T @ y).trace()
-                / len(y)
-                * _along(s, origin, names, transposed, len(y.T))
-                for count, y, s in zip(counts, drifted, states)
+                task_vector_samples / count * g.trace() * _along(s, origin, names, transposed, len(g))
+                for count, g, s in zip(counts, weighed, states)
             ]
             seen_as = [drift * x + (1 - drift) * y for x, y in zip(own, drifted)]
             shifts = [None if shift is None else drift * shift for shift in shifts]
-            parts = [b * (y.T @ m @ y / len(y) + along) for b, y, m, along in zip(betas, drifted, weights, pseudo)]
+            parts = [b * (y.T @ m @ y + along) for b, y, m, along in zip(betas, drifted, weights, pseudo)]
             lam = alpha * sum(parts).trace() / len(parts[0])
             ridge = lam * torch.eye(len(parts[0]), dtype=parts[0].dtype)
             for n in names:
                 aims = [
-                    b
-                    * ((x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y / len(y) + weight(s, n) @ along)
+                    b * ((x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y + weight(s, n) @ along)
                     for b, s, x, y, shift, m, along in zip(betas, states, seen_as, drifted, shifts, weights, pseudo)
                 ]
                 if sensitivities is None:
@@ -177,6 +181,23 @@ def reference_sequential(
                     result = result[:, :-1]
                 state[f"{n}.weight"].copy_(result.T if transposed[n] else result)
     return merged
+
+
+def by_keys(names, weighed):
+    """Of the modules that read the same, those whose rows are weighed (a pattern), and the others."""
+    return [[n for n in names if bool(re.search(weighed, n)) == has] for has in (True, False)]
+
+
+def token_weights(batches, rows, kind, weight):
+    """Of rows without padding, by going through every sample's tokens."""
+    found = []
+    for batch in batches:
+        given = next(iter(batch.values()))
+        each = len(rows) // sum(len(next(iter(b.values()))) for b in batches)
+        for mask in batch.get("attention_mask", torch.ones(len(given), each)):
+            length = int(mask.sum())
+            found += [1.0 if i == (0 if kind == "cls" else length - 1) else weight for i in range(length)]
+    return torch.tensor(found, dtype=rows.dtype)
 
 
 def by_bias(names, state):

@@ -89,6 +89,13 @@ class SequentialRecipe(Strict):
         allow_inf_nan=False,
         description="as how many calibration samples the task vector's Gram counts beside a task's own; 0: the measured Grams alone",
     )
+    token_rows: Literal["all", "cls", "last"] = Field(
+        "all",
+        description="rows that count in full in linear modules of the last blocks, but for keys and values: all, or of each sample the first or the"
+        " last token that is no padding",
+    )
+    token_weight: float = Field(0.01, ge=0, le=1, description="what the other rows count there, if not all do in full")
+    token_blocks: int = Field(1, ge=1, description="how many blocks those are, at the end of the last chain")
     norms: Literal["anchor", "fit"] = Field(
         "anchor",
         description="gains (and biases) of normalisations: the anchor's, or solved too, feature by feature, every error of a task alike: neither"

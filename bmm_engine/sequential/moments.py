@@ -45,11 +45,12 @@ M = TypeVar("M", bound="TaskMoments")
 
 
 class TaskMoments(ABC):
-    """One task's moments at one input: sums over `rows` rows; with a bias they are those of [x, 1], and `width` counts it."""
+    """One task's moments at one input: sums over `rows` rows; with a bias they are those of [x, 1], and `width` counts it. Of weighed rows
+    `rows` is the sum of their weights."""
 
     gram: Tensor
     total: Tensor  # (in,), the sum of the rows that the merged network reads
-    rows: int
+    rows: float
     name: str
     with_bias: bool
     hybrid: Tensor | None  # (in, in), what a solve takes in the place of `gram`: see `with_task_vector`
@@ -139,7 +140,7 @@ class DriftMoments(TaskMoments):
     drift: Tensor
     total: Tensor
     drift_total: Tensor
-    rows: int
+    rows: float
     name: str = "module"
     with_bias: bool = False
     hybrid: Tensor | None = None
@@ -183,7 +184,7 @@ class ProjectedMoments(TaskMoments):
     product_total: Tensor
     drift: Tensor
     change: Tensor
-    rows: int
+    rows: float
     name: str = "module"
     with_bias: bool = False
     hybrid: Tensor | None = None
@@ -232,17 +233,23 @@ class Accumulator(ABC):
 
     def __init__(self, width: int, name: str, dtype: torch.dtype, device: torch.device | str):
         self.width, self.name, self.dtype = width, name, dtype
-        self.rows = 0
+        self.rows: float = 0
         self._gram = torch.zeros(width, width, dtype=dtype, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
 
     def update(
-        self, expert: Tensor, merged: Tensor, stream_drift: Tensor | None = None, *, backend: str = "auto"
+        self,
+        expert: Tensor,
+        merged: Tensor,
+        stream_drift: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        backend: str = "auto",
     ) -> None:
         """Add rows (..., in) of the expert and of the merged network; leading dimensions are flattened.
 
         `stream_drift` (..., out): how far what the modules' outputs are added to has drifted, merged less expert (by default not at all; only
-        for a `ProjectedAccumulator`).
+        for a `ProjectedAccumulator`). `weights`: of the rows, flattened, finite and >= 0; None for ones.
         Raises `ShapeMismatchError` (another width, unequal rows), `NonFiniteGramError` (whose rows, how many); then nothing was added.
         """
         if merged.shape != expert.shape or merged.shape[-1] != self.width:
@@ -255,12 +262,14 @@ class Accumulator(ABC):
             return
         drift = merged - expert
         stream = None if stream_drift is None else self._stream_rows(stream_drift, len(drift))
-        sums = [self._column_sums(rows) for rows in (merged, drift, stream) if rows is not None]
+        if weights is not None:
+            weights = weights.to(merged.device, self.dtype)
+        sums = [self._column_sums(rows, weights) for rows in (merged, drift, stream) if rows is not None]
         if not all(bool(torch.isfinite(s).all()) for s in sums):
             self._report(expert, merged, stream)
-        self._add(expert, merged, drift, sums[1], stream, backend)
+        self._add(expert, merged, drift, sums[1], stream, weights, backend)
         self._sum += sums[0]
-        self.rows += merged.shape[0]
+        self.rows += merged.shape[0] if weights is None else float(weights.sum(dtype=torch.float64))
 
     @abstractmethod
     def moments(self, *, with_bias: bool = False) -> TaskMoments:
@@ -271,14 +280,21 @@ class Accumulator(ABC):
 
     @abstractmethod
     def _add(
-        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+        self,
+        expert: Tensor,
+        merged: Tensor,
+        drift: Tensor,
+        drift_sum: Tensor,
+        stream: Tensor | None,
+        weights: Tensor | None,
+        backend: str,
     ) -> None: ...
 
     def _stream_rows(self, stream_drift: Tensor, rows: int) -> Tensor:
         raise ConfigError(f"{self.name}: only a ProjectedAccumulator counts in the drift of the residual stream.")
 
-    def _column_sums(self, rows: Tensor) -> Tensor:
-        ones = torch.ones(1, rows.shape[0], dtype=self.dtype, device=rows.device)
+    def _column_sums(self, rows: Tensor, weights: Tensor | None) -> Tensor:
+        ones = torch.ones(1, rows.shape[0], dtype=self.dtype, device=rows.device) if weights is None else weights[None]
         return (ones @ rows.to(self.dtype))[0]
 
     def _whole_gram(self, with_bias: bool) -> Tensor:
@@ -332,10 +348,17 @@ class DriftAccumulator(Accumulator):
         self._drift_sum = torch.zeros(width, dtype=torch.float64, device=device)
 
     def _add(
-        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+        self,
+        expert: Tensor,
+        merged: Tensor,
+        drift: Tensor,
+        drift_sum: Tensor,
+        stream: Tensor | None,
+        weights: Tensor | None,
+        backend: str,
     ) -> None:
-        accumulate_cross_gram(self._cross, drift, merged, G=self._gram, backend=backend)
-        accumulate_gram(self._drift, drift, backend=backend)
+        accumulate_cross_gram(self._cross, drift, merged, weights, G=self._gram, backend=backend)
+        accumulate_gram(self._drift, drift, weights, backend=backend)
         self._drift_sum += drift_sum
 
     def moments(self, *, with_bias: bool = False) -> DriftMoments:
@@ -379,20 +402,29 @@ class ProjectedAccumulator(Accumulator):
             self._change = torch.zeros(outputs, outputs, dtype=dtype, device=device)
 
     def _add(
-        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+        self,
+        expert: Tensor,
+        merged: Tensor,
+        drift: Tensor,
+        drift_sum: Tensor,
+        stream: Tensor | None,
+        weights: Tensor | None,
+        backend: str,
     ) -> None:
-        accumulate_gram(self._gram, merged, backend=backend)
+        accumulate_gram(self._gram, merged, weights, backend=backend)
         drifted = drift.to(self.dtype) @ self._expert.mT  # (rows, out)
         if stream is not None:
             drifted += stream
-        self._product.addmm_(drifted.mT, merged.to(self.dtype))
-        self._product_sum += drifted.sum(0, dtype=torch.float64)
-        self._drift += drifted.square_().sum(0, dtype=torch.float64)
+        counted = drifted if weights is None else drifted * weights[:, None]
+        self._product.addmm_(counted.mT, merged.to(self.dtype))
+        self._product_sum += counted.sum(0, dtype=torch.float64)
+        self._drift += drifted.mul_(counted).sum(0, dtype=torch.float64)
         changed = torch.addmm(self._change_of_bias, expert.to(self.dtype), self._task_vector.mT)
         if self._change.dim() == 2:
-            accumulate_gram(self._change, changed, backend=backend)
+            accumulate_gram(self._change, changed, weights, backend=backend)
         else:
-            self._change += changed.square_().sum(0, dtype=torch.float64)
+            squares = changed.square_()
+            self._change += (squares if weights is None else squares * weights[:, None]).sum(0, dtype=torch.float64)
 
     def _stream_rows(self, stream_drift: Tensor, rows: int) -> Tensor:
         outputs = self._expert.shape[0]

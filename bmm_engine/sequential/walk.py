@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.checkpoint.rows_by_text import renumbered
-from bmm_engine.errors import CollectionError, EmptyCalibrationError
+from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
 from bmm_engine.memory import release_free_memory
 from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import InputRecord, ModuleRecord
 from bmm_engine.models.architecture import LinearModule, is_head
-from bmm_engine.models.blocks import Weighted, before_blocks, without_cache
+from bmm_engine.models.blocks import Weighted, before_blocks, block_list, without_cache
 from bmm_engine.models.calling import evaluating, padding_of, samples_of, to_device
 from bmm_engine.models.heads import without_heads
 from bmm_engine.progress import Report, track
@@ -37,6 +37,7 @@ from bmm_engine.sequential.side_by_side import SideBySide
 from bmm_engine.sequential.skeleton import Block, Skeleton, label_of, reader_of
 from bmm_engine.sequential.stage import StageSolver
 from bmm_engine.sequential.state import Sweep
+from bmm_engine.sequential.tokens import TokenRows
 
 # What stands before a chain of blocks, by its name; a block; or what comes after the last chain.
 Stage = str | Block | None
@@ -150,6 +151,10 @@ class SequentialWalk:
         """Find the chains of blocks on the first batch."""
         passage = self.both.merged[0]
         why = self.skeleton.order(passage.read, to_device(passage.batches[0], self.skeleton.device))
+        if why is not None and self.options.token_rows != "all":
+            raise ConfigError(
+                f"token_rows = {self.options.token_rows!r} needs blocks, and the model is walked as a whole ({why}); say token_rows: all."
+            )
         if why is not None:
             self.report(f"the model is walked as a whole, not block by block: {why}")
 
@@ -293,6 +298,7 @@ class SequentialWalk:
                 block,
                 shared,
                 advance=goes_on,
+                tokens=self._tokens(place),
             )
         for passage in passages:
             if goes_on and not (advanced and passage in self.both.experts):
@@ -302,6 +308,15 @@ class SequentialWalk:
                     passage.walking().advance(batch, run(batch))
         self._clear(passages)
         return label
+
+    def _tokens(self, place: Block) -> TokenRows | None:
+        """Which rows count more in a block: in none but the last of the last chain."""
+        options, (chain, index) = self.options, place
+        last = chain == self.skeleton.chains[-1]
+        if options.token_rows == "all" or not last:
+            return None
+        count = len(block_list(self.model, chain))
+        return TokenRows(options.token_rows, options.token_weight) if index >= count - options.token_blocks else None
 
     def _after_blocks(self) -> str:
         label = "after the blocks"

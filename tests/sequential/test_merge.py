@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -83,6 +84,42 @@ def test_it_is_the_formula_walked_through_the_network(architecture, options):
     wide = [copy.deepcopy(m).double() for m in (base, *experts)]
     assert_close(merge_sequential(wide[0], wide[1:], [double(b) for b in batches], **given).tensors, truth, 1e-9)
     assert_close(merge_sequential(base, experts, batches, **given).tensors, truth, 1e-4)
+
+
+LAST = {  # modules of the last block whose rows are weighed: all but keys, values and what gives them too
+    "bert": r"layer\.1\.(.*query|.*dense)$",
+    "vit": r"layers\.1\.(.*q_proj|.*o_proj|mlp.*)$",
+    "llama": r"layers\.1\.(.*q_proj|.*o_proj|mlp.*)$",
+    "gpt2": r"h\.1\.(.*c_proj|mlp.*)$",
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["cls", "last"])
+@pytest.mark.parametrize("options", [{}, {"mean_weight": 5.0, "fit_bias": False}], ids=["defaults", "means"])
+def test_the_token_that_is_read_counts_most_in_the_last_block(architecture, kind, options):
+    base, experts, batches = problem(architecture)
+    own, wide = [double(b) for b in batches], [copy.deepcopy(m).double() for m in (base, *experts)]
+    tokens = {"modules": LAST[architecture], "rows": {"kind": kind, "weight": 0.05}}
+    truth = reference_sequential(base, experts, own, tokens=tokens, **options)
+    found = merge_sequential(wide[0], wide[1:], own, token_rows=kind, token_weight=0.05, **options)
+    assert_close(found.tensors, truth, 1e-9)
+    plain = reference_sequential(base, experts, own, **options).state_dict()
+    touched = {
+        n for n in linear_names(base) if relative_error(found.tensors[f"{n}.weight"], plain[f"{n}.weight"]) > 1e-6
+    }
+    weighed = {n for n in linear_names(base) if re.search(LAST[architecture], n)}
+    assert weighed <= touched
+    assert all(".1." in n or "pooler" in n for n in touched)
+
+
+def test_rows_that_count_alike_are_all_rows():
+    base, experts, batches = problem("llama")
+    equal = {"token_rows": "last", "token_weight": 1.0, "token_blocks": 9, "task_vector_samples": 0}
+    # Energy weights are those of modules that are solved together, and queries are solved apart here.
+    found = merge_sequential(base, experts, batches, **equal, task_weights=None).tensors
+    plain = merge_sequential(base, experts, batches, task_vector_samples=0, task_weights=None).tensors
+    assert_close(found, {name: tensor.double() for name, tensor in body(plain).items()}, 1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
