@@ -87,10 +87,12 @@ def reference_sequential(
     sensitivities=None,
     share=0.75,
     heads=(),
+    remeasure=None,
 ):
     """The merged model in float64. `energy`: True, False or "frobenius". `anchor`: a state dict, by default the
     experts' average; `batches[t]`: expert t's calibration. `sensitivities[t]`: module name -> (out, out). `heads`:
-    names of modules that are not solved."""
+    names of modules that are not solved.
+    `remeasure`: the sensitivities of a merged network, for sweeps after the first, of task t."""
     experts = [copy.deepcopy(e).double() for e in experts]
     origin_model = copy.deepcopy(base).double()
     origin, states = origin_model.state_dict(), [e.state_dict() for e in experts]
@@ -103,6 +105,8 @@ def reference_sequential(
     norm_names = [n for n, m in base.named_modules() if "Norm" in type(m).__name__] if norms else []
     every = [*transposed, *norm_names]
     for sweep in range(sweeps):
+        if sweep and remeasure is not None:
+            sensitivities = [remeasure(merged.state_dict(), t) for t in range(len(experts))]
         anchor = {k: v.clone() for k, v in merged.state_dict().items()}
         if sweep == 0:  # what was solved is not overshot again
             anchor = {k: prior * v + (1 - prior) * origin[k] if v.is_floating_point() else v for k, v in anchor.items()}

@@ -102,6 +102,10 @@ class SequentialRecipe(Strict):
         " mean_weight nor sensitivities reach them",
     )
     sweeps: int = Field(1, ge=1, le=1000, description="walks, each with the result of the one before as its anchor")
+    remeasure: bool = Field(
+        False,
+        description="after each sweep but the last, measure sensitivities again, at the merged network with each task's head, for the next one",
+    )
     hidden_memory: str | int = Field("4GB", description="hidden states kept in memory, in all; the rest in files")
     hidden_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="how hidden states are kept; null: as the models run"
@@ -113,6 +117,12 @@ class SequentialRecipe(Strict):
         if value:
             parse_size(value)
         return value
+
+    @model_validator(mode="after")
+    def _several(self) -> SequentialRecipe:
+        if self.remeasure and self.sweeps < 2:
+            raise ValueError(f"remeasure is for sweeps after the first, and sweeps is {self.sweeps}; say 2 or more")
+        return self
 
 
 class EvaluationRecipe(Strict):

@@ -12,7 +12,16 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
 from bmm_engine.anchors import Anchor, Setting, get_anchor
 from bmm_engine.checkpoint import parse_size
@@ -162,6 +171,11 @@ class SequentialOptions(SequentialRecipe, Checked):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     hidden_dtype: Any = Field(None, description="how hidden states are kept; None: as the models run")
+    remeasure: Any = Field(
+        False,
+        description="a function (tensors, t) -> SensitivitySet: after each sweep but the last, of the merged network (its tensors by the base's"
+        " names) with the head and on the data of expert t, for the next sweep",
+    )
     mask: Any = Field("attention_mask", description="of a batch's padding, as in collect_grams")
     walk_dtype: Any = Field(None, description="of the models that are run; None: a live base's own, else float32")
 
@@ -169,6 +183,18 @@ class SequentialOptions(SequentialRecipe, Checked):
     @classmethod
     def _dtype(cls, value: Any) -> torch.dtype | None:
         return parse_dtype(value)
+
+    @field_validator("remeasure")
+    @classmethod
+    def _remeasure(cls, value: Any) -> Any:
+        if not (isinstance(value, bool) or callable(value)):
+            raise ValueError("it must be a function (tensors, t) -> SensitivitySet")
+        return value
+
+    @field_serializer("remeasure")
+    def _whether(self, value: Any) -> bool:
+        """Records and identities say that it is done, not by which function."""
+        return bool(value)
 
     def hybrid_share(self, samples: int) -> float:
         """Of the task vector's Gram, beside the measured one of so many samples."""

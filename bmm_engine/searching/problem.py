@@ -75,6 +75,10 @@ class Problem:
     def plan(self) -> MergePlan:
         """All modules that a candidate may solve: the recipe's own, at any finite ridge; one by one for walks, which measure their own inputs."""
         finite, statistics = self.settings.but(alpha=DEFAULT_ALPHA), self.statistics
+        if self.walk is not None and self.settings.sequential.remeasure:
+            raise ConfigError(
+                "a search does not measure sensitivities again between the sweeps of its trials; leave `remeasure` out."
+            )
         if self.walk is not None:
             finite, statistics = finite.but(gram_source="task_vectors"), replace(statistics, grams=())
         plan = make_plan(finite, self.models, statistics)

@@ -35,6 +35,7 @@ from bmm_engine.merging.stream import MergeStream, Piece, row_slabs
 from bmm_engine.progress import Report, track
 from bmm_engine.recipe.keywords import settings_of, takes_settings
 from bmm_engine.recipe.settings import MergeSettings
+from bmm_engine.sequential.again import Remeasure, check_remeasure, measured_again
 from bmm_engine.sequential.skeleton import Skeleton
 from bmm_engine.sequential.state import (
     LOCK,
@@ -114,8 +115,10 @@ def walk_models(
     *,
     progress: bool | None = None,
     report: Report = lambda line: None,
+    remeasure: Remeasure | None = None,
 ) -> MergeResult:
-    """`merge_sequential` of what is open and checked: what keywords and recipes come to. Raises as it does."""
+    """`merge_sequential` of what is open and checked: what keywords and recipes come to. `remeasure`: how, where the settings ask for it and do not
+    say. Raises as it does."""
     check_device(settings.device)
     calibration = statistics.batches
     if len(calibration) != len(models.experts):
@@ -131,6 +134,7 @@ def walk_models(
     prior = settings.anchor_alone("data" if statistics.grams else "task_vectors")
     anchor_plan = make_plan(prior, models, replace(statistics, sensitivities=()))
     anchor_plan.check_statistics()
+    again = check_remeasure(plan, remeasure)
     log_notes(plan)
     skeleton = Skeleton.of(models, plan)
     specs = destination.specs(plan.alignment)
@@ -147,7 +151,7 @@ def walk_models(
             SequentialWalk(plan, skeleton, calibration, Sweep(folder and folder / f"sweep-{n + 1}"), report)
             for n in range(settings.sequential.sweeps)
         ]
-        source = walk_all(walks, prior_source, stack, progress)
+        source = walk_all(walks, prior_source, stack, progress, again)
         result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs)
         if writer is None or folder is None:
             return replace(result, tensors=tensors_of(_written(source, Target(specs, None, buffers), progress), plan))
@@ -158,11 +162,20 @@ def walk_models(
         return replace(result, path=path)
 
 
-def walk_all(walks: Sequence[SequentialWalk], anchor: TensorSource, stack: ExitStack, progress: bool | None) -> Merged:
-    """Carry out sweeps, each with the result of the one before as its anchor; the result, which lasts as long as `stack`."""
+def walk_all(
+    walks: Sequence[SequentialWalk],
+    anchor: TensorSource,
+    stack: ExitStack,
+    progress: bool | None,
+    remeasure: Remeasure | None = None,
+) -> Merged:
+    """Carry out sweeps, each with the result of the one before as its anchor; the result, which lasts as long as `stack`. `remeasure`: measures the
+    sensitivities of the later ones."""
     source: TensorSource = anchor
     for n, walk in enumerate(walks):
         stack.callback(walk.sweep.close)
+        if n and remeasure is not None:
+            walk.weigh_by(measured_again(walk.plan, source, remeasure))
         walk.run(source, progress, first=n == 0)
         source = Merged(source, walk.sweep)
     assert isinstance(source, Merged)
@@ -262,6 +275,7 @@ def _identity(plan: MergePlan, anchor_plan: MergePlan, skeleton: Skeleton) -> di
     algebra = {key: repr(value) for key, value in settings.options().items() if key not in apart}
     # Where hidden states are kept changes no bit.
     walked = {key: repr(value) for key, value in walk if key not in ("blocks", "mask", "walk_dtype", "hidden_memory")}
+    walked["remeasure"] = repr(bool(walk.remeasure))
     return as_texts(
         {
             "version": bmm_engine.__version__,

@@ -97,6 +97,10 @@ class SequentialWalk:
             is_head(name, self.model) for name in (*self.stage.modules, *self.stage.norms)
         )  # then those are run
 
+    def weigh_by(self, plan: MergePlan) -> None:
+        """Take a plan that differs in its sensitivities. Before the walk is run."""
+        self.plan, self.expert_inputs = plan, Inputs(plan)
+
     @property
     def inputs(self) -> list[InputRecord]:
         """What was done at each input, in order."""

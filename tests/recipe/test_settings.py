@@ -73,6 +73,7 @@ def test_a_record_of_keywords_is_a_recipe_of_the_same_settings():
 def test_keywords_of_the_walk_are_keys_of_its_section():
     assert set(keywords_of("sequential")) - set(keywords_of("plain")) == set(SequentialOptions.model_fields)
     assert set(SequentialOptions.model_fields) - set(SequentialRecipe.model_fields) == {"mask", "walk_dtype"}
+    assert settings_of("sequential", {"sweeps": 2, "remeasure": print}).plain()["sequential"]["remeasure"] is True
 
 
 def test_what_a_mode_leaves_open():
