@@ -49,10 +49,12 @@ def reference_merge(
     batches,
     *,
     alpha,
+    prior=1.0,
     gram_source="data",
     share=0.5,
     scale=1.0,
     energy=False,
+    frobenius=False,
     fit_bias=False,
     sensitivities=None,
     sensitivity_share=0.75,
@@ -83,10 +85,14 @@ def reference_merge(
         weights = [_matrix(s, name, transposed, fit_bias) for s in states]
         grams = [_gram(inputs[t][name], weights[t] - w0, gram_source, share, fit_bias) for t in range(len(experts))]
         betas = betas_of.get(name, [1.0] * len(experts))
+        if frobenius:
+            norms = [1 / float(g.norm()) for g in grams]
+            betas = [n * len(norms) / sum(norms) for n in norms]
         a0 = sum(b * g for b, g in zip(betas, grams))
         if alpha == math.inf:
             solved = anchor
         else:
+            anchor = prior * anchor + (1 - prior) * w0
             lam = alpha * a0.trace() / a0.shape[0]
             ridge = lam * torch.eye(a0.shape[0], dtype=torch.float64)
             aims = [beta * w @ g for beta, w, g in zip(betas, weights, grams)]

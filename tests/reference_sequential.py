@@ -72,10 +72,13 @@ def reference_sequential(
     batches,
     *,
     alpha=0.03,
+    prior=1.0,
     scale=1.0,
     energy=True,
     fit_bias=True,
     target="stream",
+    drift=1.0,
+    tokens=None,
     mean_weight=0.0,
     task_vector_samples=100.0,
     norms=False,
@@ -85,10 +88,12 @@ def reference_sequential(
     share=0.75,
     heads=(),
     response=None,
+    remeasure=None,
 ):
-    """The merged model in float64. `anchor`: a state dict, by default the experts' average; `batches[t]`: expert t's calibration.
-    `sensitivities[t]`: module name -> (out, out). `heads`: names of modules that are not solved. `response`: of a filter, as of
-    `reference_merge`."""
+    """The merged model in float64. `energy`: True, False or "frobenius". `anchor`: a state dict, by default the
+    experts' average; `batches[t]`: expert t's calibration. `sensitivities[t]`: module name -> (out, out). `heads`:
+    names of modules that are not solved. `response`: of a filter, as of `reference_merge`.
+    `remeasure`: the sensitivities of a merged network, for sweeps after the first, of task t."""
     experts = [copy.deepcopy(e).double() for e in experts]
     origin_model = copy.deepcopy(base).double()
     origin, states = origin_model.state_dict(), [e.state_dict() for e in experts]
@@ -100,8 +105,12 @@ def reference_sequential(
     transposed = {name: flipped for name, flipped in linear_names(base).items() if name not in heads}
     norm_names = [n for n, m in base.named_modules() if "Norm" in type(m).__name__] if norms else []
     every = [*transposed, *norm_names]
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
+        if sweep and remeasure is not None:
+            sensitivities = [remeasure(merged.state_dict(), t) for t in range(len(experts))]
         anchor = {k: v.clone() for k, v in merged.state_dict().items()}
+        if sweep == 0:  # what was solved is not overshot again
+            anchor = {k: prior * v + (1 - prior) * origin[k] if v.is_floating_point() else v for k, v in anchor.items()}
         written = [0.0] * len(experts)  # what fine-tuning changed in the residual stream so far
         groups, seen = [], trace(merged, batches[0], every)
         for name, (x, _) in seen.items():
@@ -110,11 +119,15 @@ def reference_sequential(
             ]
             same = next((g for g in alike if x.shape == seen[g[0]][0].shape and torch.equal(x, seen[g[0]][0])), None)
             groups.append([name]) if same is None else same.append(name)
+        if tokens:
+            groups = [part for group in groups for part in by_keys(group, tokens["modules"]) if part]
         for names in (part for group in groups for part in by_bias(group, origin)):
             drifted = [trace(merged, b, names[:1])[names[0]][0] for b in batches]
             own = [trace(e, b, names[:1])[names[0]] for e, b in zip(experts, batches)]
             if names[0] in norm_names:
-                _fit_norm(names[0], merged, origin_model, anchor, drifted, own, alpha, energy, scale)
+                given = [e.get_submodule(names[0])(y).detach() for e, y in zip(experts, drifted)]
+                aims = [drift * y + (1 - drift) * there for (_, y), there in zip(own, given)]
+                _fit_norm(names[0], merged, origin_model, anchor, drifted, own, aims, alpha, energy, scale)
                 continue
             shifts = [None] * len(experts)  # what the residual stream has drifted before
             if target == "stream" and len(names) == 1:
@@ -123,6 +136,9 @@ def reference_sequential(
                     for ms in ([merged] * len(experts), experts)
                 )
                 shifts = [None if s is None else s - r for s, r in zip(after, before)]
+            counts_of = [torch.ones(len(y), dtype=y.dtype) for y in drifted]
+            if tokens and any(re.search(tokens["modules"], n) for n in names):
+                counts_of = [token_weights(b, y, **tokens["rows"]) for b, y in zip(batches, drifted)]
             bias = fit_bias and f"{names[0]}.bias" in origin
             drifted = [_with_one(y, bias) for y in drifted]
             own = [_with_one(x, bias) for x, _ in own]
@@ -132,29 +148,30 @@ def reference_sequential(
 
             metrics = metrics_of(sensitivities, names, share, len(experts))
             energies = [
-                sum(_energy(x @ (weight(s, n) - weight(origin, n)).T, m and m[n]) / len(x) for n in names)
-                for s, x, m in zip(states, own, metrics)
+                sum(_energy(c.sqrt()[:, None] * x @ (weight(s, n) - weight(origin, n)).T, m and m[n]) for n in names)
+                / c.sum()
+                for s, x, m, c in zip(states, own, metrics, counts_of)
             ]
             if shifts[0] is not None:
                 energies = written = [e + w for e, w in zip(energies, written)]
-            betas = _betas(energies, energy)
-            weights = [torch.eye(len(y), dtype=y.dtype) + mean_weight / len(y) for y in drifted]  # of pairs of rows
+            weighed = [y.T @ (c[:, None] * y) / c.sum() for y, c in zip(drifted, counts_of)]
+            sizes = [float(g.norm()) for g in weighed]
+            betas = _betas(sizes if energy == "frobenius" else energies, energy)
+            # Of pairs of rows.
+            weights = [(torch.diag(c) + mean_weight / c.sum() * torch.outer(c, c)) / c.sum() for c in counts_of]
             pseudo = [
-                task_vector_samples
-                / count
-                * (y.T @ y).trace()
-                / len(y)
-                * _along(s, origin, names, transposed, len(y.T))
-                for count, y, s in zip(counts, drifted, states)
+                task_vector_samples / count * g.trace() * _along(s, origin, names, transposed, len(g))
+                for count, g, s in zip(counts, weighed, states)
             ]
-            parts = [b * (y.T @ m @ y / len(y) + along) for b, y, m, along in zip(betas, drifted, weights, pseudo)]
+            seen_as = [drift * x + (1 - drift) * y for x, y in zip(own, drifted)]
+            shifts = [None if shift is None else drift * shift for shift in shifts]
+            parts = [b * (y.T @ m @ y + along) for b, y, m, along in zip(betas, drifted, weights, pseudo)]
             lam = alpha * sum(parts).trace() / len(parts[0])
             ridge = lam * torch.eye(len(parts[0]), dtype=parts[0].dtype)
             for n in names:
                 aims = [
-                    b
-                    * ((x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y / len(y) + weight(s, n) @ along)
-                    for b, s, x, y, shift, m, along in zip(betas, states, own, drifted, shifts, weights, pseudo)
+                    b * ((x @ weight(s, n).T - (0 if shift is None else shift)).T @ m @ y + weight(s, n) @ along)
+                    for b, s, x, y, shift, m, along in zip(betas, states, seen_as, drifted, shifts, weights, pseudo)
                 ]
                 if response is not None:
                     solved = filtered(sum(parts), sum(aims), lam, weight(anchor, n), response)
@@ -171,6 +188,23 @@ def reference_sequential(
                     result = result[:, :-1]
                 state[f"{n}.weight"].copy_(result.T if transposed[n] else result)
     return merged
+
+
+def by_keys(names, weighed):
+    """Of the modules that read the same, those whose rows are weighed (a pattern), and the others."""
+    return [[n for n in names if bool(re.search(weighed, n)) == has] for has in (True, False)]
+
+
+def token_weights(batches, rows, kind, weight):
+    """Of rows without padding, by going through every sample's tokens."""
+    found = []
+    for batch in batches:
+        given = next(iter(batch.values()))
+        each = len(rows) // sum(len(next(iter(b.values()))) for b in batches)
+        for mask in batch.get("attention_mask", torch.ones(len(given), each)):
+            length = int(mask.sum())
+            found += [1.0 if i == (0 if kind == "cls" else length - 1) else weight for i in range(length)]
+    return torch.tensor(found, dtype=rows.dtype)
 
 
 def by_bias(names, state):
@@ -199,11 +233,10 @@ def _energy(change, metric):
     return float((change.pow(2) if metric is None else change * (change @ metric)).sum())
 
 
-def _fit_norm(name, merged, origin_model, anchor, drifted, own, alpha, energy, scale):
+def _fit_norm(name, merged, origin_model, anchor, drifted, own, aims, alpha, energy, scale):
     """Each feature by itself, by a general solve."""
     module, norm0 = merged.get_submodule(name), origin_model.get_submodule(name)
     energies = [float((y - norm0(x).detach()).pow(2).sum()) / len(x) for x, y in own]
-    betas = _betas(energies, energy)
     has_bias = getattr(module, "bias", None) is not None
     plain = copy.deepcopy(module)
     with torch.no_grad():
@@ -212,12 +245,12 @@ def _fit_norm(name, merged, origin_model, anchor, drifted, own, alpha, energy, s
             plain.bias.zero_()
         hats = [plain(x) for x in drifted]
     designs = [torch.stack([h, torch.ones_like(h)] if has_bias else [h], -1) for h in hats]  # (rows, features, 1 or 2)
-    a = sum(b * torch.einsum("nfi,nfj->fij", d, d) / len(d) for b, d in zip(betas, designs))
+    grams = [torch.einsum("nfi,nfj->fij", d, d) / len(d) for d in designs]
+    betas = _betas([float(g.norm()) for g in grams] if energy == "frobenius" else energies, energy)
+    a = sum(b * g for b, g in zip(betas, grams))
     prior = torch.stack([anchor[f"{name}.{k}"] for k in (("weight", "bias") if has_bias else ("weight",))], -1)
     lam = alpha * float(a.diagonal(dim1=1, dim2=2).sum(1).mean()) / a.shape[-1]
-    right = (
-        sum(b * torch.einsum("nfi,nf->fi", d, y) / len(d) for b, d, (_, y) in zip(betas, designs, own)) + lam * prior
-    )
+    right = sum(b * torch.einsum("nfi,nf->fi", d, y) / len(d) for b, d, y in zip(betas, designs, aims)) + lam * prior
     solved = torch.linalg.solve(a + lam * torch.eye(a.shape[-1], dtype=a.dtype), right)
     state = merged.state_dict()
     for i, key in enumerate(("weight", "bias") if has_bias else ("weight",)):

@@ -22,16 +22,19 @@ from bmm_engine.merging.plan import MergePlan
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.solving.filters import PLAIN, Filter
 from bmm_engine.solving.moments import alignment
+from bmm_engine.solving.solve import overshot
 from bmm_engine.solving.spectral import SpectralPath, decompose
 
 
 @dataclass(frozen=True)
 class FactorGroup:
     """Modules that share an input, and what is not a tensor of their factors: for each way of task weights the trace of A_0 and the weights
-    themselves. `alignment`: module -> task's index -> cos_F(G_t, U_t^T U_t), where Grams are measured."""
+    themselves. `prior`: how far the ridge pulls, W_0 + prior (W_a - W_0). `alignment`: module -> task's index -> cos_F(G_t, U_t^T U_t), where Grams
+    are measured."""
 
     members: tuple[LinearModule, ...]
     with_bias: bool
+    prior: float = 1.0
     traces: dict[str, float] = field(default_factory=dict)
     alignment: dict[str, list[float]] = field(default_factory=dict)
 
@@ -56,7 +59,8 @@ class FactorMaker:
         """The factors of the plan's group `index`: see `Factors` for the tensors' names."""
         planned = self.plan.groups[index]
         opened = OpenGroup(self.inputs, planned)
-        found = FactorGroup(planned.members, planned.with_bias)
+        prior = self.plan.settings.prior
+        found = FactorGroup(planned.members, planned.with_bias, prior)
         tensors: dict[str, Tensor] = {}
         weights = {m.name: opened.weights(m) for m in planned.members}
         for label, rule in self.weightings.items():
@@ -67,9 +71,9 @@ class FactorMaker:
             tensors[f"q {label} {planned.name}"] = spectrum.eigenvectors.to(torch.float32).mT.contiguous()
             tensors[f"e {label} {planned.name}"] = spectrum.eigenvalues
             for module in planned.members:
-                _, experts = weights[module.name]
+                base, experts = weights[module.name]
                 for anchor in self.anchors:
-                    weight = self._anchor(anchor, module, planned.with_bias)
+                    weight = overshot(self._anchor(anchor, module, planned.with_bias), base, prior)
                     tensors[f"b {label} {anchor} {module.name}"] = spectrum.project(weight, experts, opened.moments)
         if self.plan.settings.gram_source != "task_vectors" and not planned.with_bias:
             for module in planned.members:
@@ -95,7 +99,7 @@ class Factors:
     """The factors of all groups, with the anchors' tensors, by name:
 
     `q WEIGHTING GROUP` Q^T (in, in), `e WEIGHTING GROUP` (in,), `b WEIGHTING ANCHOR MODULE` B (out, in), `a ANCHOR TENSOR` as the base's file has it,
-    `w TENSOR` the base's, for scales other than 1. All float32 but e.
+    `w TENSOR` the base's, for scales and priors other than 1. All float32 but e.
     """
 
     def __init__(self, groups: Sequence[FactorGroup], tensors: Mapping[str, Tensor], filter: Filter = PLAIN):
@@ -127,8 +131,11 @@ class Factors:
                 out[name].copy_(self._anchors[anchor][name])
             return
         first = group.members[0].name
+        given = scale == 1 and group.prior == 1
+        base = None if given else oriented(self._base, module, group.with_bias)
+        start = oriented(self._anchors[anchor], module, group.with_bias)
         path = SpectralPath(
-            oriented(self._anchors[anchor], module, group.with_bias),
+            start if base is None else overshot(start, base, group.prior),
             self.tensors[f"b {weighting} {anchor} {module.name}"],
             self.tensors[f"q {weighting} {first}"].mT,
             self.tensors[f"e {weighting} {first}"],
@@ -136,7 +143,6 @@ class Factors:
             (),
         )
         target = out[module.weight].mT if module.transposed else out[module.weight]
-        base = None if scale == 1 else oriented(self._base, module, group.with_bias)
         solve = partial(
             path.solve,
             alpha=alpha,

@@ -12,7 +12,7 @@ from bmm_engine.merging.plan import ModuleGroup
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.solving.moments import DenseMoment, Moment, TaskVectorMoment, hybrid_moment
 from bmm_engine.solving.output_metric import OutputMetric
-from bmm_engine.solving.solve import energy_weights, task_energy
+from bmm_engine.solving.solve import energy_weights, frobenius_norm, task_energy
 from bmm_engine.solving.weighted import weighted_task_energy
 
 # A Gram up to this size stays in memory while its group is solved; a larger one is read again for each use.
@@ -57,6 +57,8 @@ class OpenGroup:
             return (1.0,) * len(self.moments)
         if not isinstance(given, str):
             return given
+        if given == "frobenius":
+            return energy_weights([frobenius_norm(moment, inputs.device) for moment in self.moments])
         energies = [0.0] * len(self.moments)
         for module in self.group.members:
             base, experts = self.weights(module)

@@ -24,7 +24,7 @@ from bmm_engine.parallel import in_order, one_thread, share_of_memory
 from bmm_engine.solving.filters import SpectralFactor
 from bmm_engine.solving.moments import Moment
 from bmm_engine.solving.posterior import Posterior, posterior_sample, posterior_scale
-from bmm_engine.solving.solve import Factor, check_finite, inverses, solve_with_factor
+from bmm_engine.solving.solve import Factor, check_finite, inverses, overshot, solve_with_factor
 from bmm_engine.solving.weighted import solve_weighted
 
 T = TypeVar("T")
@@ -62,12 +62,11 @@ class ModuleRecord:
 
 @dataclass(frozen=True)
 class InputRecord:
-    """What a sequential merge found at one input of the network: the modules solved there and, per expert as listed, its task weight and its
-    relative residual `||X~ W^T - X W_t^T|| / ||X U_t^T||` with the anchor's weights and with the solved ones; None where fine-tuning changed
-    nothing. `change`: `||X U_t^T||^2 / n`; `energy`: the same in the task's output metric, where there is one. `stream`: the module writes to the
-    residual stream and was aimed at what that holds after it: then the numerator is how far this is from the expert's,
-    `||S~ + X~ W^T - S - X W_t^T||`, and the denominator adds up the `change` of all modules that have written to it, as energy weights do the
-    `energy`."""
+    """What a sequential merge found at one input of the network: the modules solved there and, per expert as listed, its task weight and its relative
+    residual `||X~ W^T - X W_t^T|| / ||X U_t^T||` with the anchor's weights (overshot, where the prior is) and with the solved ones; None where
+    fine-tuning changed nothing. `change`: `||X U_t^T||^2 / n`; `energy`: the same in the task's output metric, where there is one. `stream`: the
+    module writes to the residual stream and was aimed at what that holds after it: then the numerator is how far this is from the expert's, `||S~ +
+    X~ W^T - S - X W_t^T||`, and the denominator adds up the `change` of all modules that have written to it, as energy weights do the `energy`."""
 
     stage: str
     modules: tuple[str, ...]
@@ -339,10 +338,11 @@ class MergeStream:
         with_bias = group.group.with_bias
         base, experts = group.weights(module)
         anchor = self._anchor_module(module, base, experts, group)
+        prior = overshot(anchor, base, self.settings.prior)
         if group.metrics:
-            solved = solve_weighted(anchor, experts, group.moments, factor, group.metrics[module.name], module.name)
+            solved = solve_weighted(prior, experts, group.moments, factor, group.metrics[module.name], module.name)
         else:
-            solved = solve_with_factor(anchor, experts, group.moments, factor)
+            solved = solve_with_factor(prior, experts, group.moments, factor)
         moved = float((anchor - base).norm())
         shift = float((solved - anchor).norm()) / moved if moved else 0.0
         shape = (module.out_features, module.in_features)

@@ -13,6 +13,7 @@ _ATTENTION_IN = re.compile(
     r"^(q|k|v|query|key|value|qkv|wqkv|wq|wk|wv|c_attn|in_proj|query_key_value|[qkv]_(proj|lin|a_proj|b_proj)|(qkv|query|key|value)_proj"
     r"|to_(q|k|v|qkv)|kv_a_proj_with_mqa|kv_b_proj)$"
 )
+_QUERY = re.compile(r"^(q|query|wq|q_(proj|lin|a_proj|b_proj)|query_proj|to_q)$")
 _ATTENTION_OUT = re.compile(r"^(o|o_proj|out_proj|out_lin|to_out)$")
 _MLP_IN = re.compile(
     r"^(fc1|c_fc|gate|up|gate_proj|up_proj|gate_up_proj|w1|w3|wi|wi_0|wi_1|lin1|linear1|dense_h_to_4h)$"
@@ -41,6 +42,11 @@ def module_role(name: str) -> Role:
         if path and (path[-1] == "output" or leaf in ("c_proj", "wo")):
             return "mlp_out"
     return "other"
+
+
+def gives_keys(name: str) -> bool:
+    """Are keys or values (or what mixes rows in their place) among what it gives, by its name: of an input of attention, all but queries?"""
+    return module_role(name) == "attention_in" and not _QUERY.match(name.lower().split(".")[-1])
 
 
 class Layers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,12 +81,14 @@ def sensitivity_from_checkpoint(
     device: str = "cpu",
     local_files_only: bool = False,
     progress: bool | None = None,
+    prepare: Callable[[nn.Module], object] = lambda live: None,
 ) -> SensitivitySet:
     """The same for its sensitivities. `head`: a bare encoder's own, a safetensors file, on what `pooling` ("mean", "cls") makes of its output.
-    Raises as `collect_sensitivity`."""
+    `prepare`: called with the live model (without that head) before it is run. Raises as `collect_sensitivity`."""
     source = Checkpoint.open(model, local_files_only=local_files_only) if isinstance(model, str) else model
     # A head of its own reads no pooler; that the file lacks one is no news.
     live, path = live_model(source, dtype=options.dtype, device=device, reports=head is None)
+    prepare(live)
     batches = batches_of(data, path, options, live)
     with naming(path, data):
         return collect_sensitivity(

@@ -15,10 +15,11 @@ from bmm_engine.merging.plan import MergePlan, make_plan
 from bmm_engine.merging.sources import Models
 from bmm_engine.pipeline.mode import in_a_mode_that_works
 from bmm_engine.pipeline.models import open_models
-from bmm_engine.pipeline.statistics import check_files, measure, with_output_weights
+from bmm_engine.pipeline.statistics import check_files, measure, remeasuring, with_output_weights
 from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.settings import MergeSettings
+from bmm_engine.sequential.again import Remeasure
 from bmm_engine.sequential.run import check_walk, walk_models
 from bmm_engine.solving.posterior import Posterior
 from bmm_engine.statistics.sets import Statistics
@@ -50,6 +51,7 @@ class PreparedMerge:
     destination: Destination
     progress: bool | None = None
     report: Report = lambda line: None
+    remeasure: Remeasure | None = None
 
     def merge(
         self, output: Path | None = None, *, overwrite: bool = False, posterior: Posterior | None = None
@@ -63,7 +65,7 @@ class PreparedMerge:
             raise ConfigError(
                 "draws from the posterior are for mode 'plain': in mode 'sequential' every module's inputs depend on the modules before it."
             )
-        return walk_models(*given, progress=self.progress, report=self.report)
+        return walk_models(*given, progress=self.progress, report=self.report, remeasure=self.remeasure)
 
 
 def prepare_recipe(
@@ -90,7 +92,8 @@ def prepare_recipe(
     destination = Destination(
         dtype=recipe.dtype, max_shard_size=recipe.max_shard_size, recipe=recipe.plain(), chat_template=template
     )
-    return PreparedMerge(settings, models, statistics, destination, progress, report)
+    again = remeasuring(recipe, models, plan.alignment, report, progress)
+    return PreparedMerge(settings, models, statistics, destination, progress, report, again)
 
 
 def run_recipe(

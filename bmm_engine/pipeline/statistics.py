@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from bmm_engine.anchors.contract import GRAMS
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.errors import ConfigError
+from bmm_engine.merging.align import Alignment
 from bmm_engine.merging.belonging import check_fishers, check_sensitivities, measured_modules
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.sources import Models
 from bmm_engine.models.architecture import nothing_to_solve
 from bmm_engine.models.building import load_config, meta_model, model_class
 from bmm_engine.models.fitted_inputs import needs_decoder_inputs
+from bmm_engine.models.heads import head_parameters
+from bmm_engine.pipeline.live import share_parameters
 from bmm_engine.pipeline.measure import (
     batches_of,
     collect_from_checkpoint,
@@ -30,6 +34,7 @@ from bmm_engine.progress import Report
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe
 from bmm_engine.recipe.settings import MergeSettings
+from bmm_engine.sequential.again import Remeasure
 from bmm_engine.statistics.calibration import CalibrationData, read_calibration
 from bmm_engine.statistics.fisher import FisherSet
 from bmm_engine.statistics.grams import GramSet
@@ -225,19 +230,9 @@ def sensitivity_sets(
     """Each expert's sensitivities: from its file where it exists, else collected (and saved there if the recipe names a file)."""
     files = [e.sensitivity for e in recipe.experts]
     recipe.check_writable("sensitivity")
-    pooling = recipe.evaluation.pooling if recipe.evaluation else "mean"
 
     def collect(expert: ExpertRecipe, source: TensorSource, own: CalibrationData) -> SensitivitySet:
-        return sensitivity_from_checkpoint(
-            source,
-            own,
-            recipe.calibration,
-            modules=recipe.modules,
-            head=None if expert.head is None else Path(expert.head),
-            pooling=pooling,
-            device=recipe.device,
-            progress=progress,
-        )
+        return _sensitivity(recipe, expert, source, own, progress)
 
     data = _missing_data(recipe, models, files, "sensitivity", report)
     return _opened_or_collected(
@@ -251,6 +246,55 @@ def sensitivity_sets(
         lambda own: f"{len(own.names)} modules",
         report,
     )
+
+
+def _sensitivity(
+    recipe: Recipe,
+    expert: ExpertRecipe,
+    source: TensorSource,
+    own: CalibrationData,
+    progress: bool | None,
+    prepare: Callable[[nn.Module], object] = lambda live: None,
+) -> SensitivitySet:
+    return sensitivity_from_checkpoint(
+        source,
+        own,
+        recipe.calibration,
+        modules=recipe.modules,
+        head=None if expert.head is None else Path(expert.head),
+        pooling=recipe.evaluation.pooling if recipe.evaluation else "mean",
+        device=recipe.device,
+        progress=progress,
+        prepare=prepare,
+    )
+
+
+def remeasuring(
+    recipe: Recipe,
+    models: Models,
+    alignment: Alignment,
+    report: Report = lambda line: None,
+    progress: bool | None = None,
+) -> Remeasure:
+    """What measures sensitivities again at a merged network: an expert's own model, with its own head, holds the merged tensors, and reads the
+    expert's calibration."""
+
+    def measure_again(tensors: Mapping[str, Tensor], t: int) -> SensitivitySet:
+        expert, source = recipe.experts[t], models.experts[t]
+
+        @torch.no_grad()
+        def prepare(live: nn.Module) -> None:
+            heads = {name: live.get_parameter(name).clone() for name in head_parameters(live)}
+            share_parameters(alignment, [(expert.label, t, lambda: live)]).load(tensors)
+            for name, own in heads.items():  # those of classifiers are merged too, by the anchor
+                live.get_parameter(name).copy_(own)
+
+        data = expert_data(recipe, expert, source, models.base)
+        found = _sensitivity(recipe, expert, source, data, progress, prepare)
+        report(f"{expert.label}: sensitivities of {len(found.names)} modules measured again at the merged network")
+        return found
+
+    return measure_again
 
 
 def _opened_or_collected(

@@ -68,6 +68,14 @@ class SequentialRecipe(Strict):
         description="what a module that writes to the residual stream aims at: what the expert's stream holds after it, so that it makes up for what"
         " the stream has drifted before, or what the expert's module gives",
     )
+    drift: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of the drift that is corrected, of inputs and of the residual stream: 1 aims at what the expert gives on its own inputs,"
+        " 0 at what its weights give on the merged network's (RegMean++)",
+    )
     mean_weight: float = Field(
         0.0,
         ge=0,
@@ -81,12 +89,23 @@ class SequentialRecipe(Strict):
         allow_inf_nan=False,
         description="as how many calibration samples the task vector's Gram counts beside a task's own; 0: the measured Grams alone",
     )
+    token_rows: Literal["all", "cls", "last"] = Field(
+        "all",
+        description="rows that count in full in linear modules of the last blocks, but for keys and values: all, or of each sample the first or the"
+        " last token that is no padding",
+    )
+    token_weight: float = Field(0.01, ge=0, le=1, description="what the other rows count there, if not all do in full")
+    token_blocks: int = Field(1, ge=1, description="how many blocks those are, at the end of the last chain")
     norms: Literal["anchor", "fit"] = Field(
         "anchor",
         description="gains (and biases) of normalisations: the anchor's, or solved too, feature by feature, every error of a task alike: neither"
         " mean_weight nor sensitivities reach them",
     )
     sweeps: int = Field(1, ge=1, le=1000, description="walks, each with the result of the one before as its anchor")
+    remeasure: bool = Field(
+        False,
+        description="after each sweep but the last, measure sensitivities again, at the merged network with each task's head, for the next one",
+    )
     hidden_memory: str | int = Field("4GB", description="hidden states kept in memory, in all; the rest in files")
     hidden_dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="how hidden states are kept; null: as the models run"
@@ -98,6 +117,12 @@ class SequentialRecipe(Strict):
         if value:
             parse_size(value)
         return value
+
+    @model_validator(mode="after")
+    def _several(self) -> SequentialRecipe:
+        if self.remeasure and self.sweeps < 2:
+            raise ValueError(f"remeasure is for sweeps after the first, and sweeps is {self.sweeps}; say 2 or more")
+        return self
 
 
 class EvaluationRecipe(Strict):
@@ -144,7 +169,8 @@ class SearchRecipe(Strict):
     `groups`: modules that share a ridge: "role_depth" (attention in and out, MLP in and out, times `depth_bins` bins of the layers), "role", "depth",
     "all" (one group), "module" (one for each), or {name: [shell patterns]}. `alpha_range`: the upper end stands for the anchor itself.
     `scales`: "fixed" (the recipe's), "global" (one for all), or "group". `anchors`: names (or mappings with parameters) to choose from; none: the
-    recipe's. `weightings`: task weights to choose from ("none", "energy"), or "free": one weight for each task, which makes a trial factor anew.
+    recipe's. `weightings`: task weights to choose from ("none", "energy", "frobenius"), or "free": one weight for each task, which makes a trial
+    factor anew.
     `lead`: the best of many trials looks better than it is; it is chosen if its objective is higher than the best anchor's or default's by so many
     of its standard errors, as the validation data's size makes them (known of classification and of texts); else that anchor or default is.
     """
@@ -160,7 +186,9 @@ class SearchRecipe(Strict):
     scales: Literal["fixed", "global", "group"] = "global"
     scale_range: tuple[float, float] = (0.5, 1.5)
     anchors: list[Any] = []
-    weightings: list[Literal["none", "energy"]] | Literal["free"] = Field([], description="empty: the recipe's own")
+    weightings: list[Literal["none", "energy", "frobenius"]] | Literal["free"] = Field(
+        [], description="empty: the recipe's own"
+    )
     schedule: Literal["asynchronous", "synchronous"] = Field(
         "asynchronous", description="synchronous: ask as many as there are workers, wait for all, tell them in order"
     )

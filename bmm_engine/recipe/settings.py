@@ -12,7 +12,16 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
 from bmm_engine.anchors import Anchor, Setting, get_anchor
 from bmm_engine.anchors.contract import GRAMS, Needs
@@ -54,14 +63,14 @@ def _over_the_model(key: str, check: Callable[[float], str]) -> Callable[[Any], 
 
 
 def _task_weights(value: Any) -> str | tuple[float, ...] | None:
-    if value is None or (isinstance(value, str) and value in ("none", "energy")):
+    if value is None or (isinstance(value, str) and value in ("none", "energy", "frobenius")):
         return value
     try:
         if isinstance(value, (str, Mapping)):
             raise TypeError
         weights = tuple(float(weight) for weight in value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError("it must be 'none', 'energy' or one number per expert") from None
+        raise ValueError("it must be 'none', 'energy', 'frobenius' or one number per expert") from None
     if not all(0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
         raise ValueError("task weights must be finite, >= 0 and not all 0")
     return weights
@@ -97,7 +106,7 @@ Scale = Annotated[
     Varying, PlainValidator(_over_the_model("scale", lambda v: "" if math.isfinite(v) else "it must be finite"))
 ]
 Directions = Annotated[int | float | str | None, PlainValidator(_directions)]
-TaskWeights = Annotated[Literal["none", "energy"] | tuple[float, ...], PlainValidator(_task_weights)]
+TaskWeights = Annotated[Literal["none", "energy", "frobenius"] | tuple[float, ...], PlainValidator(_task_weights)]
 Patterns = Annotated[list[str], BeforeValidator(_patterns)]
 Device = Annotated[str, BeforeValidator(_device)]
 Host = Annotated[int, Field(strict=True, ge=0)] | str
@@ -136,9 +145,15 @@ class Algebra(Strict):
     calibrate: Literal["svc", "subspace_boost", "larv"] | None = Field(
         None, description="what follows the anchor's rule, or for larv goes before it, on linear modules; null: nothing"
     )
+    prior: float = Field(
+        1.0,
+        allow_inf_nan=False,
+        description="what the ridge pulls towards, W_0 + prior (W_a - W_0): the anchor at 1, beyond it above; what is the anchor's alone stays",
+    )
     scale: Scale = Field(1.0, description="assembly W_0 + scale (W* - W_0)")
     task_weights: TaskWeights | None = Field(
-        None, description="none, energy, or a number for each expert; null: none, or energy in the mode sequential"
+        None,
+        description="none, energy, frobenius (1 / ||G_t||), or a number for each expert; null: none, or energy in the mode sequential",
     )
     sensitivity_share: float = Field(
         0.75,
@@ -182,6 +197,11 @@ class SequentialOptions(SequentialRecipe, Checked):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     hidden_dtype: Any = Field(None, description="how hidden states are kept; None: as the models run")
+    remeasure: Any = Field(
+        False,
+        description="a function (tensors, t) -> SensitivitySet: after each sweep but the last, of the merged network (its tensors by the base's"
+        " names) with the head and on the data of expert t, for the next sweep",
+    )
     mask: Any = Field("attention_mask", description="of a batch's padding, as in collect_grams")
     walk_dtype: Any = Field(None, description="of the models that are run; None: a live base's own, else float32")
 
@@ -189,6 +209,18 @@ class SequentialOptions(SequentialRecipe, Checked):
     @classmethod
     def _dtype(cls, value: Any) -> torch.dtype | None:
         return parse_dtype(value)
+
+    @field_validator("remeasure")
+    @classmethod
+    def _remeasure(cls, value: Any) -> Any:
+        if not (isinstance(value, bool) or callable(value)):
+            raise ValueError("it must be a function (tensors, t) -> SensitivitySet")
+        return value
+
+    @field_serializer("remeasure")
+    def _whether(self, value: Any) -> bool:
+        """Records and identities say that it is done, not by which function."""
+        return bool(value)
 
     def hybrid_share(self, samples: int) -> float:
         """Of the task vector's Gram, beside the measured one of so many samples."""

@@ -77,6 +77,10 @@ class Problem:
     def plan(self) -> MergePlan:
         """All modules that a candidate may solve: the recipe's own, at any finite ridge; one by one for walks, which measure their own inputs."""
         finite, statistics = self.settings.but(alpha=DEFAULT_ALPHA), self.statistics
+        if self.walk is not None and self.settings.sequential.remeasure:
+            raise ConfigError(
+                "a search does not measure sensitivities again between the sweeps of its trials; leave `remeasure` out."
+            )
         if self.walk is not None:
             finite, statistics = finite.but(gram_source="task_vectors"), replace(statistics, grams=())
         plan = make_plan(finite, self.models, statistics)
@@ -248,10 +252,12 @@ class FunctionTasks:
 
 
 def common_tensors(problem: Problem, anchors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The part of the factors' tensors that does not come from a group: the anchors', and the base's weights where the scale may differ from 1."""
+    """The part of the factors' tensors that does not come from a group: the anchors', and the base's weights where scale or prior may differ
+    from 1."""
     tensors = {f"a {label} {name}": tensor for label, own in anchors.items() for name, tensor in own.items()}
     space = problem.space
-    if space.options.scales != "fixed" or any(value != 1 for value in space.default_scale.values()):
+    scaled = space.options.scales != "fixed" or any(value != 1 for value in space.default_scale.values())
+    if scaled or problem.settings.prior != 1:
         for name in (name for group in problem.plan.groups for name in group.tensors):
             tensors[f"w {name}"] = problem.plan.alignment.base.load(name).float()
     return tensors

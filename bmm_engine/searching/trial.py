@@ -22,7 +22,7 @@ from bmm_engine.pipeline.live import LiveModels
 from bmm_engine.searching.objective import Objective
 from bmm_engine.searching.space import Candidate, SearchGroup, weighting_label
 from bmm_engine.solving.filters import SpectralFactor
-from bmm_engine.solving.solve import Factor, inverses, solve_with_factor
+from bmm_engine.solving.solve import Factor, inverses, overshot, solve_with_factor
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,7 @@ class FreeWriter:
         with_bias = opened.group.with_bias
         base, experts = weights
         start = oriented(anchor, module, with_bias).to(self.inputs.dtype)
+        start = overshot(start, base, self.inputs.settings.prior)
         solved = solve_with_factor(start, experts, opened.moments, factor)
         scale = candidate.scale[self._group[module.name]]
         merged = solved if scale == 1 else base + scale * (solved - base)

@@ -26,7 +26,9 @@ from bmm_engine.sequential.solve import (
     solve_module,
     solve_weighted_module,
 )
+from bmm_engine.sequential.tokens import TokenRows
 from bmm_engine.solving.output_metric import OutputMetric
+from bmm_engine.solving.solve import overshot
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ class ModuleSolver:
         inputs: Inputs,
         anchor: TensorSource,
         samples: Sequence[int],
+        prior: float = 1.0,
     ):
-        """`samples`: of each expert's calibration, in the inputs' order."""
-        self.settings, self.inputs, self.anchor = plan.settings, inputs, anchor
+        """`samples`: of each expert's calibration, in the inputs' order. `prior`: how far the ridge pulls, W_0 + prior (W_a - W_0)."""
+        self.settings, self.inputs, self.anchor, self.prior = plan.settings, inputs, anchor, prior
         self._shares = [self.settings.sequential.hybrid_share(own) for own in samples]
         self._merged = set(plan.alignment.merged)
 
@@ -157,8 +160,9 @@ class ModuleSolver:
                 [own + before for own, before in zip(now, inputs.ordered(earlier), strict=True)]
                 for now, earlier in ((change, written.change), (energy, written.energy))
             )
-        betas = drift_task_weights(inputs.task_weights, energies, len(moments), name)
+        betas = drift_task_weights(inputs.task_weights, energies, (own.norm for own in moments), len(moments), name)
         mean_weight = self.settings.sequential.mean_weight
+        moments = [own.toward(self.settings.sequential.drift) for own in moments]
         moments = [self._hybrid(t, part, own) for t, own in enumerate(moments)]
         chosen = self.settings.spectral_filter
         factor = drift_factor(moments, betas, chosen, alpha=part.alpha, mean_weight=mean_weight, name=name)
@@ -170,7 +174,7 @@ class ModuleSolver:
             base = self._base(module, with_bias)
             experts = [self._expert(t, module, with_bias) for t in range(len(moments))]
             own_moments = [own.of(outputs) for own in moments]
-            given = (anchor, experts, own_moments)
+            given = (overshot(anchor, base, self.prior), experts, own_moments)
             if metrics is None:
                 solved, *misfits = solve_module(*given, betas, factor, mean_weight)
             else:
@@ -241,24 +245,35 @@ class Waiting:
 
     BYTES = 16 * 2**20
 
-    def __init__(self, accumulator: Any, dtype: torch.dtype, device: torch.device, *, outputs: int = 0):
-        """`outputs`: width of the residual stream, whose drift is counted in; 0 where it is not."""
-        self.accumulator = accumulator
+    def __init__(
+        self,
+        accumulator: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        outputs: int = 0,
+        tokens: TokenRows | None = None,
+    ):
+        """`outputs`: width of the residual stream, whose drift is counted in; 0 where it is not. `tokens`: which rows count more."""
+        self.accumulator, self.tokens = accumulator, tokens
         rows = max(1, self.BYTES // (accumulator.width * dtype.itemsize))
         widths = (accumulator.width, accumulator.width, *([outputs] if outputs else []))
         self._rows = [torch.empty(rows, width, dtype=dtype, device=device) for width in widths]
+        self._weights = None if tokens is None else torch.empty(rows, dtype=torch.float64, device=device)
         self._filled = 0
 
-    def add(self, expert: Read, merged: Read, padding: Padding | None) -> None:
+    def add(self, expert: Read, merged: Read, padding: Padding | None, samples: int) -> None:
         """What both read of a batch; padding is left out. Raises `CollectionError`, and as `Accumulator.update`."""
         name, width, x = self.accumulator.name, self.accumulator.width, merged.x
         keep, dtype = None if padding is None else padding.rows(name, x), self._rows[0].dtype
         streams = []
         if merged.stream is not None and expert.stream is not None:  # hidden states may be kept in another dtype
             streams = [merged.stream.to(dtype) - expert.stream.to(dtype)]
+        weights = None if self.tokens is None else self.tokens.weights(name, x, padding, samples)
         if expert.x.shape != x.shape or x.shape[-1] != width or x.dtype != dtype:
             self.flush()
-            self.accumulator.update(*(kept_rows(name, rows, padding) for rows in (expert.x, x, *streams)))
+            weights = weights if weights is None or keep is None else weights[keep]
+            self._update(*(kept_rows(name, rows, padding) for rows in (expert.x, x, *streams)), weights=weights)
             return
         chosen = torch.arange(x.numel() // width, device=x.device) if keep is None else keep.nonzero()[:, 0]
         for rows in chosen.split(len(self._rows[0])):
@@ -267,9 +282,18 @@ class Waiting:
             into = slice(self._filled, self._filled + len(rows))
             for kept, given in zip(self._rows, (expert.x, x, *streams), strict=True):
                 torch.index_select(given.reshape(-1, given.shape[-1]), 0, rows, out=kept[into])
+            if self._weights is not None and weights is not None:
+                self._weights[into] = weights[rows]
             self._filled = into.stop
 
     def flush(self) -> None:
         rows = slice(0, self._filled)
         self._filled = 0
-        self.accumulator.update(*(kept[rows] for kept in self._rows))
+        weights = None if self._weights is None else self._weights[rows]
+        self._update(*(kept[rows] for kept in self._rows), weights=weights)
+
+    def _update(self, *rows: Tensor, weights: Tensor | None) -> None:
+        if weights is None:  # what normalisations are measured with knows none
+            self.accumulator.update(*rows)
+        else:
+            self.accumulator.update(*rows, weights=weights)

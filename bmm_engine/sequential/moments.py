@@ -16,6 +16,9 @@ the last two for the record and for the task weights. There are two ways to come
 The cross-moment is taken of the drift, not of X_t: what does not drift adds exactly nothing, so that without drift this is plain BMM, and small
 drifts keep their digits in float32.
 
+Of the drift a share a may be corrected (`toward`; FeatCal, arXiv 2605.13030): the target is then `((1 - a) X~_t + a X_t) W_t^T`, so that a D_t takes
+the place of D_t (and a times that of the stream the place of its drift) in Q_t, in ||D_t W_t^T||^2 and in misfits; what fine-tuning changed stays.
+
 Few rows leave most directions of G~_t to the anchor. `with_task_vector` lets the task vector fill them, as the hybrid of plain BMM does: rows along
 it that do not drift.
 """
@@ -36,24 +39,31 @@ from bmm_engine.ops.cross_gram import accumulate_cross_gram
 from bmm_engine.ops.gram import accumulate_gram
 from bmm_engine.solving.moments import DenseMoment, Moment, SumMoment, TaskVectorMoment
 from bmm_engine.solving.output_metric import OutputMetric
-from bmm_engine.solving.solve import BLOCK_ROWS
+from bmm_engine.solving.solve import BLOCK_ROWS, matrix_norm
 
 M = TypeVar("M", bound="TaskMoments")
 
 
 class TaskMoments(ABC):
-    """One task's moments at one input: sums over `rows` rows; with a bias they are those of [x, 1], and `width` counts it."""
+    """One task's moments at one input: sums over `rows` rows; with a bias they are those of [x, 1], and `width` counts it. Of weighed rows
+    `rows` is the sum of their weights."""
 
     gram: Tensor
     total: Tensor  # (in,), the sum of the rows that the merged network reads
-    rows: int
+    rows: float
     name: str
     with_bias: bool
     hybrid: Tensor | None  # (in, in), what a solve takes in the place of `gram`: see `with_task_vector`
+    drift_share: float  # of the drift, how much is corrected: see `toward`
 
     @property
     def width(self) -> int:
         return self.gram.shape[0]
+
+    @property
+    def norm(self) -> float:
+        """`||X~^T X~||_F / n`."""
+        return matrix_norm(self.gram) / self.rows
 
     def merged(self, mean_weight: float = 0.0) -> Moment:
         """`X~^T X~ / n`, of what the merged network reads (or its hybrid), and `mean_weight` times the outer product of its mean."""
@@ -67,6 +77,10 @@ class TaskMoments(ABC):
     def counted(self) -> Tensor:
         """What a solve takes for the Gram (in, in)."""
         return self.gram if self.hybrid is None else self.hybrid
+
+    def toward(self: M, drift_share: float) -> M:
+        """With the target `((1 - a) X~ + a X) W_t^T`, a = `drift_share` in [0, 1], of the share of the drift that is corrected."""
+        return replace(self, drift_share=drift_share)  # type: ignore[type-var]
 
     def with_task_vector(self: M, task_vector: Tensor, share: float) -> M:
         """With the hybrid `(1 - g) G~ / tr G~ + g U^T U / ||U||_F^2`, g = `share` in [0, 1), scaled so that G~ counts as before.
@@ -85,7 +99,7 @@ class TaskMoments(ABC):
 
     @abstractmethod
     def drifted_total(self, expert: Tensor) -> Tensor:
-        """The sum of the rows of `D W_t^T` (out,), float64."""
+        """The sum of the rows of `a D W_t^T` (out,), float64."""
 
     @abstractmethod
     def of(self, outputs: slice) -> TaskMoments:
@@ -93,14 +107,14 @@ class TaskMoments(ABC):
 
     @abstractmethod
     def drifted(self, expert: Tensor) -> Tensor:
-        """`Q = W_t D^T X~` (out, in), float64, for the expert's weight W_t (out, in)."""
+        """`Q = a W_t D^T X~` (out, in), float64, for the expert's weight W_t (out, in)."""
 
     @abstractmethod
     def target_drift(self, expert: Tensor) -> float:
-        """`||D W_t^T||_F^2`."""
+        """`||a D W_t^T||_F^2`."""
 
     def misfit(self, weight: Tensor, expert: Tensor) -> float:
-        """`||X~ W^T - X W_t^T||_F^2 = tr(E G~ E^T) + 2 tr(E Q^T) + ||D W_t^T||^2` with E = W - W_t, by blocks of rows."""
+        """`||X~ W^T - X W_t^T||_F^2 = tr(E G~ E^T) + 2 tr(E Q^T) + ||a D W_t^T||^2` with E = W - W_t (and X~ - a D for X), by blocks of rows."""
         total = 0.0
         for start in range(0, weight.shape[0], BLOCK_ROWS):
             rows = slice(start, start + BLOCK_ROWS)
@@ -126,22 +140,23 @@ class DriftMoments(TaskMoments):
     drift: Tensor
     total: Tensor
     drift_total: Tensor
-    rows: int
+    rows: float
     name: str = "module"
     with_bias: bool = False
     hybrid: Tensor | None = None
+    drift_share: float = 1.0
 
     def of(self, outputs: slice) -> DriftMoments:
         return self
 
     def drifted(self, expert: Tensor) -> Tensor:
-        return expert.double() @ self.cross.double()
+        return (expert.double() @ self.cross.double()).mul_(self.drift_share)
 
     def drifted_total(self, expert: Tensor) -> Tensor:
-        return expert.double() @ self.drift_total
+        return (expert.double() @ self.drift_total).mul_(self.drift_share)
 
     def target_drift(self, expert: Tensor) -> float:
-        return squared(expert, self.drift)
+        return self.drift_share**2 * squared(expert, self.drift)
 
     def energy(self, task_vectors: Iterable[Tensor]) -> float:
         own = self._own()
@@ -169,10 +184,11 @@ class ProjectedMoments(TaskMoments):
     product_total: Tensor
     drift: Tensor
     change: Tensor
-    rows: int
+    rows: float
     name: str = "module"
     with_bias: bool = False
     hybrid: Tensor | None = None
+    drift_share: float = 1.0
 
     def of(self, outputs: slice) -> ProjectedMoments:
         return replace(
@@ -184,13 +200,13 @@ class ProjectedMoments(TaskMoments):
         )
 
     def drifted(self, expert: Tensor) -> Tensor:
-        return self.product.double()
+        return self.drift_share * self.product.double()
 
     def drifted_total(self, expert: Tensor) -> Tensor:
-        return self.product_total
+        return self.drift_share * self.product_total
 
     def target_drift(self, expert: Tensor) -> float:
-        return float(self.drift.sum())
+        return self.drift_share**2 * float(self.drift.sum())
 
     def energy(self, task_vectors: Iterable[Tensor]) -> float:
         norms = self.change.diagonal() if self.change.dim() == 2 else self.change
@@ -217,17 +233,23 @@ class Accumulator(ABC):
 
     def __init__(self, width: int, name: str, dtype: torch.dtype, device: torch.device | str):
         self.width, self.name, self.dtype = width, name, dtype
-        self.rows = 0
+        self.rows: float = 0
         self._gram = torch.zeros(width, width, dtype=dtype, device=device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
 
     def update(
-        self, expert: Tensor, merged: Tensor, stream_drift: Tensor | None = None, *, backend: str = "auto"
+        self,
+        expert: Tensor,
+        merged: Tensor,
+        stream_drift: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        backend: str = "auto",
     ) -> None:
         """Add rows (..., in) of the expert and of the merged network; leading dimensions are flattened.
 
         `stream_drift` (..., out): how far what the modules' outputs are added to has drifted, merged less expert (by default not at all; only
-        for a `ProjectedAccumulator`).
+        for a `ProjectedAccumulator`). `weights`: of the rows, flattened, finite and >= 0; None for ones.
         Raises `ShapeMismatchError` (another width, unequal rows), `NonFiniteGramError` (whose rows, how many); then nothing was added.
         """
         if merged.shape != expert.shape or merged.shape[-1] != self.width:
@@ -240,12 +262,14 @@ class Accumulator(ABC):
             return
         drift = merged - expert
         stream = None if stream_drift is None else self._stream_rows(stream_drift, len(drift))
-        sums = [self._column_sums(rows) for rows in (merged, drift, stream) if rows is not None]
+        if weights is not None:
+            weights = weights.to(merged.device, self.dtype)
+        sums = [self._column_sums(rows, weights) for rows in (merged, drift, stream) if rows is not None]
         if not all(bool(torch.isfinite(s).all()) for s in sums):
             self._report(expert, merged, stream)
-        self._add(expert, merged, drift, sums[1], stream, backend)
+        self._add(expert, merged, drift, sums[1], stream, weights, backend)
         self._sum += sums[0]
-        self.rows += merged.shape[0]
+        self.rows += merged.shape[0] if weights is None else float(weights.sum(dtype=torch.float64))
 
     @abstractmethod
     def moments(self, *, with_bias: bool = False) -> TaskMoments:
@@ -256,14 +280,21 @@ class Accumulator(ABC):
 
     @abstractmethod
     def _add(
-        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+        self,
+        expert: Tensor,
+        merged: Tensor,
+        drift: Tensor,
+        drift_sum: Tensor,
+        stream: Tensor | None,
+        weights: Tensor | None,
+        backend: str,
     ) -> None: ...
 
     def _stream_rows(self, stream_drift: Tensor, rows: int) -> Tensor:
         raise ConfigError(f"{self.name}: only a ProjectedAccumulator counts in the drift of the residual stream.")
 
-    def _column_sums(self, rows: Tensor) -> Tensor:
-        ones = torch.ones(1, rows.shape[0], dtype=self.dtype, device=rows.device)
+    def _column_sums(self, rows: Tensor, weights: Tensor | None) -> Tensor:
+        ones = torch.ones(1, rows.shape[0], dtype=self.dtype, device=rows.device) if weights is None else weights[None]
         return (ones @ rows.to(self.dtype))[0]
 
     def _whole_gram(self, with_bias: bool) -> Tensor:
@@ -317,10 +348,17 @@ class DriftAccumulator(Accumulator):
         self._drift_sum = torch.zeros(width, dtype=torch.float64, device=device)
 
     def _add(
-        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+        self,
+        expert: Tensor,
+        merged: Tensor,
+        drift: Tensor,
+        drift_sum: Tensor,
+        stream: Tensor | None,
+        weights: Tensor | None,
+        backend: str,
     ) -> None:
-        accumulate_cross_gram(self._cross, drift, merged, G=self._gram, backend=backend)
-        accumulate_gram(self._drift, drift, backend=backend)
+        accumulate_cross_gram(self._cross, drift, merged, weights, G=self._gram, backend=backend)
+        accumulate_gram(self._drift, drift, weights, backend=backend)
         self._drift_sum += drift_sum
 
     def moments(self, *, with_bias: bool = False) -> DriftMoments:
@@ -364,20 +402,29 @@ class ProjectedAccumulator(Accumulator):
             self._change = torch.zeros(outputs, outputs, dtype=dtype, device=device)
 
     def _add(
-        self, expert: Tensor, merged: Tensor, drift: Tensor, drift_sum: Tensor, stream: Tensor | None, backend: str
+        self,
+        expert: Tensor,
+        merged: Tensor,
+        drift: Tensor,
+        drift_sum: Tensor,
+        stream: Tensor | None,
+        weights: Tensor | None,
+        backend: str,
     ) -> None:
-        accumulate_gram(self._gram, merged, backend=backend)
+        accumulate_gram(self._gram, merged, weights, backend=backend)
         drifted = drift.to(self.dtype) @ self._expert.mT  # (rows, out)
         if stream is not None:
             drifted += stream
-        self._product.addmm_(drifted.mT, merged.to(self.dtype))
-        self._product_sum += drifted.sum(0, dtype=torch.float64)
-        self._drift += drifted.square_().sum(0, dtype=torch.float64)
+        counted = drifted if weights is None else drifted * weights[:, None]
+        self._product.addmm_(counted.mT, merged.to(self.dtype))
+        self._product_sum += counted.sum(0, dtype=torch.float64)
+        self._drift += drifted.mul_(counted).sum(0, dtype=torch.float64)
         changed = torch.addmm(self._change_of_bias, expert.to(self.dtype), self._task_vector.mT)
         if self._change.dim() == 2:
-            accumulate_gram(self._change, changed, backend=backend)
+            accumulate_gram(self._change, changed, weights, backend=backend)
         else:
-            self._change += changed.square_().sum(0, dtype=torch.float64)
+            squares = changed.square_()
+            self._change += (squares if weights is None else squares * weights[:, None]).sum(0, dtype=torch.float64)
 
     def _stream_rows(self, stream_drift: Tensor, rows: int) -> Tensor:
         outputs = self._expert.shape[0]

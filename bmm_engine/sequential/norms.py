@@ -4,6 +4,8 @@ A normalisation gives `o + g h (+ b)` for a feature, with h the normalised input
 network's inputs and y_t what expert t's normalisation gives on its own,
 
     g*, b* = argmin  sum_t beta_t / n_t sum_rows (o~ + g h~ + b - y_t)^2 + lam ((g - g_a)^2 + (b - b_a)^2).
+
+Where only a share a of the drift is corrected, y_t is a times that and (1 - a) times what the expert's gives on the merged network's inputs.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from bmm_engine.merging.stream import InputRecord
 from bmm_engine.models.architecture import is_head
 from bmm_engine.sequential.modules import Solved
 from bmm_engine.sequential.solve import drift_task_weights, relative_residuals
-from bmm_engine.solving.solve import relative_ridge
+from bmm_engine.solving.solve import overshot, relative_ridge
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -67,8 +69,11 @@ def find_norms(model: nn.Module, names: Mapping[str, str], plan: MergePlan) -> d
 class NormAccumulator:
     """One task's sums over rows, for each feature, in float64."""
 
-    def __init__(self, norm: Norm, expert: Sequence[Tensor | None], base: Sequence[Tensor | None]):
-        """`expert`, `base`: weight and bias (in,), in the dtype of the rows."""
+    def __init__(
+        self, norm: Norm, expert: Sequence[Tensor | None], base: Sequence[Tensor | None], drift_share: float = 1.0
+    ):
+        """`expert`, `base`: weight and bias (in,), in the dtype of the rows. `drift_share`: of the drift, how much is corrected."""
+        self.drift_share = drift_share
         self.norm, self.name, self.width = norm, norm.name, int(norm.module.get_parameter("weight").shape[0])
         self.rows = 0
         self.change = 0.0
@@ -87,7 +92,11 @@ class NormAccumulator:
         target, before = run(expert, *self._expert).double(), run(expert, *self._base).double()
         offset = run(merged, *self._zero).double()
         h = run(merged, *self._one).double() - offset
-        z = target - offset
+        aim = target
+        if self.drift_share != 1:
+            there = run(merged, *self._expert).double()
+            aim = there + self.drift_share * (target - there)
+        z = aim - offset
         if not (bool(torch.isfinite(h.sum())) and bool(torch.isfinite(z.sum()))):
             count = int((~torch.isfinite(expert).all(-1)).sum() + (~torch.isfinite(merged).all(-1)).sum())
             raise NonFiniteGramError(
@@ -106,6 +115,14 @@ class NormAccumulator:
         self.change += float((target - before).square().sum())
         self.rows += h.shape[0]
 
+    @property
+    def size(self) -> float:
+        """The Frobenius norm of the mean second moments of h (and the bias's 1), of all features together."""
+        squares = float((self.hh / self.rows).square().sum())
+        if self.norm.bias is not None:
+            squares += float((1 + 2 * (self.h / self.rows).square()).sum())
+        return math.sqrt(squares)
+
     def _check(self, rows: Tensor, h: Tensor, offset: Tensor) -> None:
         weight, bias = self._one
         twice = self.norm.run(rows, 2 * weight, bias).double()
@@ -118,15 +135,16 @@ class NormAccumulator:
 class NormSolver:
     """Fits gains and biases against an anchor's tensors."""
 
-    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource):
-        self.settings, self.inputs, self.anchor = plan.settings, inputs, anchor
+    def __init__(self, plan: MergePlan, inputs: Inputs, anchor: TensorSource, prior: float = 1.0):
+        """`prior`: how far the ridge pulls, as of modules."""
+        self.settings, self.inputs, self.anchor, self.prior = plan.settings, inputs, anchor, prior
 
     def accumulator(self, norm: Norm, t: int, dtype: torch.dtype) -> NormAccumulator:
         expert, base = (
             [None if name is None else self.inputs.load(source, name).to(dtype) for name in (norm.weight, norm.bias)]
             for source in (self.inputs.experts[t], self.inputs.base)
         )
-        return NormAccumulator(norm, expert, base)
+        return NormAccumulator(norm, expert, base, self.settings.sequential.drift)
 
     def solve(self, stage: str, norm: Norm, measured: Sequence[NormAccumulator], out: Solved) -> None:
         """Raises `EmptyCalibrationError`, `ConfigError`."""
@@ -140,9 +158,9 @@ class NormSolver:
         alpha = self.settings.alpha_setting.at(norm.weight, depth, tasks)
         scale = self.settings.scale_setting.at(norm.weight, depth, tasks)
         energies = [own.change / own.rows for own in measured]
-        betas = drift_task_weights(inputs.task_weights, energies, tasks, norm.name)
-        gain = inputs.load(self.anchor, norm.weight).double()
-        bias = torch.zeros_like(gain) if norm.bias is None else inputs.load(self.anchor, norm.bias).double()
+        betas = drift_task_weights(inputs.task_weights, energies, (own.size for own in measured), tasks, norm.name)
+        gain = self._prior(norm.weight, alpha)
+        bias = torch.zeros_like(gain) if norm.bias is None else self._prior(norm.bias, alpha)
         fitted_gain, fitted_bias, ridge = fit_norm(gain, bias, measured, betas, alpha, norm.bias is not None)
         before, after = (
             inputs.listed(relative_residuals([_misfit(own, *pair) for own in measured], energies))
@@ -156,6 +174,13 @@ class NormSolver:
                 base = inputs.load(inputs.base, name)
                 merged = fitted.to(base.dtype)
                 out.tensors[name] = merged if scale == 1 or ridge == math.inf else base + scale * (merged - base)
+
+    def _prior(self, name: str, alpha: float) -> Tensor:
+        """What the ridge pulls towards; at an infinite one the anchor."""
+        anchor = self.inputs.load(self.anchor, name).double()
+        if alpha == math.inf or self.prior == 1:
+            return anchor
+        return overshot(anchor, self.inputs.load(self.inputs.base, name).double(), self.prior)
 
 
 def fit_norm(

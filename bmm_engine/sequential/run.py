@@ -36,6 +36,7 @@ from bmm_engine.merging.stream import MergeStream, Piece, row_slabs
 from bmm_engine.progress import Report, track
 from bmm_engine.recipe.keywords import settings_of, takes_settings
 from bmm_engine.recipe.settings import MergeSettings
+from bmm_engine.sequential.again import Remeasure, check_remeasure, measured_again
 from bmm_engine.sequential.skeleton import Skeleton
 from bmm_engine.sequential.state import (
     DIAGNOSTICS,
@@ -116,8 +117,10 @@ def walk_models(
     *,
     progress: bool | None = None,
     report: Report = lambda line: None,
+    remeasure: Remeasure | None = None,
 ) -> MergeResult:
-    """`merge_sequential` of what is open and checked: what keywords and recipes come to. Raises as it does."""
+    """`merge_sequential` of what is open and checked: what keywords and recipes come to. `remeasure`: how, where the settings ask for it and do not
+    say. Raises as it does."""
     check_device(settings.device)
     calibration = statistics.batches
     if len(calibration) != len(models.experts):
@@ -134,6 +137,7 @@ def walk_models(
     of_anchor = statistics.of_anchor if "sensitivities" in settings.anchor_needs else ()
     anchor_plan = make_plan(prior, models, replace(statistics, sensitivities=(), anchor_sensitivities=of_anchor))
     anchor_plan.check_statistics()
+    again = check_remeasure(plan, remeasure)
     log_notes(plan)
     skeleton = Skeleton.of(models, plan)
     specs = destination.specs(plan.alignment)
@@ -150,7 +154,7 @@ def walk_models(
             SequentialWalk(plan, skeleton, calibration, Sweep(folder and folder / f"sweep-{n + 1}"), report)
             for n in range(settings.sequential.sweeps)
         ]
-        source = walk_all(walks, prior_source, stack, progress)
+        source = walk_all(walks, prior_source, stack, progress, again)
         result = MergeResult(plan, walks[-1].modules, inputs=walks[-1].inputs, diagnostics=diagnostics)
         if writer is None or folder is None:
             return replace(result, tensors=tensors_of(_written(source, Target(specs, None, buffers), progress), plan))
@@ -161,12 +165,21 @@ def walk_models(
         return replace(result, path=path)
 
 
-def walk_all(walks: Sequence[SequentialWalk], anchor: TensorSource, stack: ExitStack, progress: bool | None) -> Merged:
-    """Carry out sweeps, each with the result of the one before as its anchor; the result, which lasts as long as `stack`."""
+def walk_all(
+    walks: Sequence[SequentialWalk],
+    anchor: TensorSource,
+    stack: ExitStack,
+    progress: bool | None,
+    remeasure: Remeasure | None = None,
+) -> Merged:
+    """Carry out sweeps, each with the result of the one before as its anchor; the result, which lasts as long as `stack`. `remeasure`: measures the
+    sensitivities of the later ones."""
     source: TensorSource = anchor
-    for walk in walks:
+    for n, walk in enumerate(walks):
         stack.callback(walk.sweep.close)
-        walk.run(source, progress)
+        if n and remeasure is not None:
+            walk.weigh_by(measured_again(walk.plan, source, remeasure))
+        walk.run(source, progress, first=n == 0)
         source = Merged(source, walk.sweep)
     assert isinstance(source, Merged)
     return source
@@ -270,6 +283,7 @@ def _identity(plan: MergePlan, anchor_plan: MergePlan, skeleton: Skeleton) -> di
     algebra = {key: repr(value) for key, value in settings.options().items() if key not in apart}
     # Where hidden states are kept changes no bit.
     walked = {key: repr(value) for key, value in walk if key not in ("blocks", "mask", "walk_dtype", "hidden_memory")}
+    walked["remeasure"] = repr(bool(walk.remeasure))
     return as_texts(
         {
             "version": bmm_engine.__version__,

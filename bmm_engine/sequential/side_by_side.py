@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bmm_engine.models.calling import Padding
+from bmm_engine.models.calling import Padding, samples_of
 from bmm_engine.sequential.modules import Waiting
 from bmm_engine.sequential.passage import Passage
 from bmm_engine.sequential.reading import OtherRowsError, Read, Reader, Run
 from bmm_engine.sequential.reads import ExpertReads
 from bmm_engine.sequential.skeleton import Skeleton
+from bmm_engine.sequential.tokens import TokenRows
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,17 @@ class SideBySide:
         return [*([] if self.known else self.experts), *self.merged]
 
     def measure(
-        self, reader: Reader, accumulators: Sequence[Any], run_of: Callable[[Passage], Run], *, through: bool = False
+        self,
+        reader: Reader,
+        accumulators: Sequence[Any],
+        run_of: Callable[[Passage], Run],
+        *,
+        through: bool = False,
+        tokens: TokenRows | None = None,
     ) -> None:
         """Add what both read at an input to each expert's accumulator, or None where there is nothing to solve. With `through` the experts' hidden
-        states go on. Raises `OtherRowsError` where they read unlike numbers of rows, unless those are known to be routed."""
+        states go on. `tokens`: which rows count more, unless a router chooses them. Raises `OtherRowsError` where they read unlike numbers of rows,
+        unless those are known to be routed."""
         for t, accumulator in enumerate(accumulators):
             own_run = None if self.known else run_of(self.experts[t])
             if accumulator is None:
@@ -46,7 +54,13 @@ class SideBySide:
                     self._own(reader, t, b, own_run, through)
                 continue
             merged_run = run_of(self.merged[t])
-            waiting = Waiting(accumulator, self.skeleton.dtype, self.skeleton.device, outputs=reader.outputs)
+            waiting = Waiting(
+                accumulator,
+                self.skeleton.dtype,
+                self.skeleton.device,
+                outputs=reader.outputs,
+                tokens=None if reader.routed else tokens,
+            )
             for b, padding in enumerate(self.padding[t]):
                 own = self._own(reader, t, b, own_run, through)
                 drifted = own if reader.routed else reader.read(merged_run, b)
@@ -56,7 +70,7 @@ class SideBySide:
                         f"{reader.shared.leader}: reads {rows[0]} rows of batch {b} in expert {t}, {rows[1]} in the merged network"
                     )
                 for pair in zip(own, drifted, strict=True):
-                    waiting.add(*pair, padding)
+                    waiting.add(*pair, padding, samples_of(self.experts[t].batches[b]))
             waiting.flush()
 
     def _own(self, reader: Reader, t: int, batch: int, run: Run | None, through: bool) -> list[Read]:

@@ -6,6 +6,9 @@
 with G~_t and Q_t as in `moments.py`; ours, after arXiv 2605.12843. Without drift Q_t is 0, and it is plain BMM. With the drift of the residual stream
 counted in (`ProjectedAccumulator`), the first norm is that of `S~_t + X~_t W^T - S_t - X_t W_t^T`.
 
+With a `drift` share a in [0, 1] the target is `((1 - a) X~_t + a X_t) W_t^T`: of the drift, that of the stream too, the share a is corrected
+(FeatCal, arXiv 2605.13030). 0 is RegMean++'s target (arXiv 2508.03121), 1 the one above.
+
 A `hybrid` share g_t in [0, 1) counts the task vector U_t beside the rows of a task, by rows along it that do not drift:
 
     + sum_t beta_t g_t / (1 - g_t) tr(G~_t) / n_t || (W - W_t) U_t^T ||^2 / ||U_t||^2,
@@ -19,7 +22,7 @@ more: `+ gamma sum_t beta_t || mean(X~_t W^T - X_t W_t^T) ||^2`, which adds a ra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +40,8 @@ from bmm_engine.solving.weighted import solve_toward
 class DriftSolution:
     """`weight` (out, in) in the anchor's dtype; `ridge` and `jitter` of its factor (inf and 0 for the anchor itself).
 
-    `before`, `after`: per task `||X~ W^T - X W_t^T||_F^2 / n` of the anchor's weight and of the solution; `change`: per task
-    `||X U_t^T||_F^2 / n`, what fine-tuning changed there, or None where no `base` was given.
+    `before`, `after`: per task `||X~ W^T - X W_t^T||_F^2 / n` of the anchor's weight and of the solution (with the target that was chosen in the
+    place of X W_t^T); `change`: per task `||X U_t^T||_F^2 / n`, what fine-tuning changed there, or None where no `base` was given.
     """
 
     weight: Tensor
@@ -59,6 +62,7 @@ def solve_drift(
     filter: str = "ridge",
     directions: int | float | str | None = None,
     task_weights: Sequence[float] | str | None = None,
+    drift: float = 1.0,
     mean_weight: float = 0.0,
     hybrid: Sequence[float] | float = 0.0,
     metrics: Sequence[Tensor | OutputMetric] | None = None,
@@ -67,10 +71,10 @@ def solve_drift(
 ) -> DriftSolution:
     """The sequential MAP weight of one linear module (see the module's text), or of several that share their input, stacked along `out`.
 
-    `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`:
-    `DriftAccumulator.moments()`, or `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge,
-    `lam = alpha trace(A_0) / in`; inf gives the anchor. `task_weights`: None (all 1), a number per task, or "energy" (`1 / ||X_t U_t^T||^2`,
-    needs `base`). `mean_weight`: gamma above; `hybrid`: g above, of each task or of all (needs `base`; a bias in it does not count). Computed in
+    `anchor`, `experts[t]`, `base` (out, in), or [W | b] (out, in + 1) with moments that have a bias; `moments[t]`: `DriftAccumulator.moments()`, or
+    `ProjectedAccumulator.moments()` with the same experts. `alpha`: relative ridge, `lam = alpha trace(A_0) / in`; inf gives the anchor.
+    `task_weights`: None (all 1), a number per task, "energy" (`1 / ||X_t U_t^T||^2`, needs `base`) or "frobenius" (`1 / ||X~_t^T X~_t / n_t||_F`).
+    `drift`: a above; `mean_weight`: gamma above; `hybrid`: g above, of each task or of all (needs `base`; a bias in it does not count). Computed in
     float64, rounded once. `filter`, `directions`: how far each eigenvector of A_0 is followed, as in `bmm_engine.Filter`; with `metrics` not
     "exponential".
     `metrics[t]`: S_t (out, out), positive definite, how much errors of the outputs count (`bmm_engine.solving.weighted`; `output_metrics` makes one
@@ -101,8 +105,10 @@ def solve_drift(
         energy = tuple(
             m.weighted_energy(e - base, s) / m.rows for m, e, s in zip(moments, experts, weighing, strict=True)
         )
-    betas = drift_task_weights(task_weights, energy, len(experts), name)
+    betas = drift_task_weights(task_weights, energy, (own.norm for own in moments), len(experts), name)
     check_mean_weight(mean_weight)
+    check_drift(drift)
+    moments = [own.toward(drift) for own in moments]
     moments = _with_task_vectors(moments, experts, base, hybrid, name)
     factor = drift_factor(moments, betas, Filter(filter, directions), alpha=alpha, mean_weight=mean_weight, name=name)
     if weighing is None or factor is None:
@@ -114,17 +120,25 @@ def solve_drift(
 
 
 def drift_task_weights(
-    given: str | Sequence[float] | None, energies: Sequence[float] | None, tasks: int, name: str
+    given: str | Sequence[float] | None,
+    energies: Sequence[float] | None,
+    norms: Iterable[float],
+    tasks: int,
+    name: str,
 ) -> tuple[float, ...]:
-    """Task weights by name or number; "energy" from the tasks' `energies`. Raises `ConfigError`."""
+    """Task weights by name or number; "energy" from the tasks' `energies`, "frobenius" from the `norms` of their Grams. Raises `ConfigError`."""
     if given is None or given == "none":
         return (1.0,) * tasks
     if given == "energy":
         if energies is None:
             raise ConfigError(f"{name}: task_weights='energy' needs `base`, to form the task vectors.")
         return energy_weights(energies)
+    if given == "frobenius":
+        return energy_weights(list(norms))
     if isinstance(given, str):
-        raise ConfigError(f"{name}: task_weights must be None, 'none', 'energy' or one number per task, not {given!r}.")
+        raise ConfigError(
+            f"{name}: task_weights must be None, 'none', 'energy', 'frobenius' or one number per task, not {given!r}."
+        )
     weights = tuple(float(w) for w in given)
     check_task_weights(weights, tasks, name)
     return weights
@@ -155,6 +169,12 @@ def check_mean_weight(value: float) -> None:
     """Raise `ConfigError` unless it is finite and >= 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
         raise ConfigError(f"mean_weight must be a number >= 0, not {value!r}.")
+
+
+def check_drift(value: float) -> None:
+    """Raise `ConfigError` unless it is a share, in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ConfigError(f"drift must be a number in [0, 1], the share of the drift that is corrected, not {value!r}.")
 
 
 def drift_factor(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bmm_engine.errors import CollectionError
 from bmm_engine.merging.stream import InputRecord
 from bmm_engine.models.architecture import LinearModule
+from bmm_engine.models.roles import gives_keys
 from bmm_engine.sequential.modules import ModuleSolver, Part, Solved, Written
 from bmm_engine.sequential.norms import Norm, NormSolver
 from bmm_engine.sequential.passage import Passage
@@ -17,6 +18,7 @@ from bmm_engine.sequential.reading import OtherRowsError, Reader, Run, SharedInp
 from bmm_engine.sequential.replay import finished_parts
 from bmm_engine.sequential.side_by_side import SideBySide
 from bmm_engine.sequential.skeleton import Skeleton
+from bmm_engine.sequential.tokens import TokenRows, apart
 
 
 class StageSolver:
@@ -54,16 +56,20 @@ class StageSolver:
         *,
         advance: bool = False,
         prefix: str | None = None,
+        tokens: TokenRows | None = None,
     ) -> bool:
         """Solve the modules called `names` (live), in the order in which they read; those that the stage does not call are left. `earlier`: the
         records of the stages before.
 
         `block`: the block that it is, if it is one, with its `prefix` in live names, and `merged`: the merged network's tensors of it, kept up to
-        date. With `advance`, the experts' hidden states go on with the last pass. Returns whether they did.
+        date. With `advance`, the experts' hidden states go on with the last pass. Returns whether they did. `tokens`: which rows count more, but for
+        keys, values and normalisations.
         """
         names, prefix = set(names), f"{label}." if prefix is None else prefix
         listened = {name: m for name, m in self.model.named_modules() if name in names}
         found, through = shared_inputs(listened, self.norms, run_of(self.both.merged[0])), False
+        if tokens is not None:
+            found = apart(found)
         for shared in found:
             # What reads a part of the rows may be given them by a router, and have to be read again.
             through = advance and shared is found[-1] and shared.rows == self._rows_of_first_batch()
@@ -77,7 +83,8 @@ class StageSolver:
             measured = self._accumulators(parts, norm, stream=bool(outputs))
             with Reader(shared, listened[shared.leader], outputs).listening() as reader:
                 try:
-                    self.both.measure(reader, measured, run_of, through=through)
+                    weighed = None if norm is not None or gives_keys(shared.leader) else tokens
+                    self.both.measure(reader, measured, run_of, through=through, tokens=weighed)
                 except OtherRowsError as error:
                     if through:  # some hidden states have gone on
                         raise CollectionError(

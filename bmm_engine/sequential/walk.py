@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from bmm_engine.checkpoint import TensorSource
 from bmm_engine.checkpoint.rows_by_text import renumbered
-from bmm_engine.errors import CollectionError, EmptyCalibrationError
+from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError
 from bmm_engine.memory import release_free_memory
 from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import InputRecord, ModuleRecord
 from bmm_engine.models.architecture import LinearModule, is_head
-from bmm_engine.models.blocks import Weighted, before_blocks, without_cache
+from bmm_engine.models.blocks import Weighted, before_blocks, block_list, without_cache
 from bmm_engine.models.calling import evaluating, padding_of, samples_of, to_device
 from bmm_engine.models.heads import without_heads
 from bmm_engine.progress import Report, track
@@ -37,6 +37,7 @@ from bmm_engine.sequential.side_by_side import SideBySide
 from bmm_engine.sequential.skeleton import Block, Skeleton, label_of, reader_of
 from bmm_engine.sequential.stage import StageSolver
 from bmm_engine.sequential.state import Sweep
+from bmm_engine.sequential.tokens import TokenRows
 
 # What stands before a chain of blocks, by its name; a block; or what comes after the last chain.
 Stage = str | Block | None
@@ -96,6 +97,10 @@ class SequentialWalk:
             is_head(name, self.model) for name in (*self.stage.modules, *self.stage.norms)
         )  # then those are run
 
+    def weigh_by(self, plan: MergePlan) -> None:
+        """Take a plan that differs in its sensitivities. Before the walk is run."""
+        self.plan, self.expert_inputs = plan, Inputs(plan)
+
     @property
     def inputs(self) -> list[InputRecord]:
         """What was done at each input, in order."""
@@ -105,15 +110,17 @@ class SequentialWalk:
     def modules(self) -> list[ModuleRecord]:
         return [_as_record(ModuleRecord, raw) for stage in self.sweep.records for raw in stage["modules"]]
 
-    def run(self, anchor: TensorSource, progress: bool | None = None) -> None:
-        """Solve everything against the tensors of `anchor` (float32 or wider, by the base's names).
+    def run(self, anchor: TensorSource, progress: bool | None = None, *, first: bool = True) -> None:
+        """Solve everything against the tensors of `anchor` (float32 or wider, by the base's names). Only the `first` sweep overshoots it, by the
+        settings' `prior`: later ones start from what was solved.
 
         Raises `CollectionError`, `EmptyCalibrationError`, `NonFiniteGramError`, what a solve raises, `OutputWriteError`."""
         self.anchor = anchor
         samples = [sum(map(samples_of, passage.batches)) for passage in self.both.experts]
+        prior = self.plan.settings.prior if first else 1.0
         self.stage.against(
-            ModuleSolver(self.plan, self.expert_inputs, anchor, samples),
-            NormSolver(self.plan, self.expert_inputs, anchor),
+            ModuleSolver(self.plan, self.expert_inputs, anchor, samples, prior),
+            NormSolver(self.plan, self.expert_inputs, anchor, prior),
         )
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
@@ -148,6 +155,10 @@ class SequentialWalk:
         """Find the chains of blocks on the first batch."""
         passage = self.both.merged[0]
         why = self.skeleton.order(passage.read, to_device(passage.batches[0], self.skeleton.device))
+        if why is not None and self.options.token_rows != "all":
+            raise ConfigError(
+                f"token_rows = {self.options.token_rows!r} needs blocks, and the model is walked as a whole ({why}); say token_rows: all."
+            )
         if why is not None:
             self.report(f"the model is walked as a whole, not block by block: {why}")
 
@@ -291,6 +302,7 @@ class SequentialWalk:
                 block,
                 shared,
                 advance=goes_on,
+                tokens=self._tokens(place),
             )
         for passage in passages:
             if goes_on and not (advanced and passage in self.both.experts):
@@ -300,6 +312,15 @@ class SequentialWalk:
                     passage.walking().advance(batch, run(batch))
         self._clear(passages)
         return label
+
+    def _tokens(self, place: Block) -> TokenRows | None:
+        """Which rows count more in a block: in none but the last of the last chain."""
+        options, (chain, index) = self.options, place
+        last = chain == self.skeleton.chains[-1]
+        if options.token_rows == "all" or not last:
+            return None
+        count = len(block_list(self.model, chain))
+        return TokenRows(options.token_rows, options.token_weight) if index >= count - options.token_blocks else None
 
     def _after_blocks(self) -> str:
         label = "after the blocks"

@@ -72,7 +72,7 @@ def relative_ridge(alpha: float, trace: float, width: int) -> float:
 
 
 def energy_weights(energies: Sequence[float]) -> tuple[float, ...]:
-    """`beta_t = 1 / tr(U_t G_t U_t^T)`, scaled to mean 1; a zero energy gets the largest finite weight of the others, or 1."""
+    """`beta_t = 1 / tr(U_t G_t U_t^T)` (or of norms), scaled to mean 1; a zero energy gets the largest finite weight of the others, or 1."""
     finite = [1.0 / e for e in energies if e > 0]
     top = max(finite, default=1.0)
     raw = [1.0 / e if e > 0 else top for e in energies]
@@ -89,6 +89,19 @@ def task_energy(moment: Moment, task_vector: Tensor) -> float:
         with one_thread():  # a sum of all elements is cut by threads
             total += float((applied * rows).sum())
     return total
+
+
+def frobenius_norm(moment: Moment, device: torch.device | str = "cpu") -> float:
+    """`||G||_F`, in float64."""
+    gram = torch.zeros(moment.width, moment.width, dtype=torch.float64, device=device)
+    moment.add_to(gram, 1.0)
+    return matrix_norm(gram)
+
+
+def matrix_norm(matrix: Tensor) -> float:
+    """`||M||_F` (rows, columns), in float64, by blocks of rows."""
+    with one_thread():  # a sum of all elements is cut by threads
+        return math.sqrt(sum(float(rows.double().square().sum()) for rows in matrix.split(BLOCK_ROWS)))
 
 
 def factorize(
@@ -202,6 +215,11 @@ def residual_of(
     return out
 
 
+def overshot(anchor: Tensor, base: Tensor, prior: float) -> Tensor:
+    """What a ridge pulls towards, `prior W_a + (1 - prior) W_0` (out, in): the anchor itself at 1, beyond it above (FeatCal, arXiv 2605.13030)."""
+    return anchor if prior == 1 else base + prior * (anchor - base)
+
+
 def solve_with_factor(
     anchor: Tensor, experts: Sequence[Tensor], moments: Sequence[Moment], factor: Factor | SpectralFactor
 ) -> Tensor:
@@ -233,7 +251,7 @@ def solve_map(
     `anchor` (out, in) or (batch, out, in); `experts[t]` of the same shape; `grams[t]` (in, in) or (batch, in, in), mean second moments.
     Modules that share their input are solved as one, stacked along `out`. Any float dtype; computed in float64, rounded once.
     `alpha` relative ridge (`lam = alpha trace(A_0) / in`; inf gives the anchor; 0 is RegMean, Jin et al. 2023) or `ridge` absolute.
-    `task_weights`: None (all 1), a number per task, or "energy" (`1 / tr(U_t G_t U_t^T)`, needs `base`).
+    `task_weights`: None (all 1), a number per task, "energy" (`1 / tr(U_t G_t U_t^T)`, needs `base`) or "frobenius" (`1 / ||G_t||_F`).
     `filter`, `directions`: how far each eigenvector of A_0 is followed, as in `bmm_engine.Filter`: `W_a + R Q diag(f(e) / e) Q^T`.
 
     Raises `ShapeMismatchError`, `NonFiniteWeightError`, `NonFiniteGramError`, `NotPositiveDefiniteError`, `ConfigError`.
@@ -348,8 +366,12 @@ def _resolve_task_weights(
             raise ConfigError(f"{name}: task_weights='energy' needs `base`, to form the task vectors.")
         own = (base if index is None else base[index]).double()
         return energy_weights([task_energy(g, e.double() - own) for g, e in zip(moments, experts, strict=True)])
+    if given == "frobenius":
+        return energy_weights([frobenius_norm(g, experts[0].device) for g in moments])
     if isinstance(given, str):
-        raise ConfigError(f"{name}: task_weights must be None, 'none', 'energy' or one number per task, not {given!r}.")
+        raise ConfigError(
+            f"{name}: task_weights must be None, 'none', 'energy', 'frobenius' or one number per task, not {given!r}."
+        )
     return tuple(float(w) for w in given)
 
 

@@ -200,7 +200,7 @@ def test_core_space_says_which_rules_and_values_do_not_fit():
     for options, words in [
         ({"rule": "tie"}, "did you mean 'ties'"),
         ({"rule": "slerp"}, "'slerp'.*order of the experts"),
-        ({"rule": "regmean"}, "'regmean'.*needs grams"),
+        ({"rule": "regmean"}, "'regmean'.*measured on data"),
         ({"rule": "core_space"}, "bases of its own"),
         ({"rule": "ties", "rule_parameters": {"densty": 0.3}}, "did you mean 'density'"),
         ({"rule": "ties", "rule_parameters": {"weight": [1.0, 2.0, 3.0]}}, "weight must have one value"),

@@ -31,12 +31,15 @@ def outputs(model, architecture):
     [
         {},
         {"alpha": 1e-3, "scale": 1.3},
+        {"alpha": 1.0, "prior": 2.2},
         {"task_weights": "energy"},
+        {"task_weights": "frobenius"},
+        {"task_weights": "frobenius", "gram_source": "hybrid", "hybrid": 0.3},
         {"gram_source": "task_vectors"},
         {"gram_source": "hybrid", "hybrid": 0.3},
-        {"alpha": math.inf},
+        {"alpha": math.inf, "prior": 2.0},
     ],
-    ids=["data", "scaled", "energy", "data-free", "hybrid", "anchor"],
+    ids=["data", "scaled", "overshot", "energy", "frobenius", "frobenius hybrid", "data-free", "hybrid", "anchor"],
 )
 def test_checkpoint_merge_equals_the_reference(architecture, options, tmp_path):
     base, experts, base_path, paths = family(architecture, tmp_path)
@@ -54,12 +57,11 @@ def test_checkpoint_merge_equals_the_reference(architecture, options, tmp_path):
     loaded, info = type(base).from_pretrained(result.path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    energy = options.pop("task_weights", None) == "energy"
+    weights = options.pop("task_weights", None)
+    options |= {"energy": weights == "energy", "frobenius": weights == "frobenius"}
     # Grams are stored in float32: their rounding reaches the solution multiplied by the condition number, at most in / alpha.
     tolerance = torch.finfo(torch.float32).eps * (16 + 2 / options["alpha"])
-    truth = reference_merge(
-        base, experts, batches, gram_source=source, share=options.pop("hybrid", 0.5), energy=energy, **options
-    )
+    truth = reference_merge(base, experts, batches, gram_source=source, share=options.pop("hybrid", 0.5), **options)
     own = loaded.state_dict()
     for name, tensor in truth.state_dict().items():
         if tensor.is_floating_point():

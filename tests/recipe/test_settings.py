@@ -25,6 +25,7 @@ OTHER = {
     "filter": "exponential",
     "directions": 0.65,
     "calibrate": "svc",
+    "prior": 2.0,
     "scale": 1.5,
     "task_weights": (1.0, 0.5),
     "sensitivity_share": 0.5,
@@ -76,6 +77,7 @@ def test_a_record_of_keywords_is_a_recipe_of_the_same_settings():
 def test_keywords_of_the_walk_are_keys_of_its_section():
     assert set(keywords_of("sequential")) - set(keywords_of("plain")) == set(SequentialOptions.model_fields)
     assert set(SequentialOptions.model_fields) - set(SequentialRecipe.model_fields) == {"mask", "walk_dtype"}
+    assert settings_of("sequential", {"sweeps": 2, "remeasure": print}).plain()["sequential"]["remeasure"] is True
 
 
 def test_what_a_mode_leaves_open():
@@ -96,8 +98,12 @@ def test_what_a_mode_leaves_open():
         ({"directions": 0}, r"directions = 0: it must be a whole number >= 1, a share \(0 < share <= 1"),
         ({"directions": 1.5}, "directions = 1.5: it must be"),
         ({"directions": "median"}, "directions = 'median': .*'participation' or 'gavish_donoho'"),
+        ({"prior": math.inf}, "prior = inf: .*finite"),
         ({"scale": math.nan}, "scale = nan: it must be finite"),
-        ({"task_weights": "some"}, "task_weights = 'some': it must be 'none', 'energy' or one number per expert"),
+        (
+            {"task_weights": "some"},
+            "task_weights = 'some': it must be 'none', 'energy', 'frobenius' or one number per expert",
+        ),
         ({"sensitivity_share": 1.0}, r"sensitivity_share = 1\.0: .*less than 1"),
         ({"vocabulary": "trim"}, "vocabulary = 'trim': .*'error', 'crop' or 'pad'"),
         ({"normalization": 3}, "normalization = 3"),

@@ -61,7 +61,8 @@ def check(problem, live, writer, candidate):
     tasks, grams = problem.tasks, problem.statistics.grams or "task_vectors"
     merged = merge(
         tasks.base, tasks.experts, grams=grams, dtype="float32", fit_bias=problem.settings.fit_bias, progress=False,
-        filter=problem.settings.filter, directions=problem.settings.directions, **problem.settings_of(candidate),
+        filter=problem.settings.filter, directions=problem.settings.directions,
+        prior=problem.settings.prior, **problem.settings_of(candidate),
     ).tensors  # fmt: skip
     for name, tensor in live.parameters.items():
         # A spectral factor in float32 against a Cholesky in float64, relative to the largest entry of the tensor.
@@ -71,7 +72,7 @@ def check(problem, live, writer, candidate):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("data", [True, False], ids=["data", "data-free"])
 def test_a_written_candidate_is_the_merge_it_stands_for(architecture, data):
-    problem = problem_of(architecture, data=data, depth_bins=2, scales="group", weightings=["none", "energy"])
+    problem = problem_of(architecture, data=data, depth_bins=2, scales="group", weightings=["none", "frobenius"])
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")
@@ -104,8 +105,9 @@ def test_a_filter_of_the_recipe_is_that_of_its_trials(own, free):
         check(problem, runner.live, runner.writer, replace(candidate, task_weights=weights))
 
 
-def test_biases_that_are_solved_with_the_weights():
-    problem = problem_of("bert", fit_bias=True, groups="role")
+@pytest.mark.parametrize("options", [{}, {"own": {"prior": 2.0}, "scales": "fixed"}], ids=["at the anchor", "overshot"])
+def test_biases_that_are_solved_with_the_weights(options):
+    problem = problem_of("bert", fit_bias=True, groups="role", **options)
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")
@@ -114,9 +116,9 @@ def test_biases_that_are_solved_with_the_weights():
         check(problem, live, writer, candidate)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_free_task_weights(architecture):
-    problem = problem_of(architecture, groups="role", scales="group", weightings="free")
+@pytest.mark.parametrize(("architecture", "prior"), [("bert", 1.0), ("gpt2", 1.5)])
+def test_free_task_weights(architecture, prior):
+    problem = problem_of(architecture, own={"prior": prior}, groups="role", scales="group", weightings="free")
     with open_executor() as executor:
         prepared = prepare(problem, lambda: problem, executor)
     live = problem.tasks.live(problem.plan, "cpu")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from bmm_engine import collect_grams, merge, merge_sequential
+from bmm_engine import collect_grams, collect_sequential, merge, merge_sequential
 from bmm_engine.errors import CollectionError, ConfigError, EmptyCalibrationError, NonFiniteGramError
 from tests.numerics import relative_error
 from tests.reference_merge import linear_names
@@ -49,23 +50,76 @@ def assert_close(found, truth, tolerance):
         {},
         {"fit_bias": False, "energy": False, "alpha": 0.01},
         {"scale": 0.7, "alpha": 1.0},
+        {"energy": "frobenius", "norms": True},
         {"target": "module"},
+        {"drift": 0.3, "norms": True},
+        {"drift": 0.0, "target": "module", "fit_bias": False},
+        {"prior": 2.0, "alpha": 0.3, "sweeps": 2, "norms": True},
         {"mean_weight": 10.0},
         {"task_vector_samples": 0.0},
         {"sweeps": 2},
         {"norms": True},
     ],
-    ids=["defaults", "plain", "scaled", "section 7", "means", "measured alone", "sweeps", "norms"],
+    ids=[
+        "defaults",
+        "plain",
+        "scaled",
+        "frobenius",
+        "section 7",
+        "a share of drift",
+        "no drift",
+        "overshot",
+        "means",
+        "measured alone",
+        "sweeps",
+        "norms",
+    ],
 )
 def test_it_is_the_formula_walked_through_the_network(architecture, options):
     base, experts, batches = problem(architecture)
     truth = reference_sequential(base, experts, [double(b) for b in batches], **options)
     given = {k: v for k, v in options.items() if k not in ("energy", "norms")}
-    given["task_weights"] = "energy" if options.get("energy", True) else None
+    given["task_weights"] = {True: "energy", False: None}.get(options.get("energy", True), "frobenius")
     given["norms"] = "fit" if options.get("norms") else "anchor"
     wide = [copy.deepcopy(m).double() for m in (base, *experts)]
     assert_close(merge_sequential(wide[0], wide[1:], [double(b) for b in batches], **given).tensors, truth, 1e-9)
     assert_close(merge_sequential(base, experts, batches, **given).tensors, truth, 1e-4)
+
+
+LAST = {  # modules of the last block whose rows are weighed: all but keys, values and what gives them too
+    "bert": r"layer\.1\.(.*query|.*dense)$",
+    "vit": r"layers\.1\.(.*q_proj|.*o_proj|mlp.*)$",
+    "llama": r"layers\.1\.(.*q_proj|.*o_proj|mlp.*)$",
+    "gpt2": r"h\.1\.(.*c_proj|mlp.*)$",
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["cls", "last"])
+@pytest.mark.parametrize("options", [{}, {"mean_weight": 5.0, "fit_bias": False}], ids=["defaults", "means"])
+def test_the_token_that_is_read_counts_most_in_the_last_block(architecture, kind, options):
+    base, experts, batches = problem(architecture)
+    own, wide = [double(b) for b in batches], [copy.deepcopy(m).double() for m in (base, *experts)]
+    tokens = {"modules": LAST[architecture], "rows": {"kind": kind, "weight": 0.05}}
+    truth = reference_sequential(base, experts, own, tokens=tokens, **options)
+    found = merge_sequential(wide[0], wide[1:], own, token_rows=kind, token_weight=0.05, **options)
+    assert_close(found.tensors, truth, 1e-9)
+    plain = reference_sequential(base, experts, own, **options).state_dict()
+    touched = {
+        n for n in linear_names(base) if relative_error(found.tensors[f"{n}.weight"], plain[f"{n}.weight"]) > 1e-6
+    }
+    weighed = {n for n in linear_names(base) if re.search(LAST[architecture], n)}
+    assert weighed <= touched
+    assert all(".1." in n or "pooler" in n for n in touched)
+
+
+def test_rows_that_count_alike_are_all_rows():
+    base, experts, batches = problem("llama")
+    equal = {"token_rows": "last", "token_weight": 1.0, "token_blocks": 9, "task_vector_samples": 0}
+    # Energy weights are those of modules that are solved together, and queries are solved apart here.
+    found = merge_sequential(base, experts, batches, **equal, task_weights=None).tensors
+    plain = merge_sequential(base, experts, batches, task_vector_samples=0, task_weights=None).tensors
+    assert_close(found, {name: tensor.double() for name, tensor in body(plain).items()}, 1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -127,11 +181,29 @@ def test_without_drift_it_is_plain_bmm(architecture, fit_bias):
     assert max(differ) > 1e-4
 
 
+def test_a_share_of_zero_is_the_target_of_regmean_plusplus():
+    """Where the experts' blocks still read what the merged one reads: at the first input of the first block, which has drifted since embeddings are
+    merged."""
+    base, experts, batches = problem("bert")
+    wide, own = [copy.deepcopy(m).double() for m in (base, *experts)], [double(b) for b in batches]
+    rule = {"shrink": 1.0, "ridge": 0.03}
+    grams = collect_sequential(wide[0], wide[1:], own, **rule)
+    truth = merge(wide[0], wide[1:], anchor="regmean_plusplus", anchor_parameters=rule, grams=grams, alpha=math.inf)
+    options = {"task_weights": None, "fit_bias": False, "task_vector_samples": 0, "alpha": 0.03}
+    none, all_of_it = (merge_sequential(wide[0], wide[1:], own, drift=a, **options) for a in (0.0, 1.0))
+    names = none.inputs[0].modules
+    assert len(names) == 3
+    for name in names:
+        key = f"{name}.weight"
+        assert relative_error(none.tensors[key], truth.tensors[key]) < 1e-9
+        assert relative_error(all_of_it.tensors[key], truth.tensors[key]) > 1e-3
+
+
 def test_an_infinite_ridge_is_the_anchor_and_any_anchor_will_do():
     base, experts, batches = problem("bert")
     for anchor in ("average", "ties", "tsv_m"):
         own = merge(base, experts, anchor=anchor, alpha=math.inf).tensors
-        found = merge_sequential(base, experts, batches, anchor=anchor, alpha=math.inf).tensors
+        found = merge_sequential(base, experts, batches, anchor=anchor, alpha=math.inf, prior=2.0, norms="fit").tensors
         assert all(torch.equal(found[n], own[n]) for n in own)
         truth = reference_sequential(base, experts, [double(b) for b in batches], anchor=own)
         assert_close(merge_sequential(base, experts, batches, anchor=anchor).tensors, truth, 1e-4)
@@ -293,6 +365,7 @@ def test_bad_inputs_are_refused(tmp_path):
         ("expert 1: its calibration set is empty", EmptyCalibrationError, {"batches": [batches[0], []]}),
         ("sweeps = 0: .*greater than or equal to 1", ConfigError, {"sweeps": 0}),
         ("norms = 'all': .*'anchor' or 'fit'", ConfigError, {"norms": "all"}),
+        (r"drift = 1\.5: .*less than or equal to 1", ConfigError, {"drift": 1.5}),
         ("mean_weight = -1.0: .*greater than or equal to 0", ConfigError, {"mean_weight": -1.0}),
         ("task_vector_samples = inf: .*finite", ConfigError, {"task_vector_samples": math.inf}),
         ("target = 'sum': .*'stream' or 'module'", ConfigError, {"target": "sum"}),

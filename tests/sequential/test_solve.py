@@ -19,10 +19,10 @@ def rows(generator, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def truth_of(anchor, experts, own, merged, streams, betas, alpha, gamma, pseudo):
+def truth_of(anchor, experts, own, merged, streams, betas, alpha, drift, gamma, pseudo):
     """By the normal equations of all rows stacked; and each task's squared misfit over n for any weight. `pseudo[t]`: rows along the task vector,
     for which the expert's own weight is the aim."""
-    aims = [x @ w.T - s for x, w, s in zip(own, experts, streams)]
+    aims = [(drift * x + (1 - drift) * y) @ w.T - drift * s for x, y, w, s in zip(own, merged, experts, streams)]
     weights = [torch.eye(len(y), dtype=y.dtype) + gamma / len(y) for y in merged]  # of pairs of rows
     a = sum(b * (y.T @ m @ y / len(y) + p.T @ p) for b, y, m, p in zip(betas, merged, weights, pseudo))
     lam = alpha * a.trace() / len(a)
@@ -42,10 +42,11 @@ def truth_of(anchor, experts, own, merged, streams, betas, alpha, gamma, pseudo)
     st.integers(1, 9),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([0.0, 0.3, 1.0]),
     st.sampled_from([0.0, 10.0]),
     st.sampled_from([0.0, 0.2, 0.9]),
 )
-def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_stream, gamma, share):
+def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_stream, drift, gamma, share):
     g = torch.Generator().manual_seed(seed)
     counts = [4 + 3 * t for t in range(tasks)]
     own = [rows(g, n, width) for n in counts]
@@ -57,8 +58,8 @@ def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_
     general = [bmm.DriftAccumulator(width, dtype=torch.float64) for _ in experts]
     for t in range(tasks):
         for part in (slice(0, 3), slice(3, None)):
-            drift = [streams[t][part]] if with_stream else []
-            projected[t].update(own[t][part], merged[t][part], *drift)
+            stream = [streams[t][part]] if with_stream else []
+            projected[t].update(own[t][part], merged[t][part], *stream)
             general[t].update(own[t][part], merged[t][part])
     if with_bias:
         own, merged = ([torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) for x in xs] for xs in (own, merged))
@@ -70,12 +71,11 @@ def test_it_minimises_what_it_says(seed, tasks, width, outputs, with_bias, with_
         math.sqrt(g / (1 - g) * float(y.square().sum()) / len(y)) * u / u.norm()
         for u, y, g in zip(pseudo, merged, shares)
     ]
-    truth, misfit = truth_of(anchor, experts, own, merged, streams, betas, 0.1, gamma, pseudo)
+    truth, misfit = truth_of(anchor, experts, own, merged, streams, betas, 0.1, drift, gamma, pseudo)
     for accumulators in (projected, general)[: 1 if with_stream else 2]:
         moments = [a.moments(with_bias=with_bias) for a in accumulators]
-        found = bmm.solve_drift(
-            anchor, experts, moments, alpha=0.1, task_weights="energy", mean_weight=gamma, hybrid=shares, base=base
-        )
+        options = {"drift": drift, "mean_weight": gamma, "hybrid": shares}
+        found = bmm.solve_drift(anchor, experts, moments, alpha=0.1, task_weights="energy", base=base, **options)
         assert relative_error(found.weight, truth) < 1e-9
         assert found.change == pytest.approx(changes, rel=1e-9)
         assert found.task_weights == pytest.approx(betas, rel=1e-9)
@@ -178,6 +178,8 @@ def test_bad_arguments_are_refused():
         bmm.solve_drift(weight, [weight], own, alpha=1.0, hybrid=0.5)
     with pytest.raises(ConfigError, match=r"a hybrid share must be in \[0, 1\), not 1.0"):
         bmm.solve_drift(weight, [weight], own, alpha=1.0, hybrid=1.0, base=weight)
+    with pytest.raises(ConfigError, match=r"drift must be a number in \[0, 1\], .*not 1\.5"):
+        bmm.solve_drift(weight, [weight], own, alpha=1.0, drift=1.5)
     with pytest.raises(ConfigError, match="2 hybrid shares for 1 experts"):
         bmm.solve_drift(weight, [weight], own, alpha=1.0, hybrid=[0.1, 0.2], base=weight)
     with pytest.raises(ConfigError, match="was measured without biases"):

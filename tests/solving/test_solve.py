@@ -172,6 +172,19 @@ def test_given_and_energy_task_weights():
     close(solution.weight, oracle(anchor, experts, grams, 0.1, expected))
 
 
+def test_frobenius_task_weights_do_not_see_how_large_the_inputs_of_a_task_are():
+    anchor, experts, grams = make(dtype=torch.float64)
+    grams = [g.double() for g in grams]
+    inverse = [1 / float(torch.linalg.matrix_norm(g)) for g in grams]
+    solution = solve_map(anchor, experts, grams, alpha=0.1, task_weights="frobenius")
+    assert solution.task_weights[0] == pytest.approx([w * 3 / sum(inverse) for w in inverse], rel=1e-12)
+    truth = oracle(anchor, experts, grams, 0.1, inverse)
+    assert relative_error(solution.weight, truth) < 1e-12
+    grown = [1e3 * grams[0], *grams[1:]]
+    assert relative_error(solve_map(anchor, experts, grown, alpha=0.1, task_weights="frobenius").weight, truth) < 1e-12
+    assert relative_error(solve_map(anchor, experts, grown, alpha=0.1).weight, truth) > 1e-2
+
+
 def test_energy_weights_of_a_zero_task_vector():
     assert energy_weights([0.0, 0.0]) == (1.0, 1.0)
     weights = energy_weights([4.0, 0.0, 1.0])
