@@ -84,8 +84,9 @@ def test_a_plain_merge_is_the_formula(architecture, more, chosen):
     assert all(record.jitter == 0 for record in found.modules)
 
 
-@each_filter
-@pytest.mark.parametrize("anchor", ["task_arithmetic", "tsv_m"])
+@pytest.mark.parametrize(
+    ("anchor", "chosen"), [(("task_arithmetic", "tsv_m")[i % 2], chosen) for i, chosen in enumerate(FILTERS)]
+)
 def test_any_anchor_will_do_and_at_an_infinite_ridge_it_is_the_result(anchor, chosen):
     base, experts, _ = doubles("bert")
     options, response = FILTERS[chosen]
@@ -111,7 +112,7 @@ def test_the_order_of_the_experts_does_not_matter_to_a_bit(chosen):
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize(("architecture", "chosen"), [*(("bert", own) for own in FILTERS), ("gpt2", "swudi")])
+@pytest.mark.parametrize(("architecture", "chosen"), [("bert", "exponential"), ("bert", "swudi-a"), ("gpt2", "swudi")])
 def test_a_walk_is_the_formula(architecture, chosen):
     base, experts, batches = problem(architecture)
     options, response = FILTERS[chosen]

@@ -43,36 +43,34 @@ def assert_close(found, truth, tolerance):
         assert relative_error(found[name], tensor) < tolerance, name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+WALKS = {
+    "defaults": {},
+    "plain": {"fit_bias": False, "energy": False, "alpha": 0.01},
+    "scaled": {"scale": 0.7, "alpha": 1.0},
+    "section 7": {"target": "module"},
+    "means": {"mean_weight": 10.0},
+    "measured alone": {"task_vector_samples": 0.0},
+    "sweeps": {"sweeps": 2},
+    "norms": {"norms": True},
+}
+# What does not depend on the kind of network.
+ONCE = {
+    "gpt2": {"frobenius": {"energy": "frobenius", "norms": True}},
+    "bert": {"a share of drift": {"drift": 0.3, "norms": True}},
+    "vit": {"no drift": {"drift": 0.0, "target": "module", "fit_bias": False}},
+    "llama": {
+        "a share of drift": {"drift": 0.3, "norms": True},
+        "overshot": {"prior": 2.0, "alpha": 0.3, "sweeps": 2, "norms": True},
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "architecture"),
     [
-        {},
-        {"fit_bias": False, "energy": False, "alpha": 0.01},
-        {"scale": 0.7, "alpha": 1.0},
-        {"energy": "frobenius", "norms": True},
-        {"target": "module"},
-        {"drift": 0.3, "norms": True},
-        {"drift": 0.0, "target": "module", "fit_bias": False},
-        {"prior": 2.0, "alpha": 0.3, "sweeps": 2, "norms": True},
-        {"mean_weight": 10.0},
-        {"task_vector_samples": 0.0},
-        {"sweeps": 2},
-        {"norms": True},
-    ],
-    ids=[
-        "defaults",
-        "plain",
-        "scaled",
-        "frobenius",
-        "section 7",
-        "a share of drift",
-        "no drift",
-        "overshot",
-        "means",
-        "measured alone",
-        "sweeps",
-        "norms",
+        pytest.param(options, architecture, id=f"{name}-{architecture}")
+        for architecture in ARCHITECTURES
+        for name, options in (WALKS | ONCE[architecture]).items()
     ],
 )
 def test_it_is_the_formula_walked_through_the_network(architecture, options):
@@ -94,9 +92,16 @@ LAST = {  # modules of the last block whose rows are weighed: all but keys, valu
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kind", ["cls", "last"])
-@pytest.mark.parametrize("options", [{}, {"mean_weight": 5.0, "fit_bias": False}], ids=["defaults", "means"])
+@pytest.mark.parametrize(
+    ("architecture", "kind", "options"),
+    [
+        ("bert", "cls", {}),
+        ("vit", "cls", {"mean_weight": 5.0, "fit_bias": False}),
+        ("gpt2", "last", {"mean_weight": 5.0, "fit_bias": False}),
+        ("llama", "last", {}),
+    ],
+    ids=str,
+)
 def test_the_token_that_is_read_counts_most_in_the_last_block(architecture, kind, options):
     base, experts, batches = problem(architecture)
     own, wide = [double(b) for b in batches], [copy.deepcopy(m).double() for m in (base, *experts)]
