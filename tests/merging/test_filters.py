@@ -51,7 +51,7 @@ def doubles(architecture):
 
 
 SOURCES = {
-    "data": {"gram_source": "data", "scale": 1.3},
+    "data, overshot": {"gram_source": "data", "scale": 1.3, "prior": 1.5},
     "biases, energy": {"gram_source": "data", "fit_bias": True, "energy": True},
     "data-free": {"gram_source": "task_vectors"},
     "hybrid": {"gram_source": "hybrid"},
@@ -78,6 +78,7 @@ def test_a_plain_merge_is_the_formula(architecture, more, chosen):
         else source
     )
     given = {"scale": more.get("scale", 1.0), "fit_bias": more.get("fit_bias", False), "alpha": 0.2, "progress": False}
+    given["prior"] = more.get("prior", 1.0)
     given["task_weights"] = "energy" if more.get("energy") else None
     found = bmm.merge(base, experts, grams=grams, hybrid=0.5 if source == "hybrid" else None, **given, **options)
     assert_close(found.tensors, truth.state_dict(), 1e-9)
@@ -116,7 +117,7 @@ def test_the_order_of_the_experts_does_not_matter_to_a_bit(chosen):
 def test_a_walk_is_the_formula(architecture, chosen):
     base, experts, batches = problem(architecture)
     options, response = FILTERS[chosen]
-    more = {"alpha": 0.2, "mean_weight": 2.0}
+    more = {"alpha": 0.2, "mean_weight": 2.0, "prior": 1.5}
     batches = [double(own) for own in batches]
     truth = reference_sequential(base, experts, batches, response=response, **more)
     wide = [copy.deepcopy(m).double() for m in (base, *experts)]

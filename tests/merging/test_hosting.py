@@ -11,6 +11,7 @@ import transformers
 from safetensors.torch import load_file
 
 import bmm_engine as bmm
+from bmm_engine.anchors.calibration.svc import svc
 from bmm_engine.checkpoint.names import change_prefix, prefix_exchanges
 from bmm_engine.errors import ConfigError, MissingTensorError, ShapeMismatchError
 from bmm_engine.pipeline.run import plan_recipe, prepare_recipe
@@ -122,9 +123,17 @@ def test_unequal_vocabularies_keep_the_hosts(tmp_path):
 
 def test_any_rule_may_have_a_host_and_solves_beside_it(people):
     """By place or name, wherever it is listed; what is merged is what would be without the rest of the host."""
-    merged = bmm.merge(
-        people.base, [people.donors[0], people.host], anchor="task_arithmetic", host=1, alpha=math.inf
-    ).tensors
+    merged, calibrated = (
+        bmm.merge(
+            people.base,
+            [people.donors[0], people.host],
+            anchor="task_arithmetic",
+            host=1,
+            alpha=math.inf,
+            calibrate=calibrate,
+        ).tensors
+        for calibrate in (None, "svc")
+    )
     assert merged.keys() == people.files.keys()
     name = "layers.1.self_attn.q_proj.weight"
     base, donor = (load_file(f / "model.safetensors")[f"model.{name}"].float() for f in (people.base, people.donors[0]))
@@ -132,6 +141,10 @@ def test_any_rule_may_have_a_host_and_solves_beside_it(people):
     scaling = bmm.get_anchor("task_arithmetic").defaults["scaling"]
     truth = base + scaling * (donor + own - 2 * base)
     torch.testing.assert_close(merged[f"language_model.model.{name}"].float(), truth, rtol=1e-2, atol=1e-3)
+    start, *taus = (t.double() - base.double() for t in (truth, donor, own))
+    wanted = (base + svc(start, taus)).float()
+    torch.testing.assert_close(calibrated[f"language_model.model.{name}"].float(), wanted, rtol=1e-2, atol=1e-3)
+    assert float((wanted - truth).abs().max()) > 0.01
     solved = bmm.plan_merge(people.base, [people.donors[0], people.host], anchor="tsv_m", host="host")
     assert solved.module_count == 14
 
