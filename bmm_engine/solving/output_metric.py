@@ -51,6 +51,10 @@ class OutputMetric:
         """On the device and in the dtype of `like`."""
         return OutputMetric(self.level, self.directions.to(like))
 
+    def within(self, basis: Tensor) -> OutputMetric:
+        """`Q^T S Q` (r, r) for an orthonormal `basis` Q (out, r)."""
+        return OutputMetric(self.level, basis.mT @ self.directions)
+
     def scaled(self, by: float, level: float = 0.0) -> OutputMetric:
         """`by` (>= 0) times this, and `level` times the identity."""
         return OutputMetric(by * self.level + level, self.directions * math.sqrt(by))
