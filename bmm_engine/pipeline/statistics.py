@@ -73,7 +73,8 @@ def measure(
         sensitivities = sensitivity_sets(recipe, models, report=report, progress=progress)
     batches = calibration_batches(recipe, models, report) if sequential else []
     weighing, of_anchor = (tuple(sensitivities), ()) if weighted else ((), tuple(sensitivities))
-    return Statistics(tuple(grams), tuple(fishers), weighing, tuple(batches), of_anchor)
+    by_task_vectors = recipe.output_weights == "task_vectors" and settings.solves
+    return Statistics(tuple(grams), tuple(fishers), weighing, tuple(batches), of_anchor, by_task_vectors)
 
 
 def _wants_grams(recipe: Recipe, settings: MergeSettings) -> bool:
