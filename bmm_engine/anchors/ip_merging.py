@@ -42,6 +42,7 @@ def ip_merging(
     bars as in the authors' code, though an SVD's signs are arbitrary; "pair" times the sign of `<u_j, u_j>`. `pairing`: "best" compares each of
     the host's directions with the donor's nearest; "principal" takes the principal angles of both spans, and V turned to them. Unrelated
     directions reach about `sqrt(2 ln(2 rank) / in)`: below 64 inputs the default `theta` keeps nothing out. Everything else is the host's.
+    Diagnostics: `similarity_2` ... of the donors, by their place among the experts (the host is 1), and `taken`, how many were aligned.
     Raises `ConfigError`.
     """
     if pairing == "principal" and similarity != "abs":
@@ -50,20 +51,23 @@ def ip_merging(
         )
     host, *donors = task_triples(site, rank)
     added: Tensor | None = None
+    site.diagnostics["taken"] = 0.0
     for t, donor in enumerate(donors, 2):
         if not (len(host[1]) and len(donor[1])):
+            site.diagnostics[f"similarity_{t}"] = 0.0
             which = "donor" if len(host[1]) else "host"
             logger.info(
                 "%s: expert %d adds nothing, since fine-tuning of the %s changed nothing here", site.name, t, which
             )
             continue
         cosines, directions = _similarities(host, donor, similarity, pairing)
-        aligned = float(cosines.max())
+        site.diagnostics[f"similarity_{t}"] = aligned = float(cosines.max())
         logger.info(
             "%s: expert %d, similarity %.3f%s", site.name, t, aligned, "" if aligned >= theta else ": adds nothing"
         )
         if aligned < theta:
             continue
+        site.diagnostics["taken"] += 1
         if basis == "span":
             shares, directions = torch.ones_like(host[1]), host[2]
         elif weights == "unit":

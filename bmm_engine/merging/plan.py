@@ -109,8 +109,8 @@ class MergePlan:
             )
         if needs & GRAMS and settings.gram_source == "task_vectors":
             raise ConfigError(
-                f"anchor {rule.name!r} needs measured Grams: give `calibration` or `grams` for every expert. (What it would be without data is"
-                " the anchor 'wudi'.)"
+                f"anchor {rule.name!r} needs measured Grams: give `calibration` or `grams` for every expert, or take an anchor that"
+                " reads weights alone, such as 'tsv_m' or 'wudi'."
             )
         if "sequential_grams" in needs:
             check_sequential(gram_sets, rule.name, settings.anchor_parameters)

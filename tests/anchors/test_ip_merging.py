@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -137,3 +138,16 @@ def test_all_else_is_the_hosts():
     assert [n for n in shapes if not torch.equal(merged[n], models[1][n])] == ["a.weight"]
     alone = merge(models[0], models[1:], anchor_parameters={"theta": 1.1}, **options).tensors
     assert all(torch.equal(alone[n], models[1][n]) for n in shapes)
+
+
+def test_it_says_which_donors_a_module_took_and_how_near_each_was(tmp_path):
+    base, (host, near) = related(1, share=2.0)
+    far = family(3, 12, 20)[1][2]
+    vh = [svd(w - base)[2] for w in (host, near, far)]
+    near_c, far_c = (float((own * vh[0]).sum(1).abs().max()) for own in vh[1:])
+    assert near_c > far_c
+    models = [{"a.weight": w} for w in (base, host, near, far, base)]
+    options = {"anchor": "ip_merging", "anchor_parameters": {"theta": (near_c + far_c) / 2}, "alpha": math.inf}
+    merge(models[0], models[1:], modules=["a"], output=tmp_path / "out", **options)
+    (found,) = json.loads((tmp_path / "out" / "bmm_merge.json").read_text())["modules"]["diagnostics"].values()
+    assert found == pytest.approx({"taken": 1, "similarity_2": near_c, "similarity_3": far_c, "similarity_4": 0})

@@ -23,6 +23,9 @@ experts:
   - model: llama/expert-1
 anchor: {name: ties, density: 0.5}
 alpha: 0.03
+filter: exponential
+directions: 0.65
+prior: 1.2
 scale: 0.9
 task_weights: [1.0, 0.5]
 normalization: trace
@@ -36,6 +39,8 @@ base: llama/base
 experts: [llama/expert-0, llama/expert-1]
 alpha: .inf
 anchor: average
+calibrate: larv
+host: 1
 vocabulary: error
 search:
   trials: 3
@@ -58,6 +63,33 @@ scale: 1
 fit_bias: false
 device: cpu
 """,
+    """\
+base: llama/base
+experts: [{model: llama/expert-0, name: first}, llama/expert-1]
+anchor: {name: core_space, rule: ties, rule_parameters: {density: 0.5}}
+filter: truncated
+directions: participation
+calibrate: svc
+task_weights: frobenius
+host: first
+""",
+    """\
+base: llama/base
+experts:
+- {model: llama/expert-0, calibration: texts/rows.txt}
+- {model: llama/expert-1, calibration: texts/rows.txt}
+mode: sequential
+output_weights: none
+task_weights: energy
+prior: 1.1
+calibration: {samples: 4}
+sequential:
+  drift: 0.8
+  token_rows: last
+  token_weight: 0.1
+  token_blocks: 1
+  remeasure: false
+""",
 )
 _ODD = (
     "1:30", "010", "0o17", "0x1F", "1_000", "yes", "on", "off", "No", "y", "~", "", "null", ".inf", "-.inf", ".nan", "1e3", "1e-3", "+1", "1.",
@@ -78,7 +110,7 @@ _BOMB = "".join(
 
 
 def make_recipe_case(rng: random.Random, material: Material, folder: Path) -> Case:
-    material.copy(folder, "llama")
+    material.copy(folder, "llama", "texts")
     path = folder / "recipe.yaml"
     text = rng.choice(_RECIPES)
     path.write_text(text)
