@@ -61,7 +61,8 @@ class Merger:
             yield Method("anchor", name, lambda name=name: Merge(self.anchor(name)), needs)
             yield Method("anchor, scale searched", name, lambda name=name: self._scaled(name), needs)
         for name in PRIORS:
-            yield Method("data-free", name, lambda name=name: self._merge(anchor=name))
+            yield Method("data-free, outputs alike", name, lambda name=name: self._merge(anchor=name))
+            yield Method("data-free", name, lambda name=name: self._merge(anchor=name, sensitivities="task_vectors"))
             yield Method("data", name, lambda name=name: self._merge(anchor=name, grams=self.grams), "grams")
             yield Method(
                 "hybrid",

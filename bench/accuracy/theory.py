@@ -30,7 +30,7 @@ from bmm_engine.models.roles import Layers, module_role
 from bmm_engine.solving.moments import DenseMoment
 from bmm_engine.solving.posterior import Posterior
 
-SAMPLES = (4, 16, 64, 256, 1024)
+SAMPLES = (1, 4, 16, 64, 256, 1024)
 RIDGES = tuple(10.0**power for power in range(-5, 4))
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 DRAWS = 8
@@ -84,7 +84,8 @@ class Study:
                 }
 
     def by_samples(self) -> Iterator[Row]:
-        yield {"method": "data-free", "samples": 0, "value": self.merged()}
+        yield {"method": "data-free, outputs alike", "samples": 0, "value": self.merged()}
+        yield {"method": "data-free", "samples": 0, "value": self.merged(sensitivities="task_vectors")}
         for samples in SAMPLES:
             grams, weights = self.experiment.grams(samples), self.experiment.sensitivities(samples)
             batches = self.experiment.calibration(samples)
@@ -131,7 +132,7 @@ class Study:
             grams, own = self.grams[:count], self.sensitivities[:count]
             for method, merge in (
                 ("average", partial(bmm.merge, **models, alpha=math.inf)),
-                ("data-free", partial(bmm.merge, **models)),
+                ("data-free", partial(bmm.merge, **models, sensitivities="task_vectors")),
                 ("data", partial(bmm.merge, **models, grams=grams)),
                 ("data, weighted outputs", partial(bmm.merge, **models, grams=grams, sensitivities=own)),
                 (

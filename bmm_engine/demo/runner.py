@@ -54,7 +54,7 @@ def methods(grams: list[GramSet]) -> Iterator[Method]:
     yield Method("average", "average", {"alpha": math.inf})
     yield Method("TSV-M", "tsv_m", {"alpha": math.inf})
     yield Method("RegMean", "average", {"grams": grams, "alpha": REGMEAN_ALPHA})
-    yield Method("BMM data-free", "average", {"grams": "task_vectors"})
+    yield Method("BMM data-free", "average", {"grams": "task_vectors", "sensitivities": "task_vectors"})
 
 
 def run(output: Path, narrator: Narrator) -> list[dict[str, Any]]:

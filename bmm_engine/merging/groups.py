@@ -31,7 +31,7 @@ class OpenGroup:
     @cached_property
     def metrics(self) -> dict[str, list[OutputMetric]]:
         """Of each member, by expert; empty where all outputs count alike."""
-        if not self.inputs.sensitivities:
+        if not self.inputs.weighted:
             return {}
         found = self.inputs.output_metrics(self.group.members)
         return {module.name: own for module, own in zip(self.group.members, found, strict=True)}

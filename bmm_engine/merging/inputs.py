@@ -16,7 +16,7 @@ from bmm_engine.merging.ordering import canonical_order
 from bmm_engine.merging.plan import MergePlan
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.ops.lowrank import LowRank
-from bmm_engine.solving.output_metric import OutputMetric, output_metrics
+from bmm_engine.solving.output_metric import OutputMetric, output_metrics, task_vector_metrics
 from bmm_engine.solving.solve import check_finite
 from bmm_engine.statistics.fingerprints import check_weight
 from bmm_engine.statistics.fisher import FisherSet
@@ -72,6 +72,11 @@ class Inputs:
         """Those that errors of outputs are weighed by."""
         return self.ordered(self.plan.statistics.sensitivities)
 
+    @property
+    def weighted(self) -> bool:
+        """Do some outputs count more than others?"""
+        return self.plan.statistics.output_weights != "none"
+
     @cached_property
     def anchor_sensitivities(self) -> tuple[SensitivitySet, ...]:
         """Those that the anchor's rule needs, if it does."""
@@ -109,6 +114,13 @@ class Inputs:
         weight = weight.mT.contiguous() if module.transposed else weight
         return torch.cat([weight, self.load(source, module.bias)[:, None]], 1) if with_bias else weight
 
+    def task_vector(self, expert: Any, module: LinearModule) -> Tensor | LowRank:
+        """Of the weight, without a bias: (out, in)."""
+        product = self.low_rank(expert, module)
+        if product is not None:
+            return product
+        return self.oriented(expert, module, False) - self.oriented(self.base, module, False)
+
     def low_rank(self, expert: Any, module: LinearModule) -> LowRank | None:
         """The expert's task vector as a product, where its source knows it as one."""
         known = getattr(expert.source, "low_rank", None)
@@ -128,12 +140,17 @@ class Inputs:
         return found
 
     def output_metrics(self, modules: Sequence[LinearModule]) -> list[list[OutputMetric]]:
-        """Of each module, those of the experts, from their sensitivities of modules that are weighed together. Raises `MissingTensorError`,
-        `GramMismatchError`, `ShapeMismatchError`."""
+        """Of each module, those of the experts, from their sensitivities (or task vectors) of modules that are weighed together. Raises
+        `MissingTensorError`, `GramMismatchError`, `ShapeMismatchError`."""
         found = []
-        for own, expert in zip(self.sensitivities, self.experts, strict=True):
-            tensors = [self._sensitivity(own, expert, module) for module in modules]
-            found.append(output_metrics(tensors, self.settings.sensitivity_share, modules[0].name))
+        share, name = self.settings.sensitivity_share, modules[0].name
+        for t, expert in enumerate(self.experts):
+            if self.sensitivities:
+                own = self.sensitivities[t]
+                metrics = output_metrics([self._sensitivity(own, expert, m) for m in modules], share, name)
+            else:
+                metrics = task_vector_metrics([self.task_vector(expert, m) for m in modules], share, name)
+            found.append(metrics)
         return [list(own) for own in zip(*found, strict=True)]
 
     def sensitivities_at(self, module: LinearModule) -> list[Tensor]:

@@ -112,8 +112,8 @@ def merge(
     `grams`: one GramSet or path per expert (data), or "task_vectors" (data-free). `hybrid`: share g in [0, 1] of the task-vector Gram beside
     the data's (recipes take 0.5, which is better than either on all that was measured). `fishers`: one FisherSet or path per expert, for the
     rules that need them. `sensitivities`: one SensitivitySet or path per expert (`collect_sensitivity`): an error of a module's outputs then
-    counts by how much the expert's predictions depend on it (`bmm_engine.solving.weighted`), and rules that need them have them; not with
-    `posterior`.
+    counts by how much the expert's predictions depend on it (`bmm_engine.solving.weighted`), and rules that need them have them; or
+    "task_vectors": it counts by `U_t U_t^T`, which stands for that without data. Not with `posterior`.
     `posterior`: a draw from the posterior instead of its mean, the MAP: `W* + tau Z L^{-1}` in every solved module, before `scale`; what comes
     from the anchor (all modules at `alpha=math.inf`) has no posterior and stays as it is. Noise below half a unit in the last place of the
     output's dtype is lost in it.
@@ -153,7 +153,7 @@ def merge_models(
     check_device(settings.device)
     plan = make_plan(settings, models, statistics)
     plan.check_statistics()
-    if posterior is not None and statistics.sensitivities:
+    if posterior is not None and statistics.output_weights != "none":
         raise ConfigError("draws from the posterior are for outputs that count alike: leave out `sensitivities`.")
     if posterior is not None:
         settings.check_posterior()

@@ -191,7 +191,7 @@ def recipe_of(plan: MergePlan) -> dict[str, Any]:
         "experts": [{"model": e.label} for e in plan.alignment.experts],
         "anchor": {"name": settings.anchor, **settings.anchor_parameters},
         **algebra,
-        "output_weights": "sensitivity" if plan.statistics.sensitivities else "none",
+        "output_weights": plan.statistics.output_weights,
     }
 
 

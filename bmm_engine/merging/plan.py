@@ -235,9 +235,9 @@ def _build_plan(
     solved = {name: m for name, m in measured.items() if alphas[name] != math.inf}
     if "fishers" in settings.anchor_needs and len(statistics.fishers) == len(experts):
         check_fishers(alignment.merged, experts, statistics.fishers, settings)
+    if solved and statistics.output_weights != "none":
+        check_filter(settings.spectral_filter)
     if sensitivities:
-        if solved:
-            check_filter(settings.spectral_filter)
         check_sensitivities(solved.values(), experts, sensitivities, settings)
     if "sensitivities" in settings.anchor_needs and len(statistics.of_anchor) == len(experts):
         check_sensitivities(measured.values(), experts, statistics.of_anchor, settings)

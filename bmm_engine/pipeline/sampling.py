@@ -241,7 +241,7 @@ def _series(recipe: Recipe, count: int, seed: int, temperature: float, first: in
             "draws from the posterior are for mode 'plain': in mode 'sequential' every module's inputs depend on the modules before it. Set"
             " mode: plain."
         )
-    if recipe.output_weights == "sensitivity":
+    if recipe.output_weights not in (None, "none"):
         raise ConfigError("draws from the posterior are for outputs that count alike: set output_weights: none.")
     recipe.settings.check_posterior()
     if not recipe.settings.solves:

@@ -73,7 +73,8 @@ def measure(
         sensitivities = sensitivity_sets(recipe, models, report=report, progress=progress)
     batches = calibration_batches(recipe, models, report) if sequential else []
     weighing, of_anchor = (tuple(sensitivities), ()) if weighted else ((), tuple(sensitivities))
-    return Statistics(tuple(grams), tuple(fishers), weighing, tuple(batches), of_anchor)
+    by_task_vectors = recipe.output_weights == "task_vectors" and settings.solves
+    return Statistics(tuple(grams), tuple(fishers), weighing, tuple(batches), of_anchor, by_task_vectors)
 
 
 def _wants_grams(recipe: Recipe, settings: MergeSettings) -> bool:
@@ -197,7 +198,8 @@ def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: boo
 
 def with_output_weights(recipe: Recipe, models: Models, report: Report = lambda line: None) -> Recipe:
     """The recipe with `output_weights` chosen, where it leaves them open: "sensitivity" if every expert's is measured, or can be: a classifier, or
-    an encoder with its head, that has calibration; and if the filter has a form with it. Raises `CheckpointError`."""
+    an encoder with its head, that has calibration; "task_vectors" without any data; and "none" where the filter has no form with them. Raises
+    `CheckpointError`."""
     if recipe.output_weights is not None:
         return recipe
     if not recipe.settings.spectral_filter.restricts:
@@ -205,11 +207,17 @@ def with_output_weights(recipe: Recipe, models: Models, report: Report = lambda 
         return recipe.model_copy(update={"output_weights": "none"})
     experts = zip(recipe.experts, models.experts, strict=True)
     lacking = [expert.label for expert, source in experts if not _can_be_weighed(expert, source)]
-    chosen = "none" if lacking or recipe.alpha == math.inf else "sensitivity"
-    if chosen == "sensitivity":
+    if recipe.alpha == math.inf:
+        chosen = "none"
+    elif not lacking:
+        chosen = "sensitivity"
         report("output_weights: sensitivity, since every expert is a classifier")
-    elif recipe.alpha != math.inf and all(e.calibration for e in recipe.experts):
-        report(f"output_weights: none, since {lacking[0]} is no classifier and has no head")
+    elif recipe.settings.gram_source == "task_vectors":
+        chosen = "task_vectors"
+    else:
+        chosen = "none"
+        if all(e.calibration for e in recipe.experts):
+            report(f"output_weights: none, since {lacking[0]} is no classifier and has no head")
     return recipe.model_copy(update={"output_weights": chosen})
 
 

@@ -59,12 +59,14 @@ class Recipe(Algebra, Named):
     modules before it give (see `merge_sequential`), by default with biases and energy weights; it is the default where every expert has
     `calibration`, and none `grams`. `output_weights`: "sensitivity" weighs errors of a module's outputs by how much each expert's predictions
     depend on them, measured on its calibration data (its checkpoint, or its `head`, must give logits) unless its `sensitivity` file exists; it
-    is the default where every expert is a classifier. `same_tokenizer`: refuse models whose tokenizer has another vocabulary than the base's.
-    `chat_template`: of the output; `auto` is the one that most of the models have.
+    is the default where every expert is a classifier. "task_vectors" weighs them without data, by `U_t U_t^T`: the default of a data-free merge.
+    `same_tokenizer`: refuse models whose tokenizer has another vocabulary than the base's. `chat_template`: of the output; `auto` is the one that
+    most of the models have.
     """
 
-    output_weights: Literal["none", "sensitivity"] | None = Field(
-        None, description="null: sensitivity where every expert is a classifier and can be run, else none"
+    output_weights: Literal["none", "sensitivity", "task_vectors"] | None = Field(
+        None,
+        description="null: sensitivity where every expert is a classifier and can be run, task_vectors without data, else none",
     )
     same_tokenizer: bool = False
     chat_template: str | None = Field(
@@ -181,7 +183,7 @@ class Recipe(Algebra, Named):
 
     @model_validator(mode="after")
     def _check_filter(self) -> Recipe:
-        if self.output_weights == "sensitivity" and self.alpha != math.inf:
+        if self.output_weights not in (None, "none") and self.alpha != math.inf:
             check_filter(Filter(self.filter, self.directions))
         return self
 

@@ -185,12 +185,13 @@ def search(
     section = parse_section(SearchRecipe, {"anchors": list(anchors), "objective": "mean", **raw}, "search")
     check_optimizer(section.optimizer)
     algebra = {"task_weights": None, **{key: value for key, value in options.items() if key in known}}
-    statistics = Statistics.open(grams, fishers, anchor_sensitivities=sensitivities)
+    by_task_vectors = isinstance(sensitivities, str)
+    measured = Statistics.open(None, (), sensitivities, batches or ())
+    statistics = Statistics.open(grams, fishers, anchor_sensitivities=measured.sensitivities)
     if batches is None:
         source = "data" if statistics.grams else "task_vectors"
         settings, walk = settings_of("plain", algebra, gram_source=source), None
     else:
-        measured = Statistics.open(None, (), statistics.anchor_sensitivities, batches)
         settings, walk = settings_of("sequential", {**algebra, **(sequential or {})}), lambda: measured
         if sensitivities:
             check_filter(settings.spectral_filter)
@@ -198,7 +199,7 @@ def search(
     parameters = {settings.anchor: settings.anchor_parameters}
     choices = {name: (name, parameters.get(name, {})) for name in (anchors or [settings.anchor])}
     of_anchors = any("sensitivities" in get_anchor(rule).needs_of(own) for rule, own in choices.values())
-    if sensitivities and batches is None and not of_anchors:
+    if sensitivities and batches is None and (by_task_vectors or not of_anchors):
         raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
     problem = Problem(
         Models.open(base, experts),
@@ -225,7 +226,11 @@ def search(
             "models": models_of(problem),
             "sequential": None
             if walk is None
-            else [*map(values_digest, measured.batches), *(own.digest() for own in measured.sensitivities)],
+            else [
+                *map(values_digest, measured.batches),
+                *(own.digest() for own in measured.sensitivities),
+                *(["task_vectors"] if measured.task_vectors_weigh else []),
+            ],
         }
         kept = stack.enter_context(open_study(study_path, problem, identity, None))
         stack.enter_context(kept.drive())

@@ -71,7 +71,11 @@ def measure_walk(recipe: Recipe, models: Models) -> Statistics:
     """What the trials of a search need to walk: calibration batches, and sensitivities unless all outputs count alike."""
     weighted = recipe.output_weights == "sensitivity"
     weights = sensitivity_sets(recipe, models, report=lambda line: None, progress=False) if weighted else []
-    return Statistics(sensitivities=tuple(weights), batches=tuple(calibration_batches(recipe, models)))
+    return Statistics(
+        sensitivities=tuple(weights),
+        batches=tuple(calibration_batches(recipe, models)),
+        task_vectors_weigh=recipe.output_weights == "task_vectors",
+    )
 
 
 def wants_grams(recipe: Recipe) -> bool:
@@ -88,7 +92,10 @@ def anchor_needs(recipe: Recipe) -> Needs:
 
 
 # The search factors each group once for all its trials; with metrics every solve is iterative, and has no such factor.
-NO_WEIGHTED_PLAIN_SEARCH = "a search in the mode plain weighs all outputs alike: leave out the sensitivities, or search in the mode sequential."
+NO_WEIGHTED_PLAIN_SEARCH = (
+    "a search in the mode plain weighs all outputs alike: leave out the sensitivities (a recipe: output_weights: none), or search in the mode"
+    " sequential."
+)
 
 
 def with_search_weights(recipe: Recipe, models: Models, report: Report) -> Recipe:
@@ -99,7 +106,7 @@ def with_search_weights(recipe: Recipe, models: Models, report: Report) -> Recip
         if chosen.output_weights == "sensitivity":
             chosen.check_writable("sensitivity")
         return chosen
-    if recipe.output_weights == "sensitivity":
+    if recipe.output_weights not in (None, "none"):
         raise ConfigError(NO_WEIGHTED_PLAIN_SEARCH)
     return recipe.model_copy(update={"output_weights": "none"})
 

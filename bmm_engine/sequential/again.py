@@ -23,8 +23,9 @@ def check_remeasure(plan: MergePlan, given: Remeasure | None) -> Remeasure | Non
     if not asked:
         return None
     if not plan.statistics.sensitivities:
+        here = "outputs are weighed by task vectors" if plan.statistics.task_vectors_weigh else "outputs count alike"
         raise ConfigError(
-            "remeasure measures sensitivities again, and outputs count alike here; give `sensitivities` (a recipe: output_weights: sensitivity), or"
+            f"remeasure measures sensitivities again, and {here} here; give `sensitivities` (a recipe: output_weights: sensitivity), or"
             " leave it out."
         )
     measure: Remeasure | None = asked if callable(asked) else given

@@ -114,7 +114,7 @@ class ModuleSolver:
             experts,
             experts - bases,
             with_bias=part.with_bias,
-            whole_change=bool(self.inputs.sensitivities),
+            whole_change=self.inputs.weighted,
             name=name,
             dtype=wide,
             device=device,
@@ -151,7 +151,7 @@ class ModuleSolver:
         written: Written | None,
     ) -> None:
         inputs, with_bias, name = self.inputs, part.with_bias, part.members[0].name
-        metrics = inputs.output_metrics(part.members) if inputs.sensitivities else None
+        metrics = inputs.output_metrics(part.members) if inputs.weighted else None
         change = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
         energy = change if metrics is None else self._weighted_energies(part, moments, metrics)
         changes, energies = change, energy

@@ -91,7 +91,7 @@ def merge_sequential(
     time is held, read from its files.
     `grams`, `fishers`: for anchors that need them, as in `merge`. `sensitivities`: one SensitivitySet or path for each expert
     (`collect_sensitivity`, `bmm collect --sensitivity`), for such anchors too: errors then count by how much the expert's predictions depend on them,
-    `|| (X~_t W^T - X_t W_t^T) S_t^{1/2} ||`, in the energy weights (`1 / ||X_t U_t^T||^2` per input) too.
+    `|| (X~_t W^T - X_t W_t^T) S_t^{1/2} ||`, in the energy weights (`1 / ||X_t U_t^T||^2` per input) too; "task_vectors": by `U_t U_t^T` instead.
     `output` and what follows: as in `merge`. What is finished is kept in `output` + ".walk", block by block: called again after it was killed,
     the merge goes on from there, to the same bits.
 
@@ -135,7 +135,7 @@ def walk_models(
     plan = make_plan(settings.but(gram_source="task_vectors"), models, replace(statistics, grams=()))
     prior = settings.anchor_alone("data" if statistics.grams else "task_vectors")
     of_anchor = statistics.of_anchor if "sensitivities" in settings.anchor_needs else ()
-    anchor_plan = make_plan(prior, models, replace(statistics, sensitivities=(), anchor_sensitivities=of_anchor))
+    anchor_plan = make_plan(prior, models, replace(statistics.alike(), anchor_sensitivities=of_anchor))
     anchor_plan.check_statistics()
     again = check_remeasure(plan, remeasure)
     log_notes(plan)
@@ -291,7 +291,8 @@ def _identity(plan: MergePlan, anchor_plan: MergePlan, skeleton: Skeleton) -> di
             "experts": [model_digest(*checkpoints_of(e.source)) for e in alignment.experts],
             "calibration": [values_digest(own) for own in statistics.batches],
             "grams": [g.fingerprints and sorted(g.fingerprints.items()) for g in anchor_plan.statistics.grams],
-            "sensitivities": [own.digest() for own in statistics.sensitivities],
+            "sensitivities": [own.digest() for own in statistics.sensitivities]
+            or ("task_vectors" if statistics.task_vectors_weigh else []),
             "anchor_sensitivities": [own.digest() for own in anchor_plan.statistics.of_anchor],
             **algebra,
             **walked,

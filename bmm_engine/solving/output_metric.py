@@ -1,20 +1,33 @@
-"""How much errors of a module's outputs count, by direction: the few in which they change the predictions, and all others alike."""
+"""How much errors of a module's outputs count, by direction: the few in which they change the predictions, and all others alike.
+
+It is measured, as a sensitivity (`bmm_engine.statistics.sensitivity`), or read off the task vector U (out, in) without data. The gradient of a
+module is g x^T for its input x and its output's gradient g, and U is made of such steps: as `E[x x^T] ~ U^T U` (arXiv 2605.12843, Theorem 1), so,
+seen from the other side, `E[g g^T] ~ U U^T`, which is the output's factor of K-FAC (arXiv 1503.05671).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bmm_engine.errors import ConfigError
+from bmm_engine.ops.lowrank import LowRank
+from bmm_engine.parallel import one_thread
+from bmm_engine.solving.moments import energy_factor
 
 RANK = 64
 """Directions of a sensitivity that are kept; the others count by their mean. A module with fewer outputs keeps all."""
 
 OVERSAMPLING, ITERATIONS = 8, 2
+# Of a task vector, that are widened at a time.
+BLOCK_ROWS = 512
+
+EXACT = 1024
+"""Of a task vector's shorter side: up to it directions are those of a decomposition, beyond it of the iteration."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +56,38 @@ class OutputMetric:
                 )
             values = values.clamp(min=0)
             return cls(float(values[0]), vectors[:, 1:] * (values[1:] - values[0]).sqrt())
-        values, vectors = _largest(matrix, rank)
+        values, vectors = _largest_of(lambda x: matrix @ x, matrix, rank)
         level = max(0.0, float(matrix.diagonal().sum() - values.sum()) / (outputs - rank))
+        return cls(level, vectors * (values - level).clamp_(min=0).sqrt())
+
+    @classmethod
+    def of_factor(cls, factor: Tensor, rank: int) -> OutputMetric:
+        """`F F^T` of a `factor` F (out, k), as `of` with `rank`, but not formed where F is large. In float64; the iteration in F's own dtype."""
+        outputs, width = factor.shape
+        if outputs <= rank:
+            return cls.of(factor.double() @ factor.double().mT)
+        if outputs <= min(width, EXACT):
+            wide = factor.double()
+            values, vectors = (found[..., -rank:] for found in torch.linalg.eigh(wide @ wide.mT))
+        elif width <= EXACT:
+            wide = factor.double()
+            values, vectors = (found[..., -rank:] for found in torch.linalg.eigh(wide.mT @ wide))
+            # F v has the length sqrt(value): what is zero but for rounding has no direction.
+            real = values > width * torch.finfo(values.dtype).eps * values[-1]
+            values, vectors = values[real], (wide @ vectors[:, real]) / values[real].sqrt()
+        else:
+            values, vectors = _largest_of(lambda x: factor @ (factor.mT @ x), factor, rank)
+            values, vectors = values.double().clamp_(min=0), vectors.double()
+        level = max(0.0, energy(factor) - float(values.sum())) / (outputs - rank)
         return cls(level, vectors * (values - level).clamp_(min=0).sqrt())
 
     def to(self, like: Tensor) -> OutputMetric:
         """On the device and in the dtype of `like`."""
         return OutputMetric(self.level, self.directions.to(like))
+
+    def within(self, basis: Tensor) -> OutputMetric:
+        """`Q^T S Q` (r, r) for an orthonormal `basis` Q (out, r)."""
+        return OutputMetric(self.level, basis.mT @ self.directions)
 
     def scaled(self, by: float, level: float = 0.0) -> OutputMetric:
         """`by` (>= 0) times this, and `level` times the identity."""
@@ -65,15 +103,22 @@ class OutputMetric:
         return torch.addmm(x, self.directions, self.directions.mT @ x, beta=self.level)
 
 
-def _largest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest eigenvalues of a symmetric matrix, and their vectors as columns."""
+def _largest_of(times: Callable[[Tensor], Tensor], like: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest eigenvalues of the symmetric matrix that `times` multiplies by, and their vectors as columns. It has the rows, dtype and
+    device of `like`."""
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(len(matrix), min(count + OVERSAMPLING, len(matrix)), generator=generator, dtype=torch.float64)
-    basis = start.to(matrix)
+    start = torch.randn(len(like), min(count + OVERSAMPLING, len(like)), generator=generator, dtype=torch.float64)
+    basis = start.to(like)
     for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(matrix @ basis).Q
-    values, vectors = torch.linalg.eigh(basis.mT @ (matrix @ basis))
+        basis = torch.linalg.qr(times(basis)).Q
+    values, vectors = torch.linalg.eigh(basis.mT @ times(basis))
     return values[-count:], basis @ vectors[:, -count:]
+
+
+def energy(factor: Tensor) -> float:
+    """`||F||_F^2`, in float64, by blocks of rows: the trace of `F F^T`."""
+    with one_thread():  # a sum of all elements is cut by threads
+        return sum(float(rows.double().square().sum()) for rows in factor.split(BLOCK_ROWS))
 
 
 def output_metrics(sensitivities: Sequence[Tensor], share: float, name: str) -> list[OutputMetric]:
@@ -83,14 +128,28 @@ def output_metrics(sensitivities: Sequence[Tensor], share: float, name: str) -> 
     Of a sensitivity with more than `RANK` outputs that many directions are told apart.
     Raises `ConfigError` for a `share` outside [0, 1), in which alone the metric is sure to be positive definite.
     """
-    check_share(share)
-    outputs = sum(len(own) for own in sensitivities)
     trace = sum(float(own.diagonal().sum(dtype=torch.float64)) for own in sensitivities)
+    return _weighed(sensitivities, trace, lambda own: OutputMetric.of(own, RANK), share, name)
+
+
+def task_vector_metrics(task_vectors: Sequence[Tensor | LowRank], share: float, name: str) -> list[OutputMetric]:
+    """The same without data, from one task's vectors U (out, in) of these modules: `U U^T` in the place of a sensitivity. Of U as a product its
+    factors are enough."""
+    factors = [energy_factor(own.mT).mT for own in task_vectors]
+    return _weighed(factors, sum(map(energy, factors)), lambda own: OutputMetric.of_factor(own, RANK), share, name)
+
+
+def _weighed(
+    given: Sequence[Tensor], trace: float, metric_of: Callable[[Tensor], OutputMetric], share: float, name: str
+) -> list[OutputMetric]:
+    """`given`: a tensor (out, ...) of each module, whose metrics have `trace` together."""
+    check_share(share)
+    outputs = sum(len(own) for own in given)
     if not math.isfinite(trace) or trace < 0:
         raise ConfigError(f"{name}: the trace of its sensitivity is {trace}; it must be finite and >= 0.")
     if trace == 0:
-        return [OutputMetric(1.0, own.new_zeros(len(own), 0)) for own in sensitivities]
-    return [OutputMetric.of(own, RANK).scaled(share * outputs / trace, 1 - share) for own in sensitivities]
+        return [OutputMetric(1.0, own.new_zeros(len(own), 0)) for own in given]
+    return [metric_of(own).scaled(share * outputs / trace, 1 - share) for own in given]
 
 
 def check_share(value: float) -> None:

@@ -11,6 +11,12 @@ S = sum_t beta_t S_t / sum_t beta_t. Its normal equations couple all outputs:
 conjugate gradients from that solution on, preconditioned by S Z (sum_t beta_t G_t + lam I), whose inverse is cheap. S_t comes as
 level_t I + V_t V_t^T: a step multiplies by one matrix for what all outputs have in common, and by each G_t for the few directions V_t alone.
 
+With Q (out, r) an orthonormal basis of all V_t the equations fall in two, exactly. Outside of it S_t is level_t, which one factor solves:
+
+    (I - Q Q^T) Z = (I - Q Q^T) [sum_t beta_t level_t R_t] L^{-1},    L = sum_t beta_t level_t (G_t + ridge I),    ridge = lam / sum_t beta_t
+
+Within it Q^T Z (r, in) is the same problem with Q^T V_t and Q^T R_t, and is solved so where r is well below out.
+
 Of filters (`filters.py`), those that keep some directions Q_K are the same problem within them: Z = Y Q_K^T, with Q_K^T G_t Q_K and R_t Q_K in the
 places of G_t and R_t, and no ridge where the filter is `truncated`. Gradient descent (`exponential`) has no such form.
 """
@@ -25,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bmm_engine.errors import ConfigError, NotPositiveDefiniteError, NumericalWarning
+from bmm_engine.ops.cholesky import solve_right
 from bmm_engine.solving.filters import Filter, SpectralFactor
 from bmm_engine.solving.moments import DenseMoment, Moment
 from bmm_engine.solving.output_metric import OutputMetric
@@ -34,6 +41,9 @@ TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-11}
 """Of the residual's norm, in the preconditioner's metric, beside that of the right-hand side. The objective's error goes with its square."""
 
 STEPS = 300
+
+NARROW = 0.5
+"""Of the outputs: the most that the directions may span for the problem within them to be worth its setting up (measured)."""
 
 
 def solve_weighted(
@@ -67,8 +77,19 @@ def solve_toward(
     if isinstance(factor, SpectralFactor):
         return _solve_within(toward, moments, factor, metrics, dtype, name)
     like = torch.empty((), dtype=dtype, device=factor.lower.device)
-    system = _System(moments, factor, [metric.to(like) for metric in metrics], dtype, name)
-    change, left = system.solve(*system.sides(toward))
+    metrics = [metric.to(like) for metric in metrics]
+    shared = _levels(moments, factor, metrics)
+    basis = span(metrics)
+    lower = None
+    if basis.shape[1] <= NARROW * basis.shape[0]:
+        lower, failed = torch.linalg.cholesky_ex(shared)
+        # Without a ridge it may have none, where a task of level 0 alone sees an input; the whole problem has a solution nevertheless.
+        lower = None if failed else lower
+    if lower is None:
+        system = _System(moments, factor, metrics, shared, dtype, name)
+        change, left = system.solve(*system.sides(toward))
+    else:
+        change, left = _solve_split(toward, moments, factor, metrics, basis, shared, lower, name)
     if not left <= TOLERANCE[dtype]:
         warnings.warn(
             f"{name}: the weighted solve stopped at a relative residual of {left:.1e} after {STEPS} steps; raise `alpha` or lower"
@@ -110,6 +131,57 @@ def _solve_within(
     return change @ basis.mT.to(dtype)
 
 
+def span(metrics: Sequence[OutputMetric]) -> Tensor:
+    """An orthonormal basis Q (out, r) of all directions of the metrics, in their dtype."""
+    directions = torch.cat([metric.directions for metric in metrics], 1)
+    if directions.shape[1] >= directions.shape[0]:  # likely all, and a longer way to find out
+        return torch.eye(directions.shape[0]).to(directions)
+    # Of R, since directions that tasks share (and zero ones) have to go.
+    q, r = torch.linalg.qr(directions)
+    u, sizes, _ = torch.linalg.svd(r)
+    real = sizes > max(directions.shape) * torch.finfo(sizes.dtype).eps * sizes.max() if len(sizes) else sizes > 0
+    return q @ u[:, real]
+
+
+def _levels(moments: Sequence[Moment], factor: Factor, metrics: Sequence[OutputMetric]) -> Tensor:
+    """`L = sum_t beta_t level_t (G_t + ridge I)` (in, in): what of the left-hand side all outputs have in common."""
+    total = torch.zeros_like(factor.lower)
+    ridge = _ridge(factor)
+    for moment, beta, metric in zip(moments, factor.task_weights, metrics, strict=True):
+        moment.add_to(total, beta * metric.level)
+        total.diagonal().add_(beta * metric.level * ridge)
+    return total
+
+
+def _ridge(factor: Factor) -> float:
+    return (factor.ridge + factor.jitter) / sum(factor.task_weights)
+
+
+def _solve_split(
+    toward: Iterable[Tensor],
+    moments: Sequence[Moment],
+    factor: Factor,
+    metrics: Sequence[OutputMetric],
+    basis: Tensor,
+    shared: Tensor,
+    lower: Tensor,
+    name: str,
+) -> tuple[Tensor, float]:
+    """Z and the relative residual within `basis` Q (out, r), which the metrics are of the dtype of. `lower`: the factor of L, `shared`."""
+    wide, level_side = basis.double(), torch.zeros((), dtype=torch.float64, device=shared.device)
+
+    def within() -> Iterable[Tensor]:
+        nonlocal level_side
+        for own, beta, metric in zip(toward, factor.task_weights, metrics, strict=True):
+            level_side = own.mul(beta * metric.level).add_(level_side)
+            yield wide.mT @ own
+
+    system = _System(moments, factor, [metric.within(basis) for metric in metrics], shared, basis.dtype, name)
+    inner, left = system.solve(*system.sides(within()))
+    outside = solve_right(lower, level_side.sub_(wide @ (wide.mT @ level_side))).to(basis.dtype)
+    return outside.addmm_(basis, inner), left
+
+
 def weighted_task_energy(moment: Moment, task_vector: Tensor, metric: OutputMetric) -> float:
     """`tr(S U G U^T)`: how much fine-tuning changed this module's output, in its metric. `task_vector` (out, in)."""
     seen = metric.directions.to(task_vector).mT @ task_vector
@@ -117,20 +189,21 @@ def weighted_task_energy(moment: Moment, task_vector: Tensor, metric: OutputMetr
 
 
 class _System:
-    """The normal equations of one module, as `sum_t beta_t S_t Z (G_t + ridge I) = ...` with `ridge = lam / sum_t beta_t`."""
+    """The normal equations of one module, as `sum_t beta_t S_t Z (G_t + ridge I) = ...`; `shared` is L of them."""
 
     def __init__(
         self,
         moments: Sequence[Moment],
         factor: Factor,
         metrics: Sequence[OutputMetric],
+        shared: Tensor,
         dtype: torch.dtype,
         name: str,
     ):
         self.moments, self.factor, self.metrics = moments, factor, metrics
         self.dtype, self.betas = dtype, factor.task_weights
         total = sum(self.betas)
-        self._ridge = (factor.ridge + factor.jitter) / total
+        self._ridge = _ridge(factor)
         mean_metric = sum(
             (m.dense().mul_(b / total) for m, b in zip(metrics, self.betas, strict=True)), torch.zeros(())
         )
@@ -143,18 +216,10 @@ class _System:
                 pivot=int(failed),
                 ridge=0.0,
             )
-        self._level = self._levels()
+        self._level = shared.to(dtype)
         # To precondition with, inverses are exact enough, and faster than triangular solves.
         self._outer = torch.cholesky_inverse(lower)
         self._inner = torch.cholesky_inverse(factor.lower).to(dtype)
-
-    def _levels(self) -> Tensor:
-        """`sum_t beta_t level_t (G_t + ridge I)` (in, in): what of the left-hand side all outputs have in common."""
-        total = torch.zeros_like(self.factor.lower)
-        for moment, beta, metric in zip(self.moments, self.betas, self.metrics, strict=True):
-            moment.add_to(total, beta * metric.level)
-            total.diagonal().add_(beta * metric.level * self._ridge)
-        return total.to(self.dtype)
 
     def sides(self, toward: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """The right-hand side, and the solution for equal metrics."""

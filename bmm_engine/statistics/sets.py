@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bmm_engine.errors import ConfigError
@@ -14,19 +14,30 @@ from bmm_engine.statistics.sensitivity import SensitivitySet
 
 Grams = Sequence[GramSet | str | os.PathLike[str]] | str | None
 Fishers = Sequence[FisherSet | str | os.PathLike[str]]
-Sensitivities = Sequence[SensitivitySet | str | os.PathLike[str]]
+Sensitivities = Sequence[SensitivitySet | str | os.PathLike[str]] | str
 
 
 @dataclass(frozen=True)
 class Statistics:
     """By expert, in the experts' order; what was not measured is empty. `sensitivities`: errors of outputs are weighed by them, and an anchor
-    that needs some has them too; `anchor_sensitivities`: those that are the anchor's alone. `batches`: calibration data itself, for a walk."""
+    that needs some has them too; `anchor_sensitivities`: those that are the anchor's alone. `batches`: calibration data itself, for a walk.
+    `task_vectors_weigh`: errors of outputs are weighed by the experts' task vectors."""
 
     grams: tuple[GramSet, ...] = ()
     fishers: tuple[FisherSet, ...] = ()
     sensitivities: tuple[SensitivitySet, ...] = ()
     batches: tuple[list[Any], ...] = ()
     anchor_sensitivities: tuple[SensitivitySet, ...] = ()
+    task_vectors_weigh: bool = False
+
+    @property
+    def output_weights(self) -> str:
+        """What errors of outputs are weighed by, as in a recipe."""
+        return "task_vectors" if self.task_vectors_weigh else "sensitivity" if self.sensitivities else "none"
+
+    def alike(self) -> Statistics:
+        """These with all outputs alike."""
+        return replace(self, sensitivities=(), task_vectors_weigh=False)
 
     @property
     def of_anchor(self) -> tuple[SensitivitySet, ...]:
@@ -42,7 +53,7 @@ class Statistics:
         batches: Iterable[Iterable[Any]] = (),
         anchor_sensitivities: Sensitivities = (),
     ) -> Statistics:
-        """From sets and paths of files. `grams`: "task_vectors" or None where they are not measured.
+        """From sets and paths of files. `grams`: "task_vectors" or None where they are not measured. `sensitivities`: or "task_vectors".
 
         Raises `ConfigError`, and what reading raises."""
         if isinstance(grams, str) and grams != "task_vectors":
@@ -55,11 +66,17 @@ class Statistics:
         return cls(
             tuple(g if isinstance(g, GramSet) else GramSet.load(g) for g in listed),
             tuple(f if isinstance(f, FisherSet) else FisherSet.load(f) for f in fishers),
-            cls._sensitivities(sensitivities),
+            () if sensitivities == "task_vectors" else cls._sensitivities(sensitivities),
             tuple(list(own) for own in batches),
             cls._sensitivities(anchor_sensitivities),
+            sensitivities == "task_vectors",
         )
 
     @staticmethod
     def _sensitivities(given: Sensitivities) -> tuple[SensitivitySet, ...]:
+        if isinstance(given, (str, SensitivitySet, os.PathLike, Mapping)):
+            said = repr(given) if isinstance(given, str) else f"a {type(given).__name__}"
+            raise ConfigError(
+                f"sensitivities must be 'task_vectors' or a list with one SensitivitySet or path per expert, not {said}."
+            )
         return tuple(s if isinstance(s, SensitivitySet) else SensitivitySet.load(s) for s in given)

@@ -18,7 +18,9 @@ from bmm_engine.errors import (
     ShapeMismatchError,
 )
 from bmm_engine.solving import weighted
+from bmm_engine.solving.moments import DenseMoment
 from bmm_engine.solving.output_metric import OutputMetric, output_metrics
+from bmm_engine.solving.solve import factorize
 from tests.numerics import relative_error
 from tests.reference_merge import reference_merge
 from tests.reference_sequential import reference_sequential
@@ -135,6 +137,74 @@ def test_within_the_directions_that_a_filter_keeps_it_is_the_minimum(filter, dir
     same = bmm.solve_drift(anchor, experts, moments, metrics=[metrics[0]] * 3, **options)
     assert relative_error(same.weight, bmm.solve_drift(anchor, experts, moments, **options).weight) < 1e-9
     assert (found.ridge, found.jitter) == (pytest.approx(float(lam)), 0.0)
+
+
+def few_directions(g, tasks, outputs, rank, dtype=torch.float64):
+    """Metrics of few directions, the first of which all share, and of levels that differ."""
+    common = rows(g, outputs, 1, dtype=dtype)
+    return [
+        OutputMetric(0.2 + 0.3 * t, torch.cat([common, rows(g, outputs, rank - 1, dtype=dtype)], 1))
+        for t in range(tasks)
+    ]
+
+
+@pytest.mark.parametrize(("options", "kept"), [({}, 6), ({"filter": "truncated", "directions": 4}, 4)])
+def test_of_few_directions_it_is_the_dense_solution_and_that_of_the_whole_problem(monkeypatch, options, kept):
+    g = torch.Generator().manual_seed(5)
+    own, merged, moments = moments_of(g, 3, 6)
+    anchor, *experts = (rows(g, 16, 6) for _ in range(4))
+    metrics = few_directions(g, 3, 16, 3)
+    assert weighted.span(metrics).shape == (16, 7)
+    betas = [0.5, 1.0, 1.5]
+    found = bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics, task_weights=betas, **options)
+    dense = [b * (m.level * torch.eye(16).double() + m.directions @ m.directions.T) for m, b in zip(metrics, betas)]
+    grams = [y.T @ y / len(y) for y in merged]
+    a0 = sum(b * a for b, a in zip(betas, grams))
+    q = torch.linalg.eigh(a0).eigenvectors[:, -kept:]
+    ridge = 0.0 if options else 0.1 * a0.trace() / 6
+    left = sum(torch.kron(s, q.T @ a @ q) for s, a in zip(dense, grams))
+    left += ridge * torch.kron(sum(dense) / 3, torch.eye(kept).double())
+    crosses = [(x @ w.T).T @ y / len(y) for x, y, w in zip(own, merged, experts)]
+    right = sum(s @ (c - anchor @ a) for s, c, a in zip(dense, crosses, grams)) @ q
+    truth = anchor + torch.linalg.solve(left, right.reshape(-1)).view(16, kept) @ q.T
+    assert relative_error(found.weight, truth) < 1e-9
+    monkeypatch.setattr(weighted, "NARROW", 0.0)
+    whole = bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics, task_weights=betas, **options)
+    assert relative_error(whole.weight, truth) < 1e-9
+
+
+def test_few_directions_in_float32():
+    g = torch.Generator().manual_seed(5)
+    own, merged, moments = moments_of(g, 3, 6, torch.float32)
+    anchor, *experts = (rows(g, 16, 6, dtype=torch.float32) for _ in range(4))
+    metrics = few_directions(g, 3, 16, 3, torch.float32)
+    found = bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics)
+    measured = [bmm.DriftAccumulator(6, dtype=torch.float64) for _ in own]
+    for accumulator, x, y in zip(measured, own, merged):
+        accumulator.update(x.double(), y.double())
+    truth = bmm.solve_drift(
+        anchor.double(),
+        [w.double() for w in experts],
+        [accumulator.moments() for accumulator in measured],
+        alpha=0.1,
+        metrics=[OutputMetric(m.level, m.directions.double()) for m in metrics],
+    )
+    assert found.weight.dtype == torch.float32
+    assert relative_error(found.weight, truth.weight) < 3e-3
+
+
+def test_an_input_that_only_a_task_without_a_level_sees_is_solved_as_a_whole():
+    """What all outputs have in common is singular there; what they have by their directions is not."""
+    g = torch.Generator().manual_seed(6)
+    grams = [torch.diag(torch.tensor(d).double()) for d in ([1.0, 2.0, 0.0], [0.0, 1.0, 3.0])]
+    metrics = [OutputMetric(1.0, rows(g, 8, 1)), OutputMetric(0.0, rows(g, 8, 2))]
+    toward = [rows(g, 8, 3) @ a for a in grams]
+    moments = [DenseMoment(a) for a in grams]
+    (factor,) = factorize([moments], [[1.0, 1.0]], ridge=0.0)
+    z = weighted.solve_toward(toward, moments, factor, metrics, torch.float64, "module")
+    dense = [metric.dense() for metric in metrics]
+    left = sum(s @ z @ a for s, a in zip(dense, grams))
+    assert relative_error(left, sum(s @ r for s, r in zip(dense, toward))) < 1e-9
 
 
 def test_of_no_direction_nothing_moves_and_gradient_descent_is_refused():
