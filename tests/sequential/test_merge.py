@@ -58,10 +58,7 @@ ONCE = {
     "gpt2": {"frobenius": {"energy": "frobenius", "norms": True}},
     "bert": {"a share of drift": {"drift": 0.3, "norms": True}},
     "vit": {"no drift": {"drift": 0.0, "target": "module", "fit_bias": False}},
-    "llama": {
-        "a share of drift": {"drift": 0.3, "norms": True},
-        "overshot": {"prior": 2.0, "alpha": 0.3, "sweeps": 2, "norms": True},
-    },
+    "llama": {"overshot": {"prior": 2.0, "alpha": 0.3, "sweeps": 2, "norms": True}},
 }
 
 
