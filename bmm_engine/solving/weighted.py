@@ -79,17 +79,16 @@ def solve_toward(
     like = torch.empty((), dtype=dtype, device=factor.lower.device)
     metrics = [metric.to(like) for metric in metrics]
     shared = _levels(moments, factor, metrics)
-    basis = span(metrics)
     lower = None
-    if basis.shape[1] <= NARROW * basis.shape[0]:
-        lower, failed = torch.linalg.cholesky_ex(shared)
+    if sum(metric.directions.shape[1] for metric in metrics) <= NARROW * metrics[0].outputs:
         # Without a ridge it may have none, where a task of level 0 alone sees an input; the whole problem has a solution nevertheless.
-        lower = None if failed else lower
+        factored, failed = torch.linalg.cholesky_ex(shared)
+        lower = None if failed else factored
     if lower is None:
         system = _System(moments, factor, metrics, shared, dtype, name)
         change, left = system.solve(*system.sides(toward))
     else:
-        change, left = _solve_split(toward, moments, factor, metrics, basis, shared, lower, name)
+        change, left = _solve_split(toward, moments, factor, metrics, shared, lower, name)
     if not left <= TOLERANCE[dtype]:
         warnings.warn(
             f"{name}: the weighted solve stopped at a relative residual of {left:.1e} after {STEPS} steps; raise `alpha` or lower"
@@ -134,8 +133,6 @@ def _solve_within(
 def span(metrics: Sequence[OutputMetric]) -> Tensor:
     """An orthonormal basis Q (out, r) of all directions of the metrics, in their dtype."""
     directions = torch.cat([metric.directions for metric in metrics], 1)
-    if directions.shape[1] >= directions.shape[0]:  # likely all, and a longer way to find out
-        return torch.eye(directions.shape[0]).to(directions)
     # Of R, since directions that tasks share (and zero ones) have to go.
     q, r = torch.linalg.qr(directions)
     u, sizes, _ = torch.linalg.svd(r)
@@ -162,12 +159,12 @@ def _solve_split(
     moments: Sequence[Moment],
     factor: Factor,
     metrics: Sequence[OutputMetric],
-    basis: Tensor,
     shared: Tensor,
     lower: Tensor,
     name: str,
 ) -> tuple[Tensor, float]:
-    """Z and the relative residual within `basis` Q (out, r), which the metrics are of the dtype of. `lower`: the factor of L, `shared`."""
+    """Z, and the relative residual within the metrics' directions. `lower`: the factor of L, which is `shared`."""
+    basis = span(metrics)
     wide, level_side = basis.double(), torch.zeros((), dtype=torch.float64, device=shared.device)
 
     def within() -> Iterable[Tensor]:

@@ -152,12 +152,13 @@ def few_directions(g, tasks, outputs, rank, dtype=torch.float64):
 def test_of_few_directions_it_is_the_dense_solution_and_that_of_the_whole_problem(monkeypatch, options, kept):
     g = torch.Generator().manual_seed(5)
     own, merged, moments = moments_of(g, 3, 6)
-    anchor, *experts = (rows(g, 16, 6) for _ in range(4))
-    metrics = few_directions(g, 3, 16, 3)
-    assert weighted.span(metrics).shape == (16, 7)
-    betas = [0.5, 1.0, 1.5]
+    anchor, *experts = (rows(g, 20, 6) for _ in range(4))
+    metrics = few_directions(g, 3, 20, 3)
+    assert weighted.span(metrics).shape == (20, 7)
+    betas, split, solve = [0.5, 1.0, 1.5], [], weighted._solve_split
+    monkeypatch.setattr(weighted, "_solve_split", lambda *args: split.append(args) or solve(*args))
     found = bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics, task_weights=betas, **options)
-    dense = [b * (m.level * torch.eye(16).double() + m.directions @ m.directions.T) for m, b in zip(metrics, betas)]
+    dense = [b * (m.level * torch.eye(20).double() + m.directions @ m.directions.T) for m, b in zip(metrics, betas)]
     grams = [y.T @ y / len(y) for y in merged]
     a0 = sum(b * a for b, a in zip(betas, grams))
     q = torch.linalg.eigh(a0).eigenvectors[:, -kept:]
@@ -166,18 +167,29 @@ def test_of_few_directions_it_is_the_dense_solution_and_that_of_the_whole_proble
     left += ridge * torch.kron(sum(dense) / 3, torch.eye(kept).double())
     crosses = [(x @ w.T).T @ y / len(y) for x, y, w in zip(own, merged, experts)]
     right = sum(s @ (c - anchor @ a) for s, c, a in zip(dense, crosses, grams)) @ q
-    truth = anchor + torch.linalg.solve(left, right.reshape(-1)).view(16, kept) @ q.T
+    truth = anchor + torch.linalg.solve(left, right.reshape(-1)).view(20, kept) @ q.T
     assert relative_error(found.weight, truth) < 1e-9
+    assert len(split) == 1
     monkeypatch.setattr(weighted, "NARROW", 0.0)
     whole = bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics, task_weights=betas, **options)
     assert relative_error(whole.weight, truth) < 1e-9
+    assert len(split) == 1
+
+
+def test_without_any_direction_it_is_the_solve_of_outputs_alike():
+    g = torch.Generator().manual_seed(5)
+    _, _, moments = moments_of(g, 2, 6)
+    anchor, *experts = (rows(g, 20, 6) for _ in range(3))
+    metrics = [OutputMetric(1.0, torch.zeros(20, columns).double()) for columns in (0, 3)]
+    found = bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics)
+    assert relative_error(found.weight, bmm.solve_drift(anchor, experts, moments, alpha=0.1).weight) < 1e-12
 
 
 def test_few_directions_in_float32():
     g = torch.Generator().manual_seed(5)
     own, merged, moments = moments_of(g, 3, 6, torch.float32)
-    anchor, *experts = (rows(g, 16, 6, dtype=torch.float32) for _ in range(4))
-    metrics = few_directions(g, 3, 16, 3, torch.float32)
+    anchor, *experts = (rows(g, 20, 6, dtype=torch.float32) for _ in range(4))
+    metrics = few_directions(g, 3, 20, 3, torch.float32)
     found = bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics)
     measured = [bmm.DriftAccumulator(6, dtype=torch.float64) for _ in own]
     for accumulator, x, y in zip(measured, own, merged):
