@@ -58,10 +58,11 @@ def reference_merge(
     fit_bias=False,
     sensitivities=None,
     sensitivity_share=0.75,
+    output_hybrid=0.0,
     response=None,
 ):
     """The merged model in float64, anchor: the average. `batches[t]`: expert t's calibration; `sensitivities[t]`: module -> (out, out).
-    `response`: a filter, (e descending, lam) -> f(e), in the place of the ridge's."""
+    `output_hybrid`: the part of U U^T beside these. `response`: a filter, (e descending, lam) -> f(e), in the place of the ridge's."""
     merged = copy.deepcopy(base).double()
     states = [{k: v.double() for k, v in e.state_dict().items()} for e in experts]
     origin = {k: v.double() for k, v in base.state_dict().items()}
@@ -76,7 +77,8 @@ def reference_merge(
             if inputs[0][m].shape == inputs[0][name].shape and torch.equal(inputs[0][m], inputs[0][name])
         ]
         members = [name] if gram_source != "data" else same
-        weighing = metrics_of(sensitivities, members, sensitivity_share, len(experts))
+        vectors = task_vectors_of(origin, states, members, linear_names(base))
+        weighing = metrics_of(sensitivities, members, sensitivity_share, len(experts), output_hybrid, vectors)
         metrics[name] = [m and m[name] for m in weighing]
         if energy:
             betas_of[name] = _energy(members, origin, states, inputs, linear_names(base), fit_bias, weighing)
@@ -146,14 +148,24 @@ def _energy(members, origin, states, inputs, transposed, fit_bias, metrics):
     return [i * len(inverse) / sum(inverse) for i in inverse]
 
 
-def metrics_of(sensitivities, names, share, tasks):
-    """By task and module: over the modules that share an input a mean eigenvalue of 1."""
+def task_vectors_of(origin, states, names, transposed):
+    """By task and module, (out, in), without biases."""
+    own = [{n: _matrix(s, n, transposed[n], False) for n in names} for s in (origin, *states)]
+    return [{n: after[n] - own[0][n] for n in names} for after in own[1:]]
+
+
+def metrics_of(sensitivities, names, share, tasks, hybrid=0.0, vectors=None):
+    """By task and module: over the modules that share an input a mean eigenvalue of 1. `hybrid`: the part of U U^T of the `vectors` U."""
     if sensitivities is None:
         return [None] * tasks
     found = []
-    for own in sensitivities:
+    for t, own in enumerate(sensitivities):
         raw = {n: own[n].double() for n in names}
-        scale = sum(len(s) for s in raw.values()) / sum(s.trace() for s in raw.values())
+        raw = {n: s / sum(s.trace() for s in raw.values()) for n, s in raw.items()}
+        if hybrid:
+            mass = sum(u.pow(2).sum() for u in vectors[t].values())
+            raw = {n: (1 - hybrid) * s + hybrid * vectors[t][n] @ vectors[t][n].T / mass for n, s in raw.items()}
+        scale = sum(len(s) for s in raw.values())
         found.append({n: share * scale * s + (1 - share) * torch.eye(len(s)).double() for n, s in raw.items()})
     return found
 

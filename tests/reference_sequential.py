@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from tests.reference_merge import _matrix, filtered, linear_names, metrics_of, solve_weighted
+from tests.reference_merge import _matrix, filtered, linear_names, metrics_of, solve_weighted, task_vectors_of
 
 # Modules that write to the residual stream, and where it is seen next: what `place` reads (0) or gives (1) holds their output.
 WRITERS = [
@@ -86,12 +86,14 @@ def reference_sequential(
     sweeps=1,
     sensitivities=None,
     share=0.75,
+    output_hybrid=0.0,
     heads=(),
     response=None,
     remeasure=None,
 ):
     """The merged model in float64. `energy`: True, False or "frobenius". `anchor`: a state dict, by default the
-    experts' average; `batches[t]`: expert t's calibration. `sensitivities[t]`: module name -> (out, out). `heads`:
+    experts' average; `batches[t]`: expert t's calibration. `sensitivities[t]`: module name -> (out, out),
+    `output_hybrid` the part of U U^T beside these. `heads`:
     names of modules that are not solved. `response`: of a filter, as of `reference_merge`.
     `remeasure`: the sensitivities of a merged network, for sweeps after the first, of task t."""
     experts = [copy.deepcopy(e).double() for e in experts]
@@ -146,7 +148,14 @@ def reference_sequential(
             def weight(state, n, bias=bias):
                 return _matrix(state, n, transposed[n], bias)
 
-            metrics = metrics_of(sensitivities, names, share, len(experts))
+            metrics = metrics_of(
+                sensitivities,
+                names,
+                share,
+                len(experts),
+                output_hybrid,
+                task_vectors_of(origin, states, names, transposed) if output_hybrid else None,
+            )
             energies = [
                 sum(_energy(c.sqrt()[:, None] * x @ (weight(s, n) - weight(origin, n)).T, m and m[n]) for n in names)
                 / c.sum()

@@ -147,7 +147,10 @@ class Inputs:
         for t, expert in enumerate(self.experts):
             if self.sensitivities:
                 own = self.sensitivities[t]
-                metrics = output_metrics([self._sensitivity(own, expert, m) for m in modules], share, name)
+                hybrid = self.settings.output_hybrid(own.samples)
+                task_vectors = [self.task_vector(expert, m) for m in modules] if hybrid else []
+                measured = [self._sensitivity(own, expert, m) for m in modules]
+                metrics = output_metrics(measured, share, name, task_vectors, hybrid)
             else:
                 metrics = task_vector_metrics([self.task_vector(expert, m) for m in modules], share, name)
             found.append(metrics)

@@ -161,6 +161,13 @@ class Algebra(Strict):
         lt=1,
         description="share of sensitivities in the metric of a module's outputs; the rest weighs all outputs equally",
     )
+    output_samples: float = Field(
+        8.0,
+        ge=0,
+        le=1e12,
+        allow_inf_nan=False,
+        description="as how many samples a task vector's U U^T counts beside sensitivities measured on n; 0: the measured ones alone",
+    )
     fit_bias: bool | None = Field(None, description="solve biases with the weights; null: in the mode sequential only")
     modules: Patterns | None = Field(
         None, description="shell patterns of the linear modules to solve; null: all but heads"
@@ -302,6 +309,10 @@ class MergeSettings(Algebra, Checked):
                 f"draws from the posterior are for the plain ridge, whose prior it has: filter is {self.filter!r} and directions {self.directions!r};"
                 " leave both out."
             )
+
+    def output_hybrid(self, samples: int) -> float:
+        """The share of the task vector beside sensitivities measured on so many samples; none where that is not known."""
+        return self.output_samples / (self.output_samples + samples) if samples else 0.0
 
     @property
     def solves(self) -> bool:

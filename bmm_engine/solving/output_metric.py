@@ -121,15 +121,35 @@ def energy(factor: Tensor) -> float:
         return sum(float(rows.double().square().sum()) for rows in factor.split(BLOCK_ROWS))
 
 
-def output_metrics(sensitivities: Sequence[Tensor], share: float, name: str) -> list[OutputMetric]:
+def output_metrics(
+    sensitivities: Sequence[Tensor],
+    share: float,
+    name: str,
+    task_vectors: Sequence[Tensor | LowRank] = (),
+    hybrid: float = 0.0,
+) -> list[OutputMetric]:
     """The metrics of modules that are weighed together, from one task's sensitivities of them (out, out): scaled to a mean eigenvalue of 1 over all,
     then `share` of that and `1 - share` of the identity, for what so few samples do not show. Zero sensitivities give the identity.
 
+    `hybrid`: of `share`, the part g that the `task_vectors` U (out, in) of these modules have, `(1 - g) S / tr S + g U U^T / ||U||_F^2`.
     Of a sensitivity with more than `RANK` outputs that many directions are told apart.
     Raises `ConfigError` for a `share` outside [0, 1), in which alone the metric is sure to be positive definite.
     """
-    trace = sum(float(own.diagonal().sum(dtype=torch.float64)) for own in sensitivities)
-    return _weighed(sensitivities, trace, lambda own: OutputMetric.of(own, RANK), share, name)
+    given = list(sensitivities)
+    if hybrid:
+        given = _hybrid(given, [energy_factor(own.mT).mT for own in task_vectors], hybrid)
+    trace = sum(float(own.diagonal().sum(dtype=torch.float64)) for own in given)
+    return _weighed(given, trace, lambda own: OutputMetric.of(own, RANK), share, name)
+
+
+def _hybrid(measured: Sequence[Tensor], factors: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Each of trace 1 over all modules; where either has no mass, the other alone."""
+    trace = sum(float(own.diagonal().sum(dtype=torch.float64)) for own in measured)
+    mass = sum(map(energy, factors))
+    if not (trace > 0 and mass > 0):
+        return [own if trace > 0 else (f @ f.mT).to(own) for own, f in zip(measured, factors, strict=True)]
+    parts = zip(measured, factors, strict=True)
+    return [(own * ((1 - share) / trace)).add_((f @ f.mT).to(own), alpha=share / mass) for own, f in parts]
 
 
 def task_vector_metrics(task_vectors: Sequence[Tensor | LowRank], share: float, name: str) -> list[OutputMetric]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from bmm_engine.errors import CheckpointError, CollectionError, EmptyCalibrationError
@@ -77,19 +78,21 @@ def collect_sensitivity(
             found = logits(output, batch) if logits is not None else getattr(output, "logits", output)
             recorder.add(_probe(found, padding, seed, seen, type(model).__name__), padding)
             seen += len(found)
-    return recorder.finish(dtype, calibration or f"{seen} samples")
+    return recorder.finish(dtype, calibration or f"{seen} samples", seen)
 
 
 class SensitivityRecord(Record):
     unread: list[str] = []  # noqa: RUF012  (pydantic copies it)
+    samples: int = Field(0, ge=0)
 
 
 @dataclass
 class SensitivitySet(MeasuredSet):
     """The sensitivities of one expert: for each linear module the mean of J^T J (out, out). `unread`: the modules on which the logits do not depend:
-    where a file holds zeros for another, it is damaged."""
+    where a file holds zeros for another, it is damaged. `samples`: of the calibration; 0 where an older file does not say."""
 
     unread: list[str] = field(default_factory=list)
+    samples: int = 0
 
     KEY = "sensitivity"
     TITLE = "sensitivity"
@@ -167,7 +170,7 @@ class _Recorder:
             accumulate_gram(self._totals[name], rows.detach())
             self._rows[name] += len(rows)
 
-    def finish(self, dtype: torch.dtype, calibration: str) -> SensitivitySet:
+    def finish(self, dtype: torch.dtype, calibration: str, samples: int) -> SensitivitySet:
         """Raises `EmptyCalibrationError`, `CollectionError`."""
         if not any(self._rows.values()):
             raise EmptyCalibrationError(
@@ -179,6 +182,7 @@ class _Recorder:
             fingerprints={name: weight_fingerprint(weight.detach(), dtype) for name, weight in live.items()},  # type: ignore[operator]
             weights_dtype=str(dtype).removeprefix("torch."),
             calibration=calibration,
+            samples=samples,
             aliases={saved: own for own, saved in module_checkpoint_names(self.model, live).items() if saved != own},
         )
         if len(found.unread) == len(found.tensors):

@@ -29,6 +29,7 @@ OTHER = {
     "scale": 1.5,
     "task_weights": (1.0, 0.5),
     "sensitivity_share": 0.5,
+    "output_samples": 4.0,
     "fit_bias": True,
     "modules": ["*mlp*"],
     "keep_base": ["head*"],

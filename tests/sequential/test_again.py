@@ -49,6 +49,7 @@ def test_it_is_the_formula_with_what_the_merged_network_depends_on(wide):
         base,
         experts,
         batches,
+        output_hybrid=8 / (8 + sensitivities[0].samples),
         sensitivities=[own.tensors for own in sensitivities],
         remeasure=lambda tensors, t: measure(tensors, t).tensors,
         **options,

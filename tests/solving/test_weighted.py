@@ -336,6 +336,13 @@ def test_what_cannot_be_weighed_is_refused_and_a_solve_cut_short_is_told(monkeyp
         bmm.solve_drift(anchor, experts, moments, alpha=0.1, metrics=metrics, name="layer")
 
 
+def hybrid_of(sensitivities):
+    """The task vectors' part at the default of 8 samples, beside sets of equally many."""
+    (samples,) = {own.samples for own in sensitivities}
+    assert samples > 0
+    return 8 / (8 + samples)
+
+
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 @pytest.mark.parametrize(
     "options",
@@ -355,6 +362,7 @@ def test_a_plain_merge_is_the_formula(architecture, options):
         alpha=0.1,
         sensitivities=[own.tensors for own in sensitivities],
         sensitivity_share=0.6,
+        output_hybrid=hybrid_of(sensitivities),
         **options,
     )
     source = options.get("gram_source", "data")
@@ -399,7 +407,13 @@ def test_it_is_the_formula_walked_through_the_network(architecture):
     sensitivities = [bmm.collect_sensitivity(e, b, progress=False) for e, b in zip(experts, batches)]
     options = {"alpha": 0.1, "mean_weight": 2.0}
     truth = reference_sequential(
-        base, experts, batches, sensitivities=[own.tensors for own in sensitivities], share=0.6, **options
+        base,
+        experts,
+        batches,
+        sensitivities=[own.tensors for own in sensitivities],
+        share=0.6,
+        output_hybrid=hybrid_of(sensitivities),
+        **options,
     )
     found = bmm.merge_sequential(
         base, experts, batches, sensitivities=sensitivities, sensitivity_share=0.6, progress=False, **options
