@@ -16,6 +16,7 @@ import bmm_engine as bmm
 from bench.accuracy.experiment import Experiment, load_tensors
 from bench.report import note
 from bmm_engine.evaluators.scores import Score
+from bmm_engine.pipeline.statistics import SHRINKAGE
 
 PRIORS = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi")
 """The anchors on which every form of BMM is tried."""
@@ -24,6 +25,9 @@ SCALES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Of the anchor's difference from the base."""
 
 HYBRID = 0.5
+
+DATA_FREE: dict[str, Any] = {"sensitivities": "task_vectors", "shrinkage": SHRINKAGE}
+"""What `bmm merge` does with nothing but checkpoints."""
 
 SEARCH_SAMPLES = 32  # of each task, in the trials of a sequential search
 
@@ -62,7 +66,7 @@ class Merger:
             yield Method("anchor, scale searched", name, lambda name=name: self._scaled(name), needs)
         for name in PRIORS:
             yield Method("data-free, outputs alike", name, lambda name=name: self._merge(anchor=name))
-            yield Method("data-free", name, lambda name=name: self._merge(anchor=name, sensitivities="task_vectors"))
+            yield Method("data-free", name, lambda name=name: self._merge(anchor=name, **DATA_FREE))
             yield Method("data", name, lambda name=name: self._merge(anchor=name, grams=self.grams), "grams")
             yield Method(
                 "hybrid",

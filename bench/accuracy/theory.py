@@ -22,7 +22,7 @@ from torch import Tensor
 import bmm_engine as bmm
 from bench.accuracy.command import SUITES
 from bench.accuracy.experiment import Experiment, Scorer, load_tensors
-from bench.accuracy.methods import HYBRID, PRIORS
+from bench.accuracy.methods import DATA_FREE, HYBRID, PRIORS
 from bench.report import commit, note
 from bmm_engine.evaluators.scores import classification_score
 from bmm_engine.models.architecture import linear_modules
@@ -85,7 +85,7 @@ class Study:
 
     def by_samples(self) -> Iterator[Row]:
         yield {"method": "data-free, outputs alike", "samples": 0, "value": self.merged()}
-        yield {"method": "data-free", "samples": 0, "value": self.merged(sensitivities="task_vectors")}
+        yield {"method": "data-free", "samples": 0, "value": self.merged(**DATA_FREE)}
         for samples in SAMPLES:
             grams, weights = self.experiment.grams(samples), self.experiment.sensitivities(samples)
             batches = self.experiment.calibration(samples)
@@ -132,7 +132,7 @@ class Study:
             grams, own = self.grams[:count], self.sensitivities[:count]
             for method, merge in (
                 ("average", partial(bmm.merge, **models, alpha=math.inf)),
-                ("data-free", partial(bmm.merge, **models, sensitivities="task_vectors")),
+                ("data-free", partial(bmm.merge, **models, **DATA_FREE)),
                 ("data", partial(bmm.merge, **models, grams=grams)),
                 ("data, weighted outputs", partial(bmm.merge, **models, grams=grams, sensitivities=own)),
                 (

@@ -25,6 +25,7 @@ from bmm_engine.disk.files import foreign, named, read_identity, write_whole
 from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.merging.merge import merge
 from bmm_engine.pipeline.run import run_recipe
+from bmm_engine.pipeline.statistics import SHRINKAGE
 from bmm_engine.progress import track
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.sequential.run import walk_folder
@@ -54,7 +55,9 @@ def methods(grams: list[GramSet]) -> Iterator[Method]:
     yield Method("average", "average", {"alpha": math.inf})
     yield Method("TSV-M", "tsv_m", {"alpha": math.inf})
     yield Method("RegMean", "average", {"grams": grams, "alpha": REGMEAN_ALPHA})
-    yield Method("BMM data-free", "average", {"grams": "task_vectors", "sensitivities": "task_vectors"})
+    yield Method(
+        "BMM data-free", "average", {"grams": "task_vectors", "sensitivities": "task_vectors", "shrinkage": SHRINKAGE}
+    )
 
 
 def run(output: Path, narrator: Narrator) -> list[dict[str, Any]]:

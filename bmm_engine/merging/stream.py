@@ -21,6 +21,7 @@ from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import MergePlan, ModuleGroup
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.parallel import in_order, one_thread, share_of_memory
+from bmm_engine.solving.agreement import shrunk
 from bmm_engine.solving.filters import SpectralFactor
 from bmm_engine.solving.moments import Moment
 from bmm_engine.solving.posterior import Posterior, posterior_sample, posterior_scale
@@ -358,6 +359,7 @@ class MergeStream:
         scale = self.settings.scale_setting.at(
             module.weight, self.inputs.depth(module.weight), len(self.inputs.experts)
         )
+        scale = shrunk(scale, self.settings.shrinkage, base, experts)
         merged = solved if scale == 1 else base + scale * (solved - base)
         return [self.finish(piece) for piece in self._pieces(module, merged, with_bias)]
 

@@ -196,29 +196,36 @@ def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: boo
     )
 
 
+SHRINKAGE = 0.2
+"""Of a merge without data, where its recipe says none."""
+
+
 def with_output_weights(recipe: Recipe, models: Models, report: Report = lambda line: None) -> Recipe:
     """The recipe with `output_weights` chosen, where it leaves them open: "sensitivity" if every expert's is measured, or can be: a classifier, or
-    an encoder with its head, that has calibration; "task_vectors" without any data; and "none" where the filter has no form with them. Raises
-    `CheckpointError`."""
-    if recipe.output_weights is not None:
-        return recipe
+    an encoder with its head, that has calibration; "task_vectors" without any data, then with `shrinkage` too; and "none" where the filter has
+    no form with them. Raises `CheckpointError`."""
+    chosen = recipe.output_weights or _output_weights(recipe, models, report)
+    free = chosen == recipe.settings.gram_source == "task_vectors" and recipe.mode == "plain"
+    shrinkage = SHRINKAGE if free and recipe.left_open("shrinkage") else recipe.shrinkage
+    return recipe.model_copy(update={"output_weights": chosen, "shrinkage": shrinkage})
+
+
+def _output_weights(recipe: Recipe, models: Models, report: Report) -> str:
     if not recipe.settings.spectral_filter.restricts:
         report(f"output_weights: none, since filter is {recipe.filter!r}")
-        return recipe.model_copy(update={"output_weights": "none"})
+        return "none"
+    if recipe.alpha == math.inf:
+        return "none"
     experts = zip(recipe.experts, models.experts, strict=True)
     lacking = [expert.label for expert, source in experts if not _can_be_weighed(expert, source)]
-    if recipe.alpha == math.inf:
-        chosen = "none"
-    elif not lacking:
-        chosen = "sensitivity"
+    if not lacking:
         report("output_weights: sensitivity, since every expert is a classifier")
-    elif recipe.settings.gram_source == "task_vectors":
-        chosen = "task_vectors"
-    else:
-        chosen = "none"
-        if all(e.calibration for e in recipe.experts):
-            report(f"output_weights: none, since {lacking[0]} is no classifier and has no head")
-    return recipe.model_copy(update={"output_weights": chosen})
+        return "sensitivity"
+    if recipe.settings.gram_source == "task_vectors":
+        return "task_vectors"
+    if all(e.calibration for e in recipe.experts):
+        report(f"output_weights: none, since {lacking[0]} is no classifier and has no head")
+    return "none"
 
 
 def _can_be_weighed(expert: ExpertRecipe, source: TensorSource) -> bool:

@@ -264,7 +264,11 @@ class Recipe(Algebra, Named):
     @property
     def mode_is_chosen(self) -> bool:
         """Did the recipe leave its mode open?"""
-        return "mode" in self._chosen.keys
+        return self.left_open("mode")
+
+    def left_open(self, key: str) -> bool:
+        """Was this key, which the mode decides then, not said?"""
+        return key in self._chosen.keys
 
     def in_mode_plain(self) -> Recipe:
         """The same in the mode plain, with the choices and defaults of that mode for what it left open."""

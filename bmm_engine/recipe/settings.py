@@ -161,6 +161,12 @@ class Algebra(Strict):
         lt=1,
         description="share of sensitivities in the metric of a module's outputs; the rest weighs all outputs equally",
     )
+    shrinkage: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="where experts do not agree, scale (1 - shrinkage (1 - r)), plain merges only; null: 0.2 in a recipe without data, else 0",
+    )
     output_samples: float = Field(
         8.0,
         ge=0,
@@ -195,7 +201,7 @@ class Algebra(Strict):
 def defaults_of(mode: str) -> dict[str, Any]:
     """What the options are that a mode decides, where they are left open."""
     sequential = mode == "sequential"
-    return {"task_weights": "energy" if sequential else "none", "fit_bias": sequential}
+    return {"task_weights": "energy" if sequential else "none", "fit_bias": sequential, "shrinkage": 0.0}
 
 
 class SequentialOptions(SequentialRecipe, Checked):
@@ -252,6 +258,7 @@ class MergeSettings(Algebra, Checked):
     gram_source: Literal["data", "task_vectors", "hybrid"] = "task_vectors"
     task_weights: TaskWeights = "none"
     fit_bias: bool = False
+    shrinkage: float = Field(0.0, ge=0, le=1)
     sequential: SequentialOptions = SequentialOptions()
 
     def __init__(self, **options: Any):

@@ -117,6 +117,10 @@ class Problem:
         alpha = default(self.settings.alpha_setting, "alpha")
         # A recipe that asks for the anchor alone has no ridge to start from.
         alpha = {name: DEFAULT_ALPHA if value == math.inf else value for name, value in alpha.items()}
+        if self.settings.shrinkage:
+            raise ConfigError(
+                f"shrinkage is {self.settings.shrinkage}, but a search chooses the scales itself: leave out shrinkage."
+            )
         low, high = self.search.alpha_range
         for name, value in alpha.items():
             if not low <= value <= high:

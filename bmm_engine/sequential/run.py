@@ -127,6 +127,11 @@ def walk_models(
         raise ConfigError(
             f"{len(models.experts)} experts and {len(calibration)} calibration sets (batches); give one for each expert."
         )
+    if settings.shrinkage:
+        raise ConfigError(
+            f"shrinkage = {settings.shrinkage}, but a walk corrects what merged modules disturb, and shrinks nothing; leave it out, or choose"
+            " mode 'plain'."
+        )
     if destination.path is not None:
         output = destination.path.expanduser().resolve()
         check_walk(output)

@@ -30,6 +30,7 @@ OTHER = {
     "task_weights": (1.0, 0.5),
     "sensitivity_share": 0.5,
     "output_samples": 4.0,
+    "shrinkage": 0.2,
     "fit_bias": True,
     "modules": ["*mlp*"],
     "keep_base": ["head*"],
