@@ -271,7 +271,7 @@ def test_what_a_recipe_leaves_open_follows_from_what_it_has(tmp_path):
     ):
         assert parsed(**other).mode == "plain"
     assert weights(parsed(alpha=math.inf)) == ("none", "")
-    assert weights(parsed(experts=bare)) == ("none", "")
+    assert weights(parsed(experts=bare)) == ("task_vectors", "")
     assert weights(parsed(output_weights="none")) == ("none", "")
 
     encoders = []
