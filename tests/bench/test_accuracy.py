@@ -128,7 +128,7 @@ def test_what_the_theory_claims_is_measured(arguments, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "theory.json").read_text())
     assert all(0 <= row["cosine"] <= 1 for row in found["alignment"])
     assert {row["task"] for row in found["alignment"]} == {"sst2", "tweet_emotion"}
-    assert [row["samples"] for row in found["samples"]] == [0, *[4] * 7, *[8] * 7]
+    assert [row["samples"] for row in found["samples"]] == [0, 0, *[4] * 7, *[8] * 7]
     shares = {(row["anchor"], row["method"], row["share"]) for row in found["shares"]}
     assert len(shares) == len(found["shares"]) == 8
     # Scores of 24 sentences may be equal at different shares, so what was merged is looked at instead.

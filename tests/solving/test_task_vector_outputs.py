@@ -250,7 +250,7 @@ def test_in_a_recipe(tmp_path):
 
     made = recipe(output_weights=OUTPUTS, alpha=0.1, sensitivity_share=0.5)
     found = load_file(run_recipe(made, tmp_path / "out", progress=False).path / "model.safetensors")
-    options = {"alpha": 0.1, "sensitivities": OUTPUTS, "sensitivity_share": 0.5, "progress": False}
+    options = {"alpha": 0.1, "sensitivities": OUTPUTS, "sensitivity_share": 0.5, "shrinkage": 0.2, "progress": False}
     truth = bmm.merge(base, experts, **{**options, "task_weights": made.task_weights}).tensors
     assert all(torch.equal(found[name], truth[name]) for name in found)
     record = json.loads((tmp_path / "out" / "bmm_merge.json").read_text())
