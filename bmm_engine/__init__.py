@@ -37,8 +37,8 @@ _PUBLIC = {
     "blend": "bmm_engine.ops.blend",
     "magnitude_ranks": "bmm_engine.ops.ranks",
     "solve_drift": "bmm_engine.sequential.solve",
-    "DriftAccumulator": "bmm_engine.sequential.moments",
-    "ProjectedAccumulator": "bmm_engine.sequential.moments",
+    "DriftAccumulator": "bmm_engine.sequential.accumulators",
+    "ProjectedAccumulator": "bmm_engine.sequential.accumulators",
     "alignment": "bmm_engine.solving.moments",
     "LowRank": "bmm_engine.ops.lowrank",
     "search": "bmm_engine.searching.run",
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from bmm_engine.recipe.recipe import Recipe
     from bmm_engine.searching.run import SearchResult, search, search_recipe
     from bmm_engine.searching.study import Study
-    from bmm_engine.sequential.moments import DriftAccumulator, ProjectedAccumulator
+    from bmm_engine.sequential.accumulators import DriftAccumulator, ProjectedAccumulator
     from bmm_engine.sequential.run import merge_sequential
     from bmm_engine.sequential.solve import solve_drift
     from bmm_engine.solving.filters import Filter

@@ -16,7 +16,7 @@ import bmm_engine as bmm
 from bench.accuracy.experiment import Experiment, load_tensors
 from bench.report import note
 from bmm_engine.evaluators.scores import Score
-from bmm_engine.pipeline.statistics import SHRINKAGE
+from bmm_engine.solving.agreement import SHRINKAGE
 
 PRIORS = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "wudi")
 """The anchors on which every form of BMM is tried."""

@@ -25,11 +25,11 @@ from bmm_engine.disk.files import foreign, named, read_identity, write_whole
 from bmm_engine.errors import ConfigError, OutputExistsError, OutputWriteError
 from bmm_engine.merging.merge import merge
 from bmm_engine.pipeline.run import run_recipe
-from bmm_engine.pipeline.statistics import SHRINKAGE
 from bmm_engine.progress import track
 from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.sequential.run import walk_folder
 from bmm_engine.sequential.state import remove_folder
+from bmm_engine.solving.agreement import SHRINKAGE
 from bmm_engine.statistics.collect import collect_grams
 from bmm_engine.statistics.grams import GramSet
 

@@ -10,9 +10,10 @@ from bmm_engine.merging.belonging import resolve_module
 from bmm_engine.merging.inputs import Inputs
 from bmm_engine.merging.plan import ModuleGroup
 from bmm_engine.models.architecture import LinearModule
+from bmm_engine.ops.lowrank import LowRank
 from bmm_engine.solving.moments import DenseMoment, Moment, TaskVectorMoment, hybrid_moment
 from bmm_engine.solving.output_metric import OutputMetric
-from bmm_engine.solving.solve import energy_weights, frobenius_norm, task_energy
+from bmm_engine.solving.task_weights import choose_task_weights, frobenius_norm, task_energy
 from bmm_engine.solving.weighted import weighted_task_energy
 
 # A Gram up to this size stays in memory while its group is solved; a larger one is read again for each use.
@@ -33,7 +34,7 @@ class OpenGroup:
         """Of each member, by expert; empty where all outputs count alike."""
         if not self.inputs.weighted:
             return {}
-        found = self.inputs.output_metrics(self.group.members)
+        found = self.inputs.output_metrics(self.group.members, self._task_vector)
         return {module.name: own for module, own in zip(self.group.members, found, strict=True)}
 
     def weights(self, module: LinearModule) -> tuple[Tensor, list[Tensor]]:
@@ -53,12 +54,12 @@ class OpenGroup:
         """The group's task weights, in the inputs' order, by the rule or numbers `given`, or by the settings'."""
         inputs = self.inputs
         given = inputs.task_weights if given is None else given if isinstance(given, str) else inputs.ordered(given)
-        if given == "none":
-            return (1.0,) * len(self.moments)
-        if not isinstance(given, str):
-            return given
-        if given == "frobenius":
-            return energy_weights([frobenius_norm(moment, inputs.device) for moment in self.moments])
+        norms = (frobenius_norm(moment, inputs.device) for moment in self.moments)
+        energies = self._energies() if given == "energy" else ()
+        return choose_task_weights(given, energies, norms, len(self.moments), self.group.name)
+
+    def _energies(self) -> list[float]:
+        """By expert, over all members: how much fine-tuning changed their outputs, in their metrics where there are some."""
         energies = [0.0] * len(self.moments)
         for module in self.group.members:
             base, experts = self.weights(module)
@@ -68,20 +69,24 @@ class OpenGroup:
                     energies[t] += weighted_task_energy(moment, change, self.metrics[module.name][t])
                 else:
                     energies[t] += task_energy(moment, change)
-        return energy_weights(energies)
+        return energies
 
     def _moment(self, t: int) -> Moment:
         settings = self.inputs.settings
         if settings.gram_source == "data":
             return self._data_moment(t)
-        module = self.group.members[0]
-        product = None if self.group.with_bias else self.inputs.low_rank(self.inputs.experts[t], module)
-        if product is None:
-            base, experts = self.weights(module)
-        task_vector = experts[t] - base if product is None else product
+        task_vector = self._task_vector(t, self.group.members[0])
         if settings.gram_source == "task_vectors":
             return TaskVectorMoment(task_vector, settings.normalization)
         return hybrid_moment(self._data_moment(t), task_vector, settings.hybrid_share)
+
+    def _task_vector(self, t: int, module: LinearModule) -> Tensor | LowRank:
+        """Of a weight, without its bias: (out, in)."""
+        product = self.inputs.low_rank(self.inputs.experts[t], module)
+        if product is not None:
+            return product
+        base, experts = self.weights(module)
+        return (experts[t] - base)[:, : module.in_features]
 
     def _data_moment(self, t: int) -> Moment:
         inputs, group = self.inputs, self.group

@@ -114,13 +114,6 @@ class Inputs:
         weight = weight.mT.contiguous() if module.transposed else weight
         return torch.cat([weight, self.load(source, module.bias)[:, None]], 1) if with_bias else weight
 
-    def task_vector(self, expert: Any, module: LinearModule) -> Tensor | LowRank:
-        """Of the weight, without a bias: (out, in)."""
-        product = self.low_rank(expert, module)
-        if product is not None:
-            return product
-        return self.oriented(expert, module, False) - self.oriented(self.base, module, False)
-
     def low_rank(self, expert: Any, module: LinearModule) -> LowRank | None:
         """The expert's task vector as a product, where its source knows it as one."""
         known = getattr(expert.source, "low_rank", None)
@@ -139,20 +132,22 @@ class Inputs:
             found.append(fisher.get(own, rows).to(self.device, self.dtype))
         return found
 
-    def output_metrics(self, modules: Sequence[LinearModule]) -> list[list[OutputMetric]]:
-        """Of each module, those of the experts, from their sensitivities (or task vectors) of modules that are weighed together. Raises
-        `MissingTensorError`, `GramMismatchError`, `ShapeMismatchError`."""
+    def output_metrics(
+        self, modules: Sequence[LinearModule], task_vector: Callable[[int, LinearModule], Tensor | LowRank]
+    ) -> list[list[OutputMetric]]:
+        """Of each module, those of the experts, from their sensitivities (or task vectors) of modules that are weighed together. `task_vector`: gives
+        that of an expert's weight, (out, in). Raises `MissingTensorError`, `GramMismatchError`, `ShapeMismatchError`."""
         found = []
         share, name = self.settings.sensitivity_share, modules[0].name
         for t, expert in enumerate(self.experts):
             if self.sensitivities:
                 own = self.sensitivities[t]
                 hybrid = self.settings.output_hybrid(own.samples)
-                task_vectors = [self.task_vector(expert, m) for m in modules] if hybrid else []
+                task_vectors = [task_vector(t, m) for m in modules] if hybrid else []
                 measured = [self._sensitivity(own, expert, m) for m in modules]
                 metrics = output_metrics(measured, share, name, task_vectors, hybrid)
             else:
-                metrics = task_vector_metrics([self.task_vector(expert, m) for m in modules], share, name)
+                metrics = task_vector_metrics([task_vector(t, m) for m in modules], share, name)
             found.append(metrics)
         return [list(own) for own in zip(*found, strict=True)]
 

@@ -35,6 +35,7 @@ from bmm_engine.recipe.recipe import Recipe
 from bmm_engine.recipe.references import ExpertRecipe
 from bmm_engine.recipe.settings import MergeSettings
 from bmm_engine.sequential.again import Remeasure
+from bmm_engine.solving.agreement import SHRINKAGE
 from bmm_engine.statistics.calibration import CalibrationData, read_calibration
 from bmm_engine.statistics.fisher import FisherSet
 from bmm_engine.statistics.grams import GramSet
@@ -194,10 +195,6 @@ def fisher_sets(recipe: Recipe, models: Models, *, report: Report, progress: boo
         lambda own: f"{own.examples} samples",
         report,
     )
-
-
-SHRINKAGE = 0.2
-"""Of a merge without data, where its recipe says none."""
 
 
 def with_output_weights(recipe: Recipe, models: Models, report: Report = lambda line: None) -> Recipe:

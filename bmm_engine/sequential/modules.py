@@ -17,11 +17,12 @@ from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import InputRecord, ModuleRecord
 from bmm_engine.models.architecture import LinearModule
 from bmm_engine.models.calling import Padding, kept_rows
-from bmm_engine.sequential.moments import Accumulator, DriftAccumulator, ProjectedAccumulator, TaskMoments
+from bmm_engine.ops.lowrank import LowRank
+from bmm_engine.sequential.accumulators import Accumulator, DriftAccumulator, ProjectedAccumulator
+from bmm_engine.sequential.moments import TaskMoments
 from bmm_engine.sequential.reading import Read
 from bmm_engine.sequential.solve import (
     drift_factor,
-    drift_task_weights,
     relative_residuals,
     solve_module,
     solve_weighted_module,
@@ -29,6 +30,7 @@ from bmm_engine.sequential.solve import (
 from bmm_engine.sequential.tokens import TokenRows
 from bmm_engine.solving.output_metric import OutputMetric
 from bmm_engine.solving.solve import overshot
+from bmm_engine.solving.task_weights import choose_task_weights
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ class ModuleSolver:
         written: Written | None,
     ) -> None:
         inputs, with_bias, name = self.inputs, part.with_bias, part.members[0].name
-        metrics = inputs.output_metrics(part.members) if inputs.weighted else None
+        metrics = inputs.output_metrics(part.members, self._task_vector) if inputs.weighted else None
         change = [own.energy(self._task_vectors(t, part)) / own.rows for t, own in enumerate(moments)]
         energy = change if metrics is None else self._weighted_energies(part, moments, metrics)
         changes, energies = change, energy
@@ -160,7 +162,7 @@ class ModuleSolver:
                 [own + before for own, before in zip(now, inputs.ordered(earlier), strict=True)]
                 for now, earlier in ((change, written.change), (energy, written.energy))
             )
-        betas = drift_task_weights(inputs.task_weights, energies, (own.norm for own in moments), len(moments), name)
+        betas = choose_task_weights(inputs.task_weights, energies, (own.norm for own in moments), len(moments), name)
         mean_weight = self.settings.sequential.mean_weight
         moments = [own.toward(self.settings.sequential.drift) for own in moments]
         moments = [self._hybrid(t, part, own) for t, own in enumerate(moments)]
@@ -231,6 +233,11 @@ class ModuleSolver:
     def _task_vectors(self, t: int, part: Part) -> Iterator[Tensor]:
         for module in part.members:
             yield self._expert(t, module, part.with_bias) - self._base(module, part.with_bias)
+
+    def _task_vector(self, t: int, module: LinearModule) -> Tensor | LowRank:
+        """Of the weight, without its bias: (out, in)."""
+        product = self.inputs.low_rank(self.inputs.experts[t], module)
+        return self._expert(t, module, False) - self._base(module, False) if product is None else product
 
     def _put(self, module: LinearModule, merged: Tensor, with_bias: bool, out: Solved) -> None:
         weight = merged[:, :-1] if with_bias else merged

@@ -27,8 +27,9 @@ from bmm_engine.merging.plan import MergePlan
 from bmm_engine.merging.stream import InputRecord
 from bmm_engine.models.architecture import is_head
 from bmm_engine.sequential.modules import Solved
-from bmm_engine.sequential.solve import drift_task_weights, relative_residuals
+from bmm_engine.sequential.solve import relative_residuals
 from bmm_engine.solving.solve import overshot, relative_ridge
+from bmm_engine.solving.task_weights import choose_task_weights
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -158,7 +159,7 @@ class NormSolver:
         alpha = self.settings.alpha_setting.at(norm.weight, depth, tasks)
         scale = self.settings.scale_setting.at(norm.weight, depth, tasks)
         energies = [own.change / own.rows for own in measured]
-        betas = drift_task_weights(inputs.task_weights, energies, (own.size for own in measured), tasks, norm.name)
+        betas = choose_task_weights(inputs.task_weights, energies, (own.size for own in measured), tasks, norm.name)
         gain = self._prior(norm.weight, alpha)
         bias = torch.zeros_like(gain) if norm.bias is None else self._prior(norm.bias, alpha)
         fitted_gain, fitted_bias, ridge = fit_norm(gain, bias, measured, betas, alpha, norm.bias is not None)

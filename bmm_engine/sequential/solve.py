@@ -22,7 +22,7 @@ more: `+ gamma sum_t beta_t || mean(X~_t W^T - X_t W_t^T) ||^2`, which adds a ra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,8 +31,10 @@ from torch import Tensor
 from bmm_engine.errors import ConfigError, ShapeMismatchError
 from bmm_engine.sequential.moments import TaskMoments, squared
 from bmm_engine.solving.filters import PLAIN, Filter, SpectralFactor
+from bmm_engine.solving.moments import BLOCK_ROWS
 from bmm_engine.solving.output_metric import OutputMetric
-from bmm_engine.solving.solve import BLOCK_ROWS, Factor, check_task_weights, check_weights, energy_weights, inverses
+from bmm_engine.solving.solve import Factor, check_weights, inverses
+from bmm_engine.solving.task_weights import choose_task_weights
 from bmm_engine.solving.weighted import solve_toward
 
 
@@ -105,7 +107,7 @@ def solve_drift(
         energy = tuple(
             m.weighted_energy(e - base, s) / m.rows for m, e, s in zip(moments, experts, weighing, strict=True)
         )
-    betas = drift_task_weights(task_weights, energy, (own.norm for own in moments), len(experts), name)
+    betas = choose_task_weights(task_weights, energy, (own.norm for own in moments), len(experts), name)
     check_mean_weight(mean_weight)
     check_drift(drift)
     moments = [own.toward(drift) for own in moments]
@@ -117,31 +119,6 @@ def solve_drift(
         weight, before, after = solve_weighted_module(anchor, experts, moments, factor, mean_weight, weighing, name)
     ridge, jitter = (math.inf, 0.0) if factor is None else (factor.ridge, factor.jitter)
     return DriftSolution(weight, ridge, jitter, betas, tuple(before), tuple(after), change)
-
-
-def drift_task_weights(
-    given: str | Sequence[float] | None,
-    energies: Sequence[float] | None,
-    norms: Iterable[float],
-    tasks: int,
-    name: str,
-) -> tuple[float, ...]:
-    """Task weights by name or number; "energy" from the tasks' `energies`, "frobenius" from the `norms` of their Grams. Raises `ConfigError`."""
-    if given is None or given == "none":
-        return (1.0,) * tasks
-    if given == "energy":
-        if energies is None:
-            raise ConfigError(f"{name}: task_weights='energy' needs `base`, to form the task vectors.")
-        return energy_weights(energies)
-    if given == "frobenius":
-        return energy_weights(list(norms))
-    if isinstance(given, str):
-        raise ConfigError(
-            f"{name}: task_weights must be None, 'none', 'energy', 'frobenius' or one number per task, not {given!r}."
-        )
-    weights = tuple(float(w) for w in given)
-    check_task_weights(weights, tasks, name)
-    return weights
 
 
 def _with_task_vectors(

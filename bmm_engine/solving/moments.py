@@ -19,6 +19,8 @@ from bmm_engine.ops.lowrank import LowRank
 
 # Columns of a Gram, or rows of a task vector, that are widened to the solve's dtype at a time.
 BLOCK = 1024
+# Rows of W worked on at a time: the float64 working set is then a few of these blocks, whatever the module's height.
+BLOCK_ROWS = 512
 
 
 class Moment(Protocol):

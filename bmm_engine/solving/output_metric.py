@@ -16,16 +16,13 @@ from torch import Tensor
 
 from bmm_engine.errors import ConfigError
 from bmm_engine.ops.lowrank import LowRank
-from bmm_engine.parallel import one_thread
+from bmm_engine.solving.frobenius import squared_norm
 from bmm_engine.solving.moments import energy_factor
 
 RANK = 64
 """Directions of a sensitivity that are kept; the others count by their mean. A module with fewer outputs keeps all."""
 
 OVERSAMPLING, ITERATIONS = 8, 2
-# Of a task vector, that are widened at a time.
-BLOCK_ROWS = 512
-
 EXACT = 1024
 """Of a task vector's shorter side: up to it directions are those of a decomposition, beyond it of the iteration."""
 
@@ -78,7 +75,7 @@ class OutputMetric:
         else:
             values, vectors = _largest_of(lambda x: factor @ (factor.mT @ x), factor, rank)
             values, vectors = values.double().clamp_(min=0), vectors.double()
-        level = max(0.0, energy(factor) - float(values.sum())) / (outputs - rank)
+        level = max(0.0, squared_norm(factor) - float(values.sum())) / (outputs - rank)
         return cls(level, vectors * (values - level).clamp_(min=0).sqrt())
 
     def to(self, like: Tensor) -> OutputMetric:
@@ -115,12 +112,6 @@ def _largest_of(times: Callable[[Tensor], Tensor], like: Tensor, count: int) -> 
     return values[-count:], basis @ vectors[:, -count:]
 
 
-def energy(factor: Tensor) -> float:
-    """`||F||_F^2`, in float64, by blocks of rows: the trace of `F F^T`."""
-    with one_thread():  # a sum of all elements is cut by threads
-        return sum(float(rows.double().square().sum()) for rows in factor.split(BLOCK_ROWS))
-
-
 def output_metrics(
     sensitivities: Sequence[Tensor],
     share: float,
@@ -145,7 +136,7 @@ def output_metrics(
 def _hybrid(measured: Sequence[Tensor], factors: Sequence[Tensor], share: float) -> list[Tensor]:
     """Each of trace 1 over all modules; where either has no mass, the other alone."""
     trace = sum(float(own.diagonal().sum(dtype=torch.float64)) for own in measured)
-    mass = sum(map(energy, factors))
+    mass = sum(map(squared_norm, factors))
     if not (trace > 0 and mass > 0):
         return [own if trace > 0 else (f @ f.mT).to(own) for own, f in zip(measured, factors, strict=True)]
     parts = zip(measured, factors, strict=True)
@@ -156,7 +147,9 @@ def task_vector_metrics(task_vectors: Sequence[Tensor | LowRank], share: float, 
     """The same without data, from one task's vectors U (out, in) of these modules: `U U^T` in the place of a sensitivity. Of U as a product its
     factors are enough."""
     factors = [energy_factor(own.mT).mT for own in task_vectors]
-    return _weighed(factors, sum(map(energy, factors)), lambda own: OutputMetric.of_factor(own, RANK), share, name)
+    return _weighed(
+        factors, sum(map(squared_norm, factors)), lambda own: OutputMetric.of_factor(own, RANK), share, name
+    )
 
 
 def _weighed(

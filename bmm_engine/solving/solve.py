@@ -29,15 +29,13 @@ from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.assemble import assemble
 from bmm_engine.ops.cholesky import cholesky_, solve_right
 from bmm_engine.ops.residual import residual
-from bmm_engine.parallel import one_thread
 from bmm_engine.solving.filters import PLAIN, Filter, SpectralFactor
-from bmm_engine.solving.moments import DenseMoment, Moment
+from bmm_engine.solving.moments import BLOCK_ROWS, DenseMoment, Moment
+from bmm_engine.solving.task_weights import check_task_weights, choose_task_weights, frobenius_norm, task_energy
 
 # Jitter, relative to the mean diagonal of A: tried in this order on the members of a batch that have no factor without it. The last ones
 # cover the rounding of float32 Grams, whose zero eigenvalues come out as small negative ones.
 JITTERS = (1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5)
-# Rows of W solved at a time: the float64 working set is then a few of these blocks, whatever the module's height.
-BLOCK_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -69,39 +67,6 @@ def relative_ridge(alpha: float, trace: float, width: int) -> float:
     if not alpha >= 0:
         raise ConfigError(f"alpha must be >= 0 (inf for the anchor itself), not {alpha}.")
     return alpha * trace / width if trace > 0 else (alpha or 1.0)
-
-
-def energy_weights(energies: Sequence[float]) -> tuple[float, ...]:
-    """`beta_t = 1 / tr(U_t G_t U_t^T)` (or of norms), scaled to mean 1; a zero energy gets the largest finite weight of the others, or 1."""
-    finite = [1.0 / e for e in energies if e > 0]
-    top = max(finite, default=1.0)
-    raw = [1.0 / e if e > 0 else top for e in energies]
-    mean = sum(raw) / len(raw)
-    return tuple(w / mean for w in raw)
-
-
-def task_energy(moment: Moment, task_vector: Tensor) -> float:
-    """`tr(U G U^T)`: how much fine-tuning changed this module's output, on the task's own inputs. `task_vector` (out, in)."""
-    u = task_vector.double()
-    total = 0.0
-    for rows in u.split(BLOCK_ROWS):
-        applied = moment.apply(rows)
-        with one_thread():  # a sum of all elements is cut by threads
-            total += float((applied * rows).sum())
-    return total
-
-
-def frobenius_norm(moment: Moment, device: torch.device | str = "cpu") -> float:
-    """`||G||_F`, in float64."""
-    gram = torch.zeros(moment.width, moment.width, dtype=torch.float64, device=device)
-    moment.add_to(gram, 1.0)
-    return matrix_norm(gram)
-
-
-def matrix_norm(matrix: Tensor) -> float:
-    """`||M||_F` (rows, columns), in float64, by blocks of rows."""
-    with one_thread():  # a sum of all elements is cut by threads
-        return math.sqrt(sum(float(rows.double().square().sum()) for rows in matrix.split(BLOCK_ROWS)))
 
 
 def factorize(
@@ -322,10 +287,13 @@ def map_problem(
     moments = [
         [as_moment(g, i if batched else None, anchor.shape[-1], name) for g in grams] for i in range(len(anchors))
     ]
-    betas = [
-        _resolve_task_weights(task_weights, base, members[i], moments[i], i if batched else None, name)
-        for i in range(len(anchors))
-    ]
+    betas = []
+    for i, (own, grams_of) in enumerate(zip(members, moments, strict=True)):
+        start = None if base is None else (base[i] if batched else base).double()
+        pairs = zip(grams_of, own, strict=True)
+        energies = None if start is None else (task_energy(g, e.double() - start) for g, e in pairs)
+        norms = (frobenius_norm(g, anchor.device) for g in grams_of)
+        betas.append(choose_task_weights(task_weights, energies, norms, len(own), name))
     names = [f"{name}[{i}]" for i in range(len(anchors))] if batched else [name]
     return MapProblem(names, anchors, members, moments, betas)
 
@@ -349,38 +317,6 @@ def check_finite(weight: Tensor, what: str) -> None:
             raise NonFiniteWeightError(
                 f"{what}: {count} of {weight.numel()} values are NaN or infinite. The checkpoint is damaged or its training diverged; replace it."
             )
-
-
-def _resolve_task_weights(
-    given: Sequence[float] | str | None,
-    base: Tensor | None,
-    experts: list[Tensor],
-    moments: list[Moment],
-    index: int | None,
-    name: str,
-) -> tuple[float, ...]:
-    if given is None or given == "none":
-        return (1.0,) * len(experts)
-    if given == "energy":
-        if base is None:
-            raise ConfigError(f"{name}: task_weights='energy' needs `base`, to form the task vectors.")
-        own = (base if index is None else base[index]).double()
-        return energy_weights([task_energy(g, e.double() - own) for g, e in zip(moments, experts, strict=True)])
-    if given == "frobenius":
-        return energy_weights([frobenius_norm(g, experts[0].device) for g in moments])
-    if isinstance(given, str):
-        raise ConfigError(
-            f"{name}: task_weights must be None, 'none', 'energy', 'frobenius' or one number per task, not {given!r}."
-        )
-    return tuple(float(w) for w in given)
-
-
-def check_task_weights(betas: Sequence[float], tasks: int, name: str) -> None:
-    """Raise `ConfigError` unless there is one finite weight >= 0 for each task, and not all are 0."""
-    if len(betas) != tasks:
-        raise ConfigError(f"{name}: {len(betas)} task weights for {tasks} experts; give one for each.")
-    if not all(math.isfinite(b) and b >= 0 for b in betas) or not any(betas):
-        raise ConfigError(f"{name}: task weights must be finite, >= 0 and not all 0; got {list(betas)}.")
 
 
 def as_moment(gram: Tensor | Moment, index: int | None, width: int, name: str) -> Moment:

@@ -19,15 +19,14 @@ from bmm_engine.errors import ConfigError
 from bmm_engine.ops._dlpack import accepts_dlpack
 from bmm_engine.ops.spectral import apply_spectral
 from bmm_engine.solving.filters import Filter
-from bmm_engine.solving.moments import Moment
+from bmm_engine.solving.moments import BLOCK_ROWS, Moment
 from bmm_engine.solving.solve import (
-    BLOCK_ROWS,
     as_moment,
     assemble_moments,
-    check_task_weights,
     relative_ridge,
     residual_of,
 )
+from bmm_engine.solving.task_weights import check_task_weights
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from bmm_engine.ops.cholesky import solve_right
 from bmm_engine.solving.filters import Filter, SpectralFactor
 from bmm_engine.solving.moments import DenseMoment, Moment
 from bmm_engine.solving.output_metric import OutputMetric
-from bmm_engine.solving.solve import Factor, task_energy
+from bmm_engine.solving.solve import Factor
+from bmm_engine.solving.task_weights import task_energy
 
 TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-11}
 """Of the residual's norm, in the preconditioner's metric, beside that of the right-hand side. The objective's error goes with its square."""

@@ -9,7 +9,7 @@ import torch
 
 import bmm_engine as bmm
 from bmm_engine.solving.moments import DenseMoment
-from bmm_engine.solving.solve import task_energy
+from bmm_engine.solving.task_weights import task_energy
 from tests.tiny import family, make_batches
 
 

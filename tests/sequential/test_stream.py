@@ -8,7 +8,7 @@ from torch import nn
 
 from bmm_engine import merge_sequential
 from bmm_engine.errors import CollectionError, ConfigError, NonFiniteGramError, ShapeMismatchError
-from bmm_engine.sequential.moments import DriftAccumulator, ProjectedAccumulator
+from bmm_engine.sequential.accumulators import DriftAccumulator, ProjectedAccumulator
 from bmm_engine.sequential.reading import Reader, SharedInput, shared_inputs
 from tests.sequential.test_merge import OTHERS, problem
 from tests.tiny import CONFIGS, fine_tune, make_batches

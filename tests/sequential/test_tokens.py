@@ -9,7 +9,7 @@ from bmm_engine import merge_sequential
 from bmm_engine.errors import CollectionError, ConfigError
 from bmm_engine.models.calling import Padding
 from bmm_engine.models.roles import gives_keys
-from bmm_engine.sequential.moments import DriftAccumulator, ProjectedAccumulator
+from bmm_engine.sequential.accumulators import DriftAccumulator, ProjectedAccumulator
 from bmm_engine.sequential.reading import SharedInput
 from bmm_engine.sequential.tokens import TokenRows, apart
 from tests.numerics import relative_error

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bmm_engine.errors import ConfigError, NonFiniteGramError, ShapeMismatchError
 from bmm_engine.ops.lowrank import LowRank
 from bmm_engine.solving.moments import DenseMoment, SumMoment, TaskVectorMoment, alignment, energy_factor, hybrid_moment
-from bmm_engine.solving.solve import task_energy
+from bmm_engine.solving.task_weights import task_energy
 
 
 def dense(moment):

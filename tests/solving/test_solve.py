@@ -19,7 +19,8 @@ from bmm_engine.errors import (
     ShapeMismatchError,
 )
 from bmm_engine.solving.moments import DenseMoment
-from bmm_engine.solving.solve import energy_weights, factorize, solve_map
+from bmm_engine.solving.solve import factorize, solve_map
+from bmm_engine.solving.task_weights import energy_weights
 from tests.numerics import assert_backward_stable, relative_error
 
 OUT, IN = 7, 12
