@@ -34,7 +34,7 @@ class OpenGroup:
         """Of each member, by expert; empty where all outputs count alike."""
         if not self.inputs.weighted:
             return {}
-        found = self.inputs.output_metrics(self.group.members, self._task_vector)
+        found = self.inputs.output_metrics(self.group.members, self.task_vector)
         return {module.name: own for module, own in zip(self.group.members, found, strict=True)}
 
     def weights(self, module: LinearModule) -> tuple[Tensor, list[Tensor]]:
@@ -75,12 +75,12 @@ class OpenGroup:
         settings = self.inputs.settings
         if settings.gram_source == "data":
             return self._data_moment(t)
-        task_vector = self._task_vector(t, self.group.members[0])
+        task_vector = self.task_vector(t, self.group.members[0])
         if settings.gram_source == "task_vectors":
             return TaskVectorMoment(task_vector, settings.normalization)
         return hybrid_moment(self._data_moment(t), task_vector, settings.hybrid_share)
 
-    def _task_vector(self, t: int, module: LinearModule) -> Tensor | LowRank:
+    def task_vector(self, t: int, module: LinearModule) -> Tensor | LowRank:
         """Of a weight, without its bias: (out, in)."""
         product = self.inputs.low_rank(self.inputs.experts[t], module)
         if product is not None:

@@ -12,6 +12,7 @@ import bmm_engine as bmm
 from bmm_engine.checkpoint import StateDictSource
 from bmm_engine.checkpoint.adapter import AdapterSource
 from bmm_engine.errors import ConfigError
+from bmm_engine.merging.groups import OpenGroup
 from bmm_engine.merging.inputs import Inputs
 from bmm_engine.ops.lowrank import LowRank
 from bmm_engine.pipeline.models import open_models
@@ -204,8 +205,8 @@ def test_adapters_are_weighed_as_the_models_they_make(tmp_path):
     got, truth = (bmm.merge(base, own, **options) for own in (adapters, whole))
     for name, tensor in truth.tensors.items():
         assert relative_error(got.tensors[name], tensor) < 1e-9
-    module = got.plan.groups[0].members[0]
-    assert isinstance(Inputs(got.plan).task_vector(Inputs(got.plan).experts[0], module), LowRank)
+    group = got.plan.groups[0]
+    assert isinstance(OpenGroup(Inputs(got.plan), group).task_vector(0, group.members[0]), LowRank)
 
 
 def test_what_does_not_go_with_it_is_refused(models):
